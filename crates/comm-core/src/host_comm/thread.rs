@@ -1,0 +1,340 @@
+//! [`HostComm`] between threads of one process.
+//!
+//! Every call is a *round*: each rank puts a contribution into the group's shared table under its own call number and
+//! waits until the table holds all of them. Ranks that leave, die or fail are marked in the same table, and the marks
+//! end the waits that need them. One mutex and one condition variable per group: this is the control path.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crate::error::{CallSite, CommError, Result};
+use crate::host_comm::{Deadline, HostComm, check_root};
+use crate::op::OpKind;
+
+/// What one rank brings to a round.
+#[derive(Clone, Default)]
+struct Contribution {
+    bytes: Arc<[u8]>,
+    fds: Arc<[OwnedFd]>,
+    color: Option<u32>,
+    key: i64,
+}
+
+struct Round {
+    op: OpKind,
+    opened_by: usize,
+    parts: Vec<Option<Contribution>>,
+    readers_left: usize,
+}
+
+/// What the other ranks know of a rank.
+#[derive(Clone)]
+enum Status {
+    Alive,
+    /// Dropped its handle in good order: only a round that still needs it fails.
+    Departed,
+    /// Its thread panicked.
+    Died,
+    /// Reported a failure or aborted: every wait ends at once.
+    Failed(CommError),
+    /// Gave up a call of its own after its deadline: only rounds that still need it fail, so that the others blame the
+    /// rank that was missing, not the first one to notice.
+    GaveUp(CommError),
+}
+
+struct State {
+    rounds: HashMap<u64, Round>,
+    status: Vec<Status>,
+    /// Groups made by a split, until all their members have fetched them: (round, color) to group.
+    children: HashMap<(u64, u32), (Arc<Group>, usize)>,
+}
+
+struct Group {
+    name: String,
+    size: usize,
+    timeout: Duration,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Group {
+    fn new(name: String, size: usize, timeout: Duration) -> Arc<Self> {
+        let state =
+            State { rounds: HashMap::new(), status: vec![Status::Alive; size], children: HashMap::new() };
+        Arc::new(Self { name, size, timeout, state: Mutex::new(state), changed: Condvar::new() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // The table is consistent between statements, so a panic elsewhere does not spoil it.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn mark(&self, rank: usize, status: Status) {
+        let mut state = self.lock();
+        if matches!(state.status[rank], Status::Alive) {
+            state.status[rank] = status;
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+}
+
+/// What the calls of one rank's handle, which are serialised, keep between them.
+#[derive(Default)]
+struct Calls {
+    seq: u64,
+    broken: Option<CommError>,
+}
+
+/// One rank's handle on a communicator between threads of one process.
+///
+/// Dropping a handle leaves the communicator: calls of other ranks that need this one fail with
+/// [`CommError::PeerDied`].
+pub struct ThreadComm {
+    group: Arc<Group>,
+    rank: usize,
+    calls: Mutex<Calls>,
+}
+
+impl ThreadComm {
+    /// A communicator of `size` ranks named `world`: one handle per rank, in rank order. `timeout` is the deadline of
+    /// calls that take none.
+    ///
+    /// # Errors
+    /// [`CommError::InvalidArgument`] for a size of zero.
+    pub fn create(size: usize, timeout: Duration) -> Result<Vec<Self>> {
+        if size == 0 {
+            return Err(CommError::invalid("size", "a communicator has at least one rank"));
+        }
+        let group = Group::new("world".into(), size, timeout);
+        Ok((0..size).map(|rank| Self::new(group.clone(), rank)).collect())
+    }
+
+    fn new(group: Arc<Group>, rank: usize) -> Self {
+        Self { group, rank, calls: Mutex::default() }
+    }
+
+    fn site(&self, op: OpKind, seq: u64) -> CallSite {
+        CallSite::new(&self.group.name, op, seq)
+    }
+
+    /// Contributes to this rank's next round and returns all contributions, in rank order, with the round's number.
+    fn exchange(
+        &self,
+        op: OpKind,
+        part: Contribution,
+        deadline: Deadline,
+    ) -> Result<(u64, Vec<Contribution>)> {
+        let mut calls = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(error) = &calls.broken {
+            return Err(error.clone());
+        }
+        let seq = calls.seq;
+        calls.seq += 1;
+        let result = self.round(op, seq, part, deadline);
+        if let Err(error) = &result {
+            calls.broken = Some(error.clone());
+            if !matches!(error, CommError::Aborted { .. }) {
+                self.group.mark(self.rank, Status::GaveUp(error.clone()));
+            }
+        }
+        result.map(|parts| (seq, parts))
+    }
+
+    fn round(
+        &self,
+        op: OpKind,
+        seq: u64,
+        part: Contribution,
+        deadline: Deadline,
+    ) -> Result<Vec<Contribution>> {
+        let group = &*self.group;
+        let mut state = group.lock();
+        let round = state.rounds.entry(seq).or_insert_with(|| Round {
+            op,
+            opened_by: self.rank,
+            parts: vec![None; group.size],
+            readers_left: group.size,
+        });
+        if round.op != op {
+            return Err(CommError::Mismatch {
+                at: self.site(op, seq),
+                rank: round.opened_by,
+                expected: op.to_string(),
+                found: round.op.to_string(),
+            });
+        }
+        round.parts[self.rank] = Some(part);
+        group.changed.notify_all();
+        loop {
+            self.failure(&state, op, seq)?;
+            if let Some(round) = state.rounds.get_mut(&seq)
+                && round.parts.iter().all(Option::is_some)
+            {
+                let parts = round.parts.iter().flatten().cloned().collect();
+                round.readers_left -= 1;
+                if round.readers_left == 0 {
+                    state.rounds.remove(&seq);
+                }
+                return Ok(parts);
+            }
+            let left = deadline.remaining();
+            if left.is_zero() {
+                return Err(CommError::Timeout {
+                    at: self.site(op, seq),
+                    missing: missing(&state, seq),
+                    waited: deadline.elapsed(),
+                });
+            }
+            state = group.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// The failure that ends a wait for round `seq`, if there is one.
+    fn failure(&self, state: &State, op: OpKind, seq: u64) -> Result<()> {
+        let at = || self.site(op, seq);
+        if let Status::Failed(cause) = &state.status[self.rank] {
+            return Err(match cause {
+                CommError::Aborted { .. } => CommError::Aborted { at: at() },
+                other => other.clone(),
+            });
+        }
+        let needed = missing(state, seq);
+        for (rank, status) in state.status.iter().enumerate() {
+            match status {
+                Status::Failed(cause) => {
+                    return Err(CommError::PeerFailed { at: at(), rank, cause: Box::new(cause.clone()) });
+                }
+                Status::GaveUp(cause) if needed.contains(&rank) => {
+                    return Err(CommError::PeerFailed { at: at(), rank, cause: Box::new(cause.clone()) });
+                }
+                Status::Departed | Status::Died if needed.contains(&rank) => {
+                    return Err(CommError::PeerDied { at: at(), rank });
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The ranks that have not contributed to round `seq`.
+fn missing(state: &State, seq: u64) -> Vec<usize> {
+    let Some(round) = state.rounds.get(&seq) else { return Vec::new() };
+    round.parts.iter().enumerate().filter(|(_, part)| part.is_none()).map(|(rank, _)| rank).collect()
+}
+
+impl HostComm for ThreadComm {
+    fn name(&self) -> &str {
+        &self.group.name
+    }
+
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.group.size
+    }
+
+    fn timeout(&self) -> Duration {
+        self.group.timeout
+    }
+
+    fn same_process(&self) -> bool {
+        true
+    }
+
+    fn split(&self, color: Option<u32>, key: i64, deadline: Deadline) -> Result<Option<Arc<dyn HostComm>>> {
+        let part = Contribution { color, key, ..Contribution::default() };
+        let (seq, parts) = self.exchange(OpKind::Split, part, deadline)?;
+        let Some(color) = color else { return Ok(None) };
+        let mut members: Vec<(i64, usize)> = parts
+            .iter()
+            .enumerate()
+            .filter(|(_, part)| part.color == Some(color))
+            .map(|(rank, part)| (part.key, rank))
+            .collect();
+        members.sort_unstable();
+        let rank = members.iter().position(|&(_, rank)| rank == self.rank).unwrap_or_default();
+        let mut state = self.group.lock();
+        let (child, fetched) = state.children.entry((seq, color)).or_insert_with(|| {
+            let name = format!("{}/{seq}.{color}", self.group.name);
+            (Group::new(name, members.len(), self.group.timeout), 0)
+        });
+        let child = child.clone();
+        *fetched += 1;
+        if *fetched == members.len() {
+            state.children.remove(&(seq, color));
+        }
+        Ok(Some(Arc::new(Self::new(child, rank))))
+    }
+
+    fn barrier(&self, deadline: Deadline) -> Result<()> {
+        self.exchange(OpKind::HostBarrier, Contribution::default(), deadline).map(drop)
+    }
+
+    fn broadcast_bytes(&self, bytes: &[u8], root: usize, deadline: Deadline) -> Result<Vec<u8>> {
+        check_root(root, self.size())?;
+        let bytes = if self.rank == root { Arc::from(bytes) } else { Arc::default() };
+        let part = Contribution { bytes, ..Contribution::default() };
+        let (_, parts) = self.exchange(OpKind::HostBroadcast, part, deadline)?;
+        Ok(parts[root].bytes.to_vec())
+    }
+
+    fn all_gather_bytes(&self, bytes: &[u8], deadline: Deadline) -> Result<Vec<Vec<u8>>> {
+        let part = Contribution { bytes: Arc::from(bytes), ..Contribution::default() };
+        let (_, parts) = self.exchange(OpKind::HostAllGather, part, deadline)?;
+        Ok(parts.iter().map(|part| part.bytes.to_vec()).collect())
+    }
+
+    fn can_exchange_fds(&self) -> bool {
+        true
+    }
+
+    fn exchange_fds(&self, fds: &[BorrowedFd<'_>], deadline: Deadline) -> Result<Vec<Vec<OwnedFd>>> {
+        let duplicate = |fd: BorrowedFd<'_>| {
+            fd.try_clone_to_owned().map_err(|e| CommError::io("duplicating a descriptor", &e))
+        };
+        let fds = fds.iter().map(|fd| duplicate(*fd)).collect::<Result<Arc<[_]>>>()?;
+        let part = Contribution { fds, ..Contribution::default() };
+        let (_, parts) = self.exchange(OpKind::HostExchangeFds, part, deadline)?;
+        parts.iter().map(|part| part.fds.iter().map(|fd| duplicate(fd.as_fd())).collect()).collect()
+    }
+
+    fn poll(&self) -> Result<()> {
+        let state = self.group.lock();
+        let at = || self.site(OpKind::Poll, 0);
+        for (rank, status) in state.status.iter().enumerate() {
+            match status {
+                Status::Died => return Err(CommError::PeerDied { at: at(), rank }),
+                Status::Failed(cause) | Status::GaveUp(cause) if rank == self.rank => {
+                    return Err(cause.clone());
+                }
+                Status::Failed(cause) | Status::GaveUp(cause) => {
+                    return Err(CommError::PeerFailed { at: at(), rank, cause: Box::new(cause.clone()) });
+                }
+                Status::Alive | Status::Departed => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn report_failure(&self, cause: &CommError) {
+        self.group.mark(self.rank, Status::Failed(cause.clone()));
+    }
+
+    fn abort(&self) {
+        let at = self.site(OpKind::Close, 0);
+        self.group.mark(self.rank, Status::Failed(CommError::Aborted { at }));
+    }
+}
+
+impl Drop for ThreadComm {
+    fn drop(&mut self) {
+        let status = if std::thread::panicking() { Status::Died } else { Status::Departed };
+        self.group.mark(self.rank, status);
+    }
+}

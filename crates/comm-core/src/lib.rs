@@ -1,0 +1,28 @@
+//! The vocabulary and the contracts of the workspace: element types, reductions, errors, the [`DeviceComm`] and
+//! [`HostComm`] traits, and the argument checks that every backend shares.
+//!
+//! This crate never touches CUDA. It compiles anywhere in seconds, and a backend outside this workspace needs nothing
+//! but this crate to join in.
+
+#![deny(missing_docs)]
+
+mod addr;
+pub mod check;
+mod device_comm;
+mod dtype;
+mod error;
+mod fused;
+mod host_comm;
+mod memory;
+mod op;
+mod registry;
+
+pub use addr::{DeviceAddr, StreamHandle};
+pub use device_comm::{AlgorithmUsage, CommInfo, DeviceComm, P2pOp, Registration};
+pub use dtype::{DType, Element, F8E4M3, F8E5M2, ReduceOp};
+pub use error::{CallSite, CommError, Result};
+pub use fused::{Block2d, RmsNormArgs, TwoGroupNormArgs};
+pub use host_comm::{Deadline, HostComm, HostCommExt, HostNumber, HostReduceOp, ThreadComm, run_threads};
+pub use memory::{DeviceMemory, HostMemory, MemoryKind};
+pub use op::{OpKind, OpQuery, Support};
+pub use registry::{BackendFactory, Capability, CreateContext};
