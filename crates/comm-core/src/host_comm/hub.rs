@@ -87,6 +87,8 @@ struct Hub {
     identity: Identity,
     newcomers: Option<Newcomers>,
     ranks: Vec<Option<Connection>>,
+    /// Ranks that came to the rendezvous and gave up.
+    withdrawn: Vec<bool>,
     groups: Groups,
     deadline: Deadline,
     formed: bool,
@@ -113,6 +115,7 @@ impl Hub {
             identity: config.identity,
             newcomers: config.listener.map(Newcomers::new),
             ranks,
+            withdrawn: vec![false; size],
             groups: Groups::new(size),
             deadline: config.deadline,
             formed: false,
@@ -152,13 +155,12 @@ impl Hub {
     }
 
     fn try_to_form(&mut self) {
-        let missing: Vec<usize> = (0..self.ranks.len()).filter(|&rank| self.ranks[rank].is_none()).collect();
-        let message = if missing.is_empty() {
+        let message = if self.ranks.iter().all(Option::is_some) {
             self.formed = true;
             FromHub::Formed
         } else if self.deadline.has_passed() && self.ending.is_none() {
             self.ending = Some(Instant::now() + FAREWELL);
-            FromHub::Unformed { missing }
+            FromHub::Unformed { missing: self.missing_at_rendezvous() }
         } else {
             return;
         };
@@ -170,6 +172,13 @@ impl Hub {
         for rank in (0..self.ranks.len()).rev() {
             self.send(Reply::plain(rank, message.clone()));
         }
+    }
+
+    /// The ranks that never came, else those that came and gave up.
+    fn missing_at_rendezvous(&self) -> Vec<usize> {
+        let absent = || (0..self.ranks.len()).filter(|&rank| self.ranks[rank].is_none());
+        let never: Vec<usize> = absent().filter(|&rank| !self.withdrawn[rank]).collect();
+        if never.is_empty() { absent().collect() } else { never }
     }
 
     fn is_over(&self) -> bool {
@@ -206,10 +215,13 @@ impl Hub {
         if rustix::event::poll(&mut fds, limit.map(timespec).as_ref()).is_err() {
             return Vec::new();
         }
-        let ready: Vec<(usize, PollFlags)> =
-            owners.into_iter().zip(fds.iter().map(PollFd::revents)).collect();
+        let events: Vec<PollFlags> = fds.iter().map(PollFd::revents).collect();
+        let (of_ranks, of_newcomers) = events.split_at(owners.len());
+        if let Some(newcomers) = &mut self.newcomers {
+            newcomers.note_events(of_newcomers.iter().copied());
+        }
         let mut readable = Vec::new();
-        for (rank, events) in ready {
+        for (rank, events) in owners.into_iter().zip(of_ranks.iter().copied()) {
             if events.contains(PollFlags::OUT)
                 && let Some(connection) = &mut self.ranks[rank]
             {
@@ -261,11 +273,10 @@ impl Hub {
         match message {
             ToHub::Withdraw if !self.formed && from == 0 => self.deadline = Deadline::after(Duration::ZERO),
             ToHub::Withdraw if !self.formed => {
-                // The rank leaves, so it is missing from now on, and the others learn so by their own deadlines.
-                let mut missing: Vec<usize> =
-                    (0..self.ranks.len()).filter(|&rank| self.ranks[rank].is_none()).collect();
-                missing.retain(|&rank| rank != from);
+                // The rank leaves; it may come again, and the others learn by their own deadlines who never came.
+                let missing = self.missing_at_rendezvous();
                 self.send(Reply::plain(from, FromHub::Unformed { missing }));
+                self.withdrawn[from] = true;
                 self.ranks[from] = None;
             }
             // It crossed with the news that the job has formed.

@@ -275,29 +275,27 @@ impl Group {
         }
     }
 
-    /// What ends `rank`'s wait for the ranks in `missing`: a failure that ends every wait, else a rank that is gone,
-    /// else one that gave up.
+    /// What ends `rank`'s wait for the ranks in `missing`. The likeliest root of the trouble goes first: a failure that
+    /// ends every wait, a death, a rank that gave up and can say why; then a rank that left, as others do once they
+    /// have seen a failure.
     fn failure(&self, missing: &[usize], rank: usize) -> Option<Failure> {
         let status = || self.status.iter().enumerate();
         let failed = status().find_map(|(r, status)| match status {
             Status::Failed(cause) if r != rank => Some(Failure::Failed { rank: r, cause: cause.clone() }),
             _ => None,
         });
-        let gone = || {
-            status().find_map(|(r, status)| match status {
-                Status::Departed | Status::Died if missing.contains(&r) => Some(Failure::Died { rank: r }),
-                _ => None,
-            })
-        };
+        let died =
+            || missing.iter().find(|&&r| self.status[r] == Status::Died).map(|&rank| Failure::Died { rank });
         let gave_up = || {
-            status().find_map(|(r, status)| match status {
-                Status::GaveUp(cause) if missing.contains(&r) => {
-                    Some(Failure::Failed { rank: r, cause: cause.clone() })
-                }
+            missing.iter().find_map(|&rank| match &self.status[rank] {
+                Status::GaveUp(cause) => Some(Failure::Failed { rank, cause: cause.clone() }),
                 _ => None,
             })
         };
-        failed.or_else(gone).or_else(gave_up)
+        let departed = || {
+            missing.iter().find(|&&r| self.status[r] == Status::Departed).map(|&rank| Failure::Died { rank })
+        };
+        failed.or_else(died).or_else(gave_up).or_else(departed)
     }
 }
 
