@@ -37,7 +37,7 @@ fn a_killed_rank_died_on_every_survivor() {
                 let expected = format!("rank {victim} died");
                 assert!(
                     error.contains(&expected) && error.contains("world"),
-                    "{kind:?} rank {rank}: {error}"
+                    "{kind:?} victim {victim} rank {rank}: {error}"
                 );
                 assert!(elapsed < Duration::from_secs(1), "{kind:?} rank {rank} noticed after {elapsed:?}");
                 assert_eq!(job.report(rank, "again", LIMIT), "3");

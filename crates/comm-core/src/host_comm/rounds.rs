@@ -45,6 +45,7 @@ enum Status {
     Alive,
     /// Dropped its handle in good order: only a round that still needs it fails.
     Departed,
+    /// Its process ended, or a panic dropped its handle: every wait ends.
     Died,
     /// Reported a failure or aborted: every wait ends.
     Failed(Cause),
@@ -284,8 +285,11 @@ impl Group {
             Status::Failed(cause) if r != rank => Some(Failure::Failed { rank: r, cause: cause.clone() }),
             _ => None,
         });
-        let died =
-            || missing.iter().find(|&&r| self.status[r] == Status::Died).map(|&rank| Failure::Died { rank });
+        // A dead rank that has contributed ends the wait for others too: every survivor is to learn of it now.
+        let died = || {
+            let dead = self.status.iter().position(|status| *status == Status::Died)?;
+            (!missing.is_empty()).then_some(Failure::Died { rank: dead })
+        };
         let gave_up = || {
             missing.iter().find_map(|&rank| match &self.status[rank] {
                 Status::GaveUp(cause) => Some(Failure::Failed { rank, cause: cause.clone() }),

@@ -36,7 +36,7 @@ enum Status {
     Alive,
     /// Dropped its handle in good order: only a round that still needs it fails.
     Departed,
-    /// Its thread panicked.
+    /// Its thread panicked: every wait ends.
     Died,
     /// Reported a failure or aborted: every wait ends at once.
     Failed(CommError),
@@ -215,7 +215,11 @@ impl ThreadComm {
         };
         // The likeliest root of the trouble goes first: a failure that ends every wait, a death, a rank that gave up and
         // can say why; then a rank that left, as others do once they have seen a failure.
-        let died = |rank: &&usize| matches!(state.status[**rank], Status::Died);
+        // A dead rank that has contributed ends the wait for others too: every survivor is to learn of it now.
+        let died = || {
+            let dead = state.status.iter().position(|status| matches!(status, Status::Died));
+            dead.filter(|_| !needed.is_empty())
+        };
         let departed = |rank: &&usize| matches!(state.status[**rank], Status::Departed);
         let gone = |rank: &usize| CommError::PeerDied { at: at(), rank: *rank };
         let failed = state.status.iter().enumerate().find_map(|(rank, status)| match status {
@@ -229,7 +233,7 @@ impl ThreadComm {
             })
         };
         failed
-            .or_else(|| needed.iter().find(died).map(gone))
+            .or_else(|| died().as_ref().map(gone))
             .or_else(gave_up)
             .or_else(|| needed.iter().find(departed).map(gone))
             .map_or(Ok(()), Err)
