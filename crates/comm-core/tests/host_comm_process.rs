@@ -1,5 +1,5 @@
 //! Ranks as processes: deaths, stops, launch by environment variables, and what is left behind.
-#![allow(missing_docs, reason = "tests")]
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
 mod host_comm_util;
 
@@ -50,7 +50,7 @@ fn survive(meeting: &Rendezvous) {
     let comm = meeting.connect().unwrap();
     comm.barrier(Deadline::after(LONG)).unwrap();
     tell("ready", "");
-    let error = if comm.rank() % 2 == 0 {
+    let error = if comm.rank().is_multiple_of(2) {
         loop {
             if let Err(error) = comm.poll() {
                 break error;

@@ -1,5 +1,5 @@
 //! Rendezvous among strangers: taken addresses, garbage, floods, wrong tokens, missing ranks, several jobs.
-#![allow(missing_docs, reason = "tests")]
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
 mod host_comm_util;
 

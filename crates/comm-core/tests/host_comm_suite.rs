@@ -1,5 +1,5 @@
 //! What every host communicator does, run on each of them: threads, unix socket, TCP.
-#![allow(missing_docs, reason = "tests")]
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
 mod host_comm_util;
 
@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
-use comm_core::{CommError, Deadline, HostComm, HostCommExt, HostReduceOp, OpKind};
+use comm_core::{CommError, Deadline, HostCommExt, HostReduceOp, OpKind};
 use host_comm_util::{Kind, create, run, within};
 
 const T: Duration = Duration::from_secs(10);
@@ -112,7 +112,7 @@ fn split_groups_have_names_orders_and_calls_of_their_own(kind: Kind) {
         let color = [Some(0), Some(1), Some(0), Some(1), None][comm.rank()];
         // Keys turn the order round in group 0 and are equal in group 1.
         let key = if color == Some(0) { -(comm.rank() as i64) } else { 0 };
-        let Some(group) = comm.split(color, key, Deadline::after(T)).unwrap() else { return None };
+        let group = comm.split(color, key, Deadline::after(T)).unwrap()?;
         for call in 0..color.unwrap() * 3 + 1 {
             assert_eq!(group.all_gather(&call).unwrap(), vec![call; 2]);
         }

@@ -74,11 +74,17 @@ struct Connection {
     out: OutQueue,
 }
 
+/// A frame ready to be queued.
+struct Encoded {
+    segments: Vec<Segment>,
+    fds: Option<Arc<[OwnedFd]>>,
+}
+
 /// Rank 0's answer to a round, which waits until the other ranks' answers have left this process.
 struct Held {
     group: u64,
     seq: u64,
-    frames: Vec<(Vec<Segment>, Option<Arc<[OwnedFd]>>)>,
+    frame: Encoded,
     /// Ranks, and how much of their queues has to be written.
     after: Vec<(usize, u64)>,
 }
@@ -149,7 +155,8 @@ impl Hub {
         let taken = self.ranks.iter().map(Option::is_some).collect();
         for newcomer in newcomers.serve(&self.identity, taken) {
             let mut connection = Connection::new(newcomer.fd);
-            connection.queue(vec![Segment::Bytes(Arc::from(newcomer.welcome))], None);
+            let segments = vec![Segment::Bytes(Arc::from(newcomer.welcome))];
+            connection.queue(Encoded { segments, fds: None });
             self.ranks[newcomer.rank] = Some(connection);
         }
     }
@@ -345,7 +352,7 @@ impl Hub {
                     after.push((rank, connection.out.progress().0));
                 }
             }
-            self.held.push(Held { group, seq, frames: vec![frame], after });
+            self.held.push(Held { group, seq, frame, after });
         }
         self.release_held();
     }
@@ -361,19 +368,18 @@ impl Hub {
         {
             let held = self.held.remove(0);
             if let Some(connection) = &mut self.ranks[0] {
-                for (segments, fds) in held.frames {
-                    connection.queue(segments, fds);
-                }
+                connection.queue(held.frame);
             }
         }
     }
 
-    fn encode(&self, reply: &Reply) -> Option<(Vec<Segment>, Option<Arc<[OwnedFd]>>)> {
+    fn encode(&self, reply: &Reply) -> Option<Encoded> {
         let body_len = reply.bodies.iter().map(|frame| frame.body().len()).sum();
         match encode_head(&reply.message, body_len) {
             Ok(head) => {
                 let bodies = reply.bodies.iter().map(|frame| Segment::Body(frame.clone()));
-                Some((std::iter::once(head).chain(bodies).collect(), reply.fds.clone()))
+                let segments = std::iter::once(head).chain(bodies).collect();
+                Some(Encoded { segments, fds: reply.fds.clone() })
             }
             Err(error) => {
                 tracing::error!(rank = reply.to, ?error, "an answer was too long to send");
@@ -384,8 +390,8 @@ impl Hub {
 
     fn send(&mut self, reply: Reply) {
         let frame = self.encode(&reply);
-        if let (Some((segments, fds)), Some(connection)) = (frame, &mut self.ranks[reply.to]) {
-            connection.queue(segments, fds);
+        if let (Some(frame), Some(connection)) = (frame, &mut self.ranks[reply.to]) {
+            connection.queue(frame);
         }
     }
 }
@@ -395,9 +401,9 @@ impl Connection {
         Self { fd, receiver: Receiver::default(), out: OutQueue::default() }
     }
 
-    fn queue(&mut self, segments: Vec<Segment>, mut fds: Option<Arc<[OwnedFd]>>) {
-        for segment in segments {
-            self.out.push(segment, fds.take());
+    fn queue(&mut self, mut frame: Encoded) {
+        for segment in frame.segments {
+            self.out.push(segment, frame.fds.take());
         }
         // What cannot be written now goes out when the socket takes it; a lost connection shows when it is read.
         let _ = self.out.flush(self.fd.as_fd());
