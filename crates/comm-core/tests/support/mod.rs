@@ -5,6 +5,7 @@
 
 pub(crate) mod arithmetic;
 pub(crate) mod backend;
+pub(crate) mod wrong;
 
 use std::sync::Arc;
 
