@@ -140,7 +140,8 @@ impl Core {
             deadline: Deadline::after(self.timeout),
         };
         state.seq += 1;
-        let result = call(&mut Op { core: self, state: &mut state, waiting });
+        let begun = self.waiter.may_begin(&waiting);
+        let result = begun.and_then(|()| call(&mut Op { core: self, state: &mut state, waiting }));
         if let Err(error) = &result
             && error.is_fatal()
         {

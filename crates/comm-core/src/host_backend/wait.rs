@@ -168,6 +168,20 @@ impl Waiter {
         }
     }
 
+    /// Refuses to begin a call after a peer aborted or gave up, even if everything that peer owed is there.
+    pub(super) fn may_begin(&self, waiting: &Waiting<'_>) -> Result<()> {
+        if !self.control.alarmed() {
+            return Ok(());
+        }
+        self.aborted(waiting)?;
+        for rank in 0..self.control.size() {
+            if let (Standing::GaveUp, cause) = self.control.standing(rank) {
+                return Err(self.blame(waiting, rank, Standing::GaveUp, cause));
+            }
+        }
+        Ok(())
+    }
+
     /// The failure that any rank's standing amounts to, needed or not.
     pub(super) fn failure(&self, waiting: &Waiting<'_>) -> Result<()> {
         if !self.control.alarmed() {
