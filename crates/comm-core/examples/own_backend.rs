@@ -1,7 +1,7 @@
 //! A backend of your own in 100 lines that passes the conformance suite:
 //! `cargo run -p comm-core --features conformance --example own_backend`
 //!
-//! It has all-reduce, all-gather, broadcast, barrier and split on host memory. What it lacks is `Unsupported` by itself.
+//! It has all-reduce (sums of `f32`), all-gather and barrier on host memory. What it lacks is `Unsupported` by itself.
 
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
@@ -63,15 +63,9 @@ unsafe impl DeviceComm for Mine {
             OpKind::AllReduce if query.dtype == DType::F32 && query.reduce == Some(ReduceOp::Sum) => {
                 Support::Yes
             }
-            OpKind::AllGather | OpKind::Broadcast | OpKind::Barrier | OpKind::Split => Support::Yes,
+            OpKind::AllGather | OpKind::Barrier => Support::Yes,
             _ => Support::no("not written yet"),
         }
-    }
-
-    fn split(&self, color: Option<u32>, key: i32) -> Result<Option<Arc<dyn DeviceComm>>> {
-        let host = self.context.host.split(color, key.into(), Deadline::after(self.context.timeout))?;
-        let child = |host| Arc::new(Self::new(CreateContext { host, ..self.context.clone() }));
-        Ok(host.map(|host| child(host) as Arc<dyn DeviceComm>))
     }
 
     fn usage(&self) -> Vec<AlgorithmUsage> {
@@ -99,15 +93,6 @@ unsafe impl DeviceComm for Mine {
         let bytes = check::all_gather(&self.info, send, recv, count, dtype)?;
         // SAFETY: the caller vouches for both operands, which the check found to be sound.
         unsafe { write(recv, &self.gather(OpKind::AllGather, send, bytes)?.concat()) };
-        Ok(())
-    }
-
-    #[rustfmt::skip]
-    unsafe fn broadcast(&self, send: DeviceAddr, recv: DeviceAddr, count: usize, dtype: DType, root: usize, _: StreamHandle) -> Result<()> {
-        let bytes = check::broadcast(&self.info, send, recv, count, dtype, root)?;
-        let own = if self.info.rank == root { bytes } else { 0 };
-        // SAFETY: the caller vouches for the operands, which the check found to be sound.
-        unsafe { write(recv, &self.gather(OpKind::Broadcast, send, own)?[root]) };
         Ok(())
     }
 

@@ -1,4 +1,5 @@
 //! Each seeded mistake fails the suite, and the failure names the operation that is wrong.
+#![allow(clippy::unwrap_used, reason = "these are tests, though not all of it is test functions")]
 #![cfg(feature = "conformance")]
 
 mod support;

@@ -1,5 +1,7 @@
 //! Creation succeeds on all ranks, or fails on all with the same cause.
 
+#![allow(clippy::unwrap_used, reason = "these are tests, though not all of it is test functions")]
+
 mod support;
 
 use std::sync::Arc;

@@ -1,5 +1,7 @@
 //! The tiered communicator: who gets which call, and that it is a communicator like any other.
 
+#![allow(clippy::unwrap_used, reason = "these are tests, though not all of it is test functions")]
+
 mod support;
 
 use std::sync::Arc;

@@ -1,5 +1,7 @@
 //! Collectives on slices.
 
+#![allow(clippy::unwrap_used, reason = "these are tests, though not all of it is test functions")]
+
 mod support;
 
 use std::time::Duration;

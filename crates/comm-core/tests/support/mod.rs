@@ -1,7 +1,8 @@
 //! A right and complete backend for tests: every call is one all-gather of bytes over the host communicator, and every
 //! rank then works out its own result. Nothing about it is fast.
 
-#![allow(dead_code, reason = "each test file uses its own part")]
+#![allow(dead_code, unused_imports, reason = "each test file uses its own part")]
+#![allow(clippy::unwrap_used, reason = "these are tests, though not test functions")]
 
 pub(crate) mod arithmetic;
 pub(crate) mod backend;
