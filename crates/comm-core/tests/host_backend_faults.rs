@@ -1,6 +1,7 @@
 //! What the host backend does when ranks are late, dead, of different minds, or aborted.
 
 #![cfg(feature = "host-backend")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 mod host_backend_support;
 
