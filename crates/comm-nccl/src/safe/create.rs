@@ -86,10 +86,7 @@ pub(crate) fn create(context: &CreateContext, base: Base, ordinal: usize) -> Res
     let control = hosts.control.clone();
     let drafted = draft(base, hosts, ordinal);
     // The id is made after the draft, so that a rank that could not even draft is known before anyone waits for it.
-    let (draft, id) = match meet(&*control, drafted) {
-        Ok(met) => met,
-        Err(error) => return Err(error),
-    };
+    let (draft, id) = meet(&*control, drafted)?;
     draft.shared.initialise(id)?;
     Ok(draft.comm)
 }
