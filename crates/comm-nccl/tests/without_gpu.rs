@@ -24,7 +24,10 @@ fn host_memory_and_bad_options_are_refused_before_anything_is_loaded() {
     let error = factory.probe(&context(device, &[("nccl.max_ctas", "lots")])).unwrap_err();
     assert!(error.to_string().contains("nccl.max_ctas"), "{error}");
     let error = factory.create(&context(device, &[]), &[]).map(drop).unwrap_err();
-    assert!(matches!(&error, CommError::InvalidArgument { argument, .. } if argument == "capabilities"), "{error}");
+    assert!(
+        matches!(&error, CommError::InvalidArgument { argument, .. } if argument == "capabilities"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -50,14 +53,19 @@ fn the_library_answers_without_a_gpu() {
     assert!(library.version() >= Version::new(2, 19, 0), "{library:?}");
     assert!(library.path().is_absolute(), "{library:?}");
     let optional: BTreeMap<_, _> = library.api().optional().into_iter().collect();
-    for symbol in ["ncclCommSplit", "ncclMemAlloc", "ncclCommRegister", "ncclCommDeregister", "ncclGetLastError"] {
+    for symbol in
+        ["ncclCommSplit", "ncclMemAlloc", "ncclCommRegister", "ncclCommDeregister", "ncclGetLastError"]
+    {
         assert!(optional[symbol], "{symbol} is missing from {library:?}");
     }
     if library.version() >= Version::new(2, 28, 0) {
         assert!(optional["ncclAlltoAll"] && optional["ncclCommWindowRegister"]);
     }
     let error = library.error("ncclAllReduce", comm_nccl::sys::INVALID_USAGE).to_string();
-    assert!(error.contains("ncclAllReduce") && error.contains("5") && error.contains("invalid usage"), "{error}");
+    assert!(
+        error.contains("ncclAllReduce") && error.contains("5") && error.contains("invalid usage"),
+        "{error}"
+    );
     let error = library.need(None::<fn()>, "ncclTeleport").unwrap_err().to_string();
     let version = library.version().to_string();
     assert!(error.contains("ncclTeleport") && error.contains(&version), "{error}");
