@@ -1,5 +1,7 @@
 //! Every operation between ranks that are threads, each with a device of its own.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod common;
 
 use comm_core::{
@@ -71,7 +73,7 @@ fn every_rank_s_data_comes_where_it_belongs() {
         let own = rank.buffer(&marks(me, 5));
         let all = rank.buffer(&vec![-1.0_f32; size * 5]);
         let expected: Vec<f32> = (0..size).flat_map(|r| marks(r, 5)).collect();
-        // SAFETY, here and below: buffers hold what the calls name and live until they are read, which waits.
+        // SAFETY: here and below, buffers hold what the calls name and live until they are read, which waits.
         unsafe { comm.all_gather(own.addr, all.addr, 5, f32s, stream).unwrap() };
         assert_eq!(all.read(), expected);
 

@@ -1,5 +1,7 @@
 //! Ranks that die, stop, abort or differ: every survivor gets a typed error in time, and can start anew.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod common;
 
 use std::sync::{Barrier, Mutex};
