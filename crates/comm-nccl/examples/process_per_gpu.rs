@@ -8,6 +8,8 @@
 //! ```
 
 use std::error::Error;
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt;
 use std::process::{Command, ExitCode};
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,13 +28,16 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     }
     let gpus = driver::device_count()?;
     let (program, token) = (std::env::current_exe()?, Token::random()?.to_hex());
+    // A socket in a directory that only this user can enter.
+    let meeting = std::env::temp_dir().join(format!("process-per-gpu-{}", std::process::id()));
+    DirBuilder::new().mode(0o700).create(&meeting)?;
     let mut ranks = Vec::new();
     for rank in 0..gpus {
         let child = Command::new(&program)
             .env("RANK", rank.to_string())
             .env("LOCAL_RANK", rank.to_string())
             .env("WORLD_SIZE", gpus.to_string())
-            .env("COMM_RENDEZVOUS", "tcp:127.0.0.1:29555")
+            .env("COMM_RENDEZVOUS", format!("unix:{}/rendezvous", meeting.display()))
             .env("COMM_TOKEN", &token)
             .spawn()?;
         ranks.push(child);
@@ -43,6 +48,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
             code = ExitCode::FAILURE;
         }
     }
+    std::fs::remove_dir_all(&meeting)?;
     Ok(code)
 }
 

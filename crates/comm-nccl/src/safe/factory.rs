@@ -60,6 +60,21 @@ impl NcclFactory {
         *slot = Some(library.clone());
         Ok(library)
     }
+
+    fn base(&self, context: &CreateContext, limits: Limits, ordinal: usize) -> Result<Base> {
+        let library = self.library()?;
+        check_version(&library)?;
+        let device = driver::context(ordinal)?;
+        Ok(Base {
+            norm: if limits.has_norm() { Some(Kernels::load(&device)?) } else { None },
+            library,
+            context: device,
+            limits,
+            timeout: context.timeout,
+            checked: context.checked,
+            options: Arc::new(Options::parse(&context.options)?),
+        })
+    }
 }
 
 fn ordinal(context: &CreateContext) -> Result<usize> {
@@ -130,19 +145,7 @@ impl BackendFactory for NcclFactory {
             ));
         }
         let limits = Limits::agree(capabilities)?;
-        let library = self.library()?;
-        check_version(&library)?;
-        let device = driver::context(ordinal)?;
-        let norm = if limits.has_norm() { Some(Kernels::load(&device)?) } else { None };
-        let base = Base {
-            library,
-            context: device,
-            limits,
-            timeout: context.timeout,
-            checked: context.checked,
-            options: Arc::new(Options::parse(&context.options)?),
-            norm,
-        };
+        let base = self.base(context, limits, ordinal);
         Ok(Arc::new(create::create(context, base, ordinal)?))
     }
 }
