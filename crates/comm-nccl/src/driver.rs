@@ -136,6 +136,9 @@ pub(crate) unsafe fn free(addr: DeviceAddr) {
     let _ = unsafe { sys::cuMemFree_v2(addr.0) };
 }
 
+/// The largest distance from row to row that the driver's two-dimensional copies take on every device.
+const MAX_PITCH: usize = i32::MAX as usize;
+
 /// Enqueues a copy of `height` rows of `width` bytes between device addresses with the given bytes from row to row.
 ///
 /// # Safety
@@ -152,6 +155,15 @@ pub(crate) unsafe fn copy_2d(
         // SAFETY: the caller vouches for the ranges, which are contiguous here.
         let code = unsafe { sys::cuMemcpyDtoDAsync_v2(dst.0, src.0, width * height, stream(handle)) };
         return check("cuMemcpyDtoDAsync", code);
+    }
+    if src_pitch.max(dst_pitch) > MAX_PITCH {
+        for row in 0..height {
+            let (from, to) = (src.offset((row * src_pitch) as u64), dst.offset((row * dst_pitch) as u64));
+            // SAFETY: the caller vouches for the ranges, of which these are rows.
+            let code = unsafe { sys::cuMemcpyDtoDAsync_v2(to.0, from.0, width, stream(handle)) };
+            check("cuMemcpyDtoDAsync", code)?;
+        }
+        return Ok(());
     }
     let device = sys::CUmemorytype::CU_MEMORYTYPE_DEVICE;
     let copy = sys::CUDA_MEMCPY2D {

@@ -8,36 +8,45 @@ use std::sync::{Barrier, Mutex};
 use std::time::{Duration, Instant};
 
 use comm_core::{CommError, DType, DeviceMemory, ReduceOp, ThreadComm};
-use common::{PATIENT, SHORT, connect, world, world_size};
+use common::{PATIENT, Rank, SHORT, connect, socket_world, world, world_size};
 
 #[test]
 fn a_rank_that_never_arrives_is_named_in_time() {
     let Some(size) = world_size() else { return };
     let done = Barrier::new(size);
-    world(size, SHORT, false, |rank| {
-        rank.try_sum().unwrap();
-        if rank.rank == 1 {
-            done.wait();
-            let error = rank.comm.poll().unwrap_err();
-            assert!(matches!(error, CommError::PeerFailed { .. }), "{error}");
-        } else {
-            let start = Instant::now();
-            let buffer = rank.buffer(&[1.0_f32; 8]);
-            let (at, stream) = (buffer.addr, rank.stream());
-            // SAFETY: the buffer holds 8 elements and lives until the stream has been waited for.
-            unsafe { rank.comm.all_reduce(at, at, 8, DType::F32, ReduceOp::Sum, stream).unwrap() };
-            let error = rank.await_failure(SHORT + Duration::from_secs(2));
-            let waited = start.elapsed();
-            assert!(matches!(&error, CommError::Timeout { missing, .. } if *missing == [1]), "{error}");
-            assert!(error.to_string().contains("all_reduce"), "{error}");
-            assert!(waited >= SHORT && waited < SHORT + Duration::from_millis(500), "took {waited:?}");
-            // The kernel leaves its wait.
-            let _ = rank.memory.synchronize();
-            assert!(start.elapsed() < SHORT + SHORT, "the kernel stayed");
-            done.wait();
-        }
-        drop(rank.comm);
-    });
+    world(size, SHORT, false, |rank| never_arrives(rank, &done));
+}
+
+#[test]
+fn a_rank_that_never_arrives_is_named_in_time_over_sockets() {
+    let Some(size) = world_size() else { return };
+    let done = Barrier::new(size);
+    socket_world(size, SHORT, |rank| never_arrives(rank, &done));
+}
+
+fn never_arrives(rank: Rank, done: &Barrier) {
+    rank.try_sum().unwrap();
+    if rank.rank == 1 {
+        done.wait();
+        let error = rank.comm.poll().unwrap_err();
+        assert!(matches!(error, CommError::PeerFailed { .. }), "{error}");
+    } else {
+        let start = Instant::now();
+        let buffer = rank.buffer(&[1.0_f32; 8]);
+        let (at, stream) = (buffer.addr, rank.stream());
+        // SAFETY: the buffer holds 8 elements and lives until the stream has been waited for.
+        unsafe { rank.comm.all_reduce(at, at, 8, DType::F32, ReduceOp::Sum, stream).unwrap() };
+        let error = rank.await_failure(SHORT + Duration::from_secs(2));
+        let waited = start.elapsed();
+        assert!(matches!(&error, CommError::Timeout { missing, .. } if *missing == [1]), "{error}");
+        assert!(error.to_string().contains("all_reduce"), "{error}");
+        assert!(waited >= SHORT && waited < SHORT + Duration::from_millis(500), "took {waited:?}");
+        // The kernel leaves its wait.
+        let _ = rank.memory.synchronize();
+        assert!(start.elapsed() < SHORT + SHORT, "the kernel stayed");
+        done.wait();
+    }
+    drop(rank.comm);
 }
 
 #[test]
@@ -89,29 +98,37 @@ fn a_rank_that_dies_is_named_within_a_second_and_a_new_world_forms() {
 #[test]
 fn an_abort_ends_a_wait_here_and_elsewhere() {
     let Some(size) = world_size() else { return };
-    world(size, PATIENT, false, |rank| {
-        rank.try_sum().unwrap();
-        if rank.rank == 0 {
-            // Rank 0 never joins the operation that the others wait in.
-            std::thread::sleep(Duration::from_millis(200));
-            let start = Instant::now();
-            std::thread::scope(|scope| scope.spawn(|| rank.comm.abort()).join().unwrap());
-            assert!(start.elapsed() < Duration::from_millis(100));
-            assert!(matches!(rank.comm.poll(), Err(CommError::Aborted { .. })));
-        } else {
-            let buffer = rank.buffer(&[1.0_f32; 8]);
-            let (at, stream) = (buffer.addr, rank.stream());
-            // SAFETY: the buffer holds 8 elements and lives until the stream has been waited for.
-            unsafe { rank.comm.all_reduce(at, at, 8, DType::F32, ReduceOp::Sum, stream).unwrap() };
-            let error = rank.await_failure(Duration::from_secs(2));
-            assert!(matches!(error, CommError::PeerFailed { rank: 0, .. }), "{error}");
-            let _ = rank.memory.synchronize();
-        }
-        // Closing a failed communicator reports the failure and does not hang.
+    world(size, PATIENT, false, aborts);
+}
+
+#[test]
+fn an_abort_ends_a_wait_here_and_elsewhere_over_sockets() {
+    let Some(size) = world_size() else { return };
+    socket_world(size, PATIENT, aborts);
+}
+
+fn aborts(rank: Rank) {
+    rank.try_sum().unwrap();
+    if rank.rank == 0 {
+        // Rank 0 never joins the operation that the others wait in.
+        std::thread::sleep(Duration::from_millis(200));
         let start = Instant::now();
-        assert!(rank.comm.close().is_err());
-        assert!(start.elapsed() < Duration::from_secs(10));
-    });
+        std::thread::scope(|scope| scope.spawn(|| rank.comm.abort()).join().unwrap());
+        assert!(start.elapsed() < Duration::from_millis(100));
+        assert!(matches!(rank.comm.poll(), Err(CommError::Aborted { .. })));
+    } else {
+        let buffer = rank.buffer(&[1.0_f32; 8]);
+        let (at, stream) = (buffer.addr, rank.stream());
+        // SAFETY: the buffer holds 8 elements and lives until the stream has been waited for.
+        unsafe { rank.comm.all_reduce(at, at, 8, DType::F32, ReduceOp::Sum, stream).unwrap() };
+        let error = rank.await_failure(Duration::from_secs(2));
+        assert!(matches!(error, CommError::PeerFailed { rank: 0, .. }), "{error}");
+        let _ = rank.memory.synchronize();
+    }
+    // Closing a failed communicator reports the failure and does not hang.
+    let start = Instant::now();
+    assert!(rank.comm.close().is_err());
+    assert!(start.elapsed() < Duration::from_secs(10));
 }
 
 #[test]

@@ -2,12 +2,15 @@
 
 #![allow(dead_code, reason = "each test uses its part")]
 
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use comm_core::{
     BackendFactory, CommError, CreateContext, DType, DeviceAddr, DeviceComm, DeviceMemory, Element, HostComm,
-    HostCommExt, Result, StreamHandle, run_threads,
+    HostCommExt, Rendezvous, Result, StreamHandle, Token, run_threads,
 };
 use comm_kernels::CudaMemory;
 use comm_nccl::NcclFactory;
@@ -74,6 +77,43 @@ pub(crate) fn world<T: Send>(
     body: impl Fn(Rank) -> T + Sync,
 ) -> Vec<T> {
     run_threads(size, PATIENT, |host| body(connect(host, timeout, checked).unwrap())).unwrap()
+}
+
+/// As [`world`], but the ranks meet over sockets, as processes do.
+pub(crate) fn socket_world<T: Send>(
+    size: usize,
+    timeout: Duration,
+    body: impl Fn(Rank) -> T + Sync,
+) -> Vec<T> {
+    static WORLDS: AtomicUsize = AtomicUsize::new(0);
+    let number = WORLDS.fetch_add(1, Ordering::Relaxed);
+    let meeting = std::env::temp_dir().join(format!("comm-nccl-{}-{number}", std::process::id()));
+    DirBuilder::new().mode(0o700).create(&meeting).unwrap();
+    let address = format!("unix:{}/rendezvous", meeting.display());
+    let token = Token::random().unwrap();
+    let results = std::thread::scope(|scope| {
+        let ranks: Vec<_> = (0..size)
+            .map(|rank| {
+                let address = address.parse().unwrap();
+                let rendezvous = Rendezvous {
+                    address,
+                    rank,
+                    size,
+                    job: "test".into(),
+                    token: token.clone(),
+                    timeout: PATIENT,
+                };
+                let body = &body;
+                scope.spawn(move || {
+                    let host = rendezvous.connect().unwrap();
+                    body(connect(Arc::new(host), timeout, false).unwrap())
+                })
+            })
+            .collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    });
+    std::fs::remove_dir_all(&meeting).unwrap();
+    results
 }
 
 pub(crate) fn bytes_of<T: Element>(values: &[T]) -> &[u8] {
