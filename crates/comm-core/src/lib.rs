@@ -16,6 +16,10 @@ mod host_comm;
 mod memory;
 mod op;
 mod registry;
+mod tiered;
+mod typed;
+#[cfg(feature = "conformance")]
+pub mod conformance;
 
 pub use addr::{DeviceAddr, StreamHandle};
 pub use device_comm::{AlgorithmUsage, CommInfo, DeviceComm, P2pOp, Registration};
@@ -25,4 +29,8 @@ pub use fused::{Block2d, RmsNormArgs, TwoGroupNormArgs};
 pub use host_comm::{Deadline, HostComm, HostCommExt, HostNumber, HostReduceOp, ThreadComm, run_threads};
 pub use memory::{DeviceMemory, HostMemory, MemoryKind};
 pub use op::{OpKind, OpQuery, Support};
-pub use registry::{BackendFactory, Capability, CreateContext};
+pub use registry::{BackendFactory, Capability, CreateContext, Registry, create_with};
+pub use tiered::{SkippedTier, TieredComm};
+pub use typed::HostSliceExt;
+#[cfg(feature = "cudarc")]
+pub use typed::CudaSliceExt;
