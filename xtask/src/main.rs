@@ -1,18 +1,53 @@
-//! The workspace's own commands: `cargo xtask kernels`.
+//! The workspace's own commands: `cargo xtask <command>`.
+//!
+//! The same program is what a bundle carries to a machine without a source tree, so nothing here depends on where it was
+//! built, except for the commands that build.
 
+#![allow(unreachable_pub, reason = "a program has no outside")]
+
+mod backends;
+mod bench;
+mod device;
+mod events;
+mod gpus;
+mod job;
 mod kernels;
+mod launch;
+mod rank;
+mod signal;
+
+use std::process::ExitCode;
 
 use clap::Parser;
 
+/// Kernel builds, tests, benchmarks and multi-GPU orchestration.
 #[derive(Parser)]
-#[command(name = "cargo xtask", about = "Kernel builds, tests, benchmarks and multi-GPU orchestration")]
+#[command(name = "cargo xtask", version)]
 enum Command {
+    /// Measure and verify every collective on whatever the machine has.
+    Bench(bench::BenchArgs),
     /// Compile the CUDA kernels; installs NVIDIA's compiler into the target folder if there is none.
     Kernels(kernels::KernelsArgs),
+    /// One rank of a job; started by the other commands.
+    #[command(name = job::WORKER_COMMAND, hide = true)]
+    RankWorker,
 }
 
-fn main() -> anyhow::Result<()> {
-    match Command::parse() {
-        Command::Kernels(args) => kernels::run(&args),
+fn main() -> ExitCode {
+    let command = Command::parse();
+    let result = match &command {
+        Command::RankWorker => rank::work(),
+        _ => signal::watch().and_then(|()| match &command {
+            Command::Bench(args) => bench::run(args),
+            Command::Kernels(args) => kernels::run(args),
+            Command::RankWorker => Ok(()),
+        }),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            if signal::interrupted() { ExitCode::from(130) } else { ExitCode::FAILURE }
+        }
     }
 }

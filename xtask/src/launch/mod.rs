@@ -58,6 +58,8 @@ pub struct LaunchSpec {
     pub mode: Mode,
     /// The GPUs that the job may see, one per rank, as `CUDA_VISIBLE_DEVICES` spells them. Empty for none.
     pub gpus: Vec<String>,
+    /// What keeps those GPUs from other jobs as long as this one runs.
+    pub lease: Option<Lease>,
     /// After this long everything is ended.
     pub timeout: Duration,
     /// The timeout of the ranks' communicators.
