@@ -45,7 +45,9 @@ impl FromStr for Arch {
         let number = name.strip_suffix(['a', 'f']).unwrap_or(name);
         match number.parse::<u32>() {
             Ok(80..=999) => Ok(Self::Machine(name.to_owned())),
-            _ => Err(format!("{text:?} is neither `ptx` nor an architecture such as 80 or 90a (80 at least)")),
+            _ => {
+                Err(format!("{text:?} is neither `ptx` nor an architecture such as 80 or 90a (80 at least)"))
+            }
         }
     }
 }

@@ -54,7 +54,8 @@ pub(crate) fn run(args: &KernelsArgs) -> anyhow::Result<()> {
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
     let cuda = root.join("crates/comm-kernels/cuda");
     let out = args.out.clone().unwrap_or_else(|| target.join("kernels"));
-    let fingerprint = manifest::sources_sha256(&cuda).with_context(|| format!("reading {}", cuda.display()))?;
+    let fingerprint =
+        manifest::sources_sha256(&cuda).with_context(|| format!("reading {}", cuda.display()))?;
     let mut archs = args.arch.clone();
     archs.sort();
     archs.dedup();
@@ -141,7 +142,8 @@ fn build_all(
                     if done.lock().unwrap_or_else(PoisonError::into_inner).1.is_some() {
                         return;
                     }
-                    let Some(source) = queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front() else {
+                    let Some(source) = queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+                    else {
                         return;
                     };
                     let name = source.file_stem().unwrap_or_default().to_string_lossy().into_owned();

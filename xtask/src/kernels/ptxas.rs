@@ -76,7 +76,8 @@ ptxas info    : Compile time = 1.000 ms
     #[test]
     fn fatal_warnings_are_found() {
         assert_eq!(fatal_warning(OUTPUT), None);
-        let line = "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized";
+        let line =
+            "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized";
         assert_eq!(fatal_warning(&format!("{OUTPUT}{line}\n")), Some(line));
     }
 }
