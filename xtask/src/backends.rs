@@ -1,8 +1,9 @@
 //! The one place that knows which backends there are and what each runs on.
 
 use anyhow::{Result, bail};
-use comm_core::Registry;
+use comm_core::{HostFactory, Registry};
 
+use crate::cuda_device::CudaDevice;
 use crate::device::{Device, HostDevice};
 
 /// A backend by name, and what it needs.
@@ -12,10 +13,18 @@ pub struct Backend {
     pub name: &'static str,
     /// Whether every rank needs a GPU of its own.
     pub on_gpus: bool,
+    /// Whether it sums in rank order, as [`comm_core::ReduceOp`] says.
+    pub ordered_sums: bool,
+    /// Whether minima and maxima of NaNs are NaN.
+    pub nan_propagates: bool,
 }
 
 /// Every backend of the workspace.
-pub const BACKENDS: [Backend; 2] = [Backend { name: "host", on_gpus: false }, Backend { name: "nccl", on_gpus: true }];
+pub const BACKENDS: [Backend; 2] = [
+    Backend { name: "host", on_gpus: false, ordered_sums: true, nan_propagates: true },
+    // NCCL's order of summation is its algorithm's, and its minima are its own.
+    Backend { name: "nccl", on_gpus: true, ordered_sums: false, nan_propagates: false },
+];
 
 /// The backend called `name`.
 ///
@@ -30,7 +39,9 @@ pub fn find(name: &str) -> Result<Backend> {
 
 /// A registry of all of them.
 pub fn registry() -> Registry {
-    Registry::new()
+    let mut registry = Registry::new();
+    registry.register(Box::new(HostFactory::default()));
+    registry
 }
 
 /// The device that rank `local_rank` of this host works on.
@@ -39,8 +50,7 @@ pub fn registry() -> Registry {
 /// When the backend is unknown, or the rank's GPU or its kernels cannot be used.
 pub fn open_device(backend: &str, local_rank: usize) -> Result<Box<dyn Device>> {
     if find(backend)?.on_gpus {
-        let _ = local_rank;
-        bail!("no GPU support yet")
+        return Ok(Box::new(CudaDevice::open(local_rank)?));
     }
     Ok(Box::new(HostDevice::default()))
 }

@@ -3,10 +3,11 @@
 
 use std::time::Instant;
 
-use anyhow::Result;
-use comm_core::{Deadline, DeviceAddr, DeviceMemory, HostComm, HostCommExt, HostMemory, HostReduceOp};
+use anyhow::{Result, bail};
+use comm_core::{DType, Deadline, DeviceAddr, DeviceMemory, HostComm, HostCommExt, HostMemory, HostReduceOp};
+use comm_kernels::pattern::Pattern;
 
-use crate::bench::data::{Pattern, Segment};
+use crate::bench::data::{self, Content, Segment};
 use crate::bench::plan::Effort;
 
 /// Microseconds per operation, of this rank.
@@ -18,19 +19,22 @@ pub struct Samples {
     pub singles: Vec<f64>,
 }
 
+/// A call that may fail, made again and again.
+pub type Call<'a> = &'a mut dyn FnMut() -> comm_core::Result<()>;
+
 /// One rank's device.
 pub trait Device: Send + Sync {
     /// Its memory.
     fn memory(&self) -> &dyn DeviceMemory;
 
-    /// Writes a segment of a buffer. Ordered after the stream's work; may return before it is done.
+    /// Writes a segment of a buffer, of which the content is a rank's own. May return before it is done.
     ///
     /// # Errors
     /// When the device fails.
     ///
     /// # Safety
-    /// The segment is inside a live allocation that starts at `buffer`.
-    unsafe fn fill(&self, buffer: DeviceAddr, pattern: &Pattern, segment: &Segment) -> Result<()>;
+    /// The segment is inside a live allocation that starts at `buffer`, and nothing else uses it.
+    unsafe fn fill(&self, buffer: DeviceAddr, data: &Pattern, dtype: DType, segment: &Segment) -> Result<()>;
 
     /// Counts the elements of a segment that are not what they should be, after the stream's work.
     ///
@@ -38,39 +42,45 @@ pub trait Device: Send + Sync {
     /// When the device fails.
     ///
     /// # Safety
-    /// The segment is inside a live allocation that starts at `buffer`.
-    unsafe fn wrong(&self, buffer: DeviceAddr, pattern: &Pattern, segment: &Segment) -> Result<u64>;
+    /// As [`fill`](Self::fill).
+    unsafe fn wrong(&self, buffer: DeviceAddr, data: &Pattern, dtype: DType, segment: &Segment) -> Result<u64>;
 
-    /// Overwrites `bytes` bytes with a value that no pattern produces in a run.
+    /// Overwrites `bytes` bytes, so that what an earlier operation left there cannot pass.
     ///
     /// # Errors
     /// When the device fails.
     ///
     /// # Safety
-    /// The range is a live allocation.
+    /// The range is a live allocation, and nothing else uses it.
     unsafe fn poison(&self, buffer: DeviceAddr, bytes: usize) -> Result<()>;
 
     /// Times an operation as `effort` says. Collective: all ranks time the same operation.
     ///
     /// # Errors
     /// The operation's, the device's or the host communicator's.
-    fn time(
-        &self,
-        host: &dyn HostComm,
-        effort: &Effort,
-        bytes: u64,
-        op: &mut dyn FnMut() -> comm_core::Result<()>,
-    ) -> Result<Samples>;
+    fn time(&self, host: &dyn HostComm, effort: &Effort, bytes: u64, op: Call<'_>) -> Result<Samples>;
 
-    /// Runs `op`'s work inside a captured graph, `replays` times, and waits for it. Where there are no graphs: that many
-    /// calls.
+    /// Waits for the stream's work, asking `poll` meanwhile; ends with the first error of either.
     ///
     /// # Errors
-    /// The operation's or the device's.
-    fn replay(&self, replays: usize, op: &mut dyn FnMut() -> comm_core::Result<()>) -> comm_core::Result<()>;
+    /// `poll`'s, or the device's.
+    fn wait(&self, poll: Call<'_>) -> comm_core::Result<()>;
+
+    /// Captures `calls` calls of `op` into a graph, replays it once and waits for it as [`wait`](Self::wait) does. Where
+    /// there are no graphs, just makes the calls.
+    ///
+    /// # Errors
+    /// The operation's, `poll`'s or the device's.
+    fn replay(&self, calls: usize, op: Call<'_>, poll: Call<'_>) -> comm_core::Result<()>;
+
+    /// Brings about an error of the device that stays.
+    ///
+    /// # Errors
+    /// When the device cannot fail.
+    fn break_it(&self) -> Result<()>;
 }
 
-/// What [`Device::poison`] writes: in every type far from the small values of the patterns.
+/// What [`Device::poison`] writes.
 pub const POISON: u8 = 0x7b;
 
 /// [`Device`] over host memory.
@@ -81,7 +91,7 @@ pub struct HostDevice {
 
 impl HostDevice {
     /// # Safety
-    /// The range is inside a live allocation of this memory that nothing else uses now.
+    /// The range is inside a live allocation of this memory that nothing else uses while the slice lives.
     unsafe fn bytes<'a>(&self, buffer: DeviceAddr, offset: usize, bytes: usize) -> &'a mut [u8] {
         if bytes == 0 {
             return &mut [];
@@ -96,34 +106,30 @@ impl Device for HostDevice {
         &self.memory
     }
 
-    unsafe fn fill(&self, buffer: DeviceAddr, pattern: &Pattern, segment: &Segment) -> Result<()> {
-        let size = pattern.dtype.size();
-        // SAFETY: the caller vouches for the segment; no operation runs while data is prepared.
+    unsafe fn fill(&self, buffer: DeviceAddr, data: &Pattern, dtype: DType, segment: &Segment) -> Result<()> {
+        let size = dtype.size();
+        // SAFETY: the caller vouches for the segment.
         let bytes = unsafe { self.bytes(buffer, segment.offset * size, segment.count * size) };
-        pattern.fill(bytes, segment.content);
-        Ok(())
+        match segment.content {
+            Content::Of { rank, first } => Ok(data::fill(bytes, dtype, data, rank, first)?),
+            Content::Reduced { .. } => bail!("a rank sends its own elements, not reduced ones"),
+        }
     }
 
-    unsafe fn wrong(&self, buffer: DeviceAddr, pattern: &Pattern, segment: &Segment) -> Result<u64> {
-        let size = pattern.dtype.size();
-        // SAFETY: the caller vouches for the segment; no operation runs while results are compared.
+    unsafe fn wrong(&self, buffer: DeviceAddr, data: &Pattern, dtype: DType, segment: &Segment) -> Result<u64> {
+        let size = dtype.size();
+        // SAFETY: the caller vouches for the segment.
         let bytes = unsafe { self.bytes(buffer, segment.offset * size, segment.count * size) };
-        Ok(pattern.wrong(bytes, segment.content))
+        Ok(data::wrong(bytes, dtype, data, segment.content)?)
     }
 
     unsafe fn poison(&self, buffer: DeviceAddr, bytes: usize) -> Result<()> {
-        // SAFETY: the caller vouches for the range; no operation runs while data is prepared.
+        // SAFETY: the caller vouches for the range.
         unsafe { self.bytes(buffer, 0, bytes) }.fill(POISON);
         Ok(())
     }
 
-    fn time(
-        &self,
-        host: &dyn HostComm,
-        effort: &Effort,
-        _bytes: u64,
-        op: &mut dyn FnMut() -> comm_core::Result<()>,
-    ) -> Result<Samples> {
+    fn time(&self, host: &dyn HostComm, effort: &Effort, _bytes: u64, op: Call<'_>) -> Result<Samples> {
         let start = Instant::now();
         for _ in 0..effort.warmup.max(1) {
             op()?;
@@ -148,7 +154,15 @@ impl Device for HostDevice {
         Ok(samples)
     }
 
-    fn replay(&self, replays: usize, op: &mut dyn FnMut() -> comm_core::Result<()>) -> comm_core::Result<()> {
-        (0..replays).try_for_each(|_| op())
+    fn wait(&self, poll: Call<'_>) -> comm_core::Result<()> {
+        poll()
+    }
+
+    fn replay(&self, calls: usize, op: Call<'_>, _poll: Call<'_>) -> comm_core::Result<()> {
+        (0..calls).try_for_each(|_| op())
+    }
+
+    fn break_it(&self) -> Result<()> {
+        bail!("host memory has no device that could fail")
     }
 }

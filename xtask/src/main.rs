@@ -7,6 +7,7 @@
 
 mod backends;
 mod bench;
+mod cuda_device;
 mod device;
 mod events;
 mod gpus;
@@ -15,6 +16,8 @@ mod kernels;
 mod launch;
 mod rank;
 mod signal;
+mod tally;
+mod test_gpus;
 
 use std::process::ExitCode;
 

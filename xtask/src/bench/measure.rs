@@ -5,7 +5,9 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use comm_core::{DeviceAddr, DeviceComm, DeviceMemory, HostCommExt, HostReduceOp, OpKind, ReduceOp, Support};
 
-use crate::bench::data::{Pattern, Segment};
+use comm_kernels::pattern::Pattern;
+
+use crate::bench::data::{Segment, pattern};
 use crate::bench::norm;
 use crate::bench::operands::{Operands, ROOT, query};
 use crate::bench::plan::{BenchJob, Case};
@@ -62,11 +64,10 @@ impl Bench<'_> {
         }
         let redop = if case.op.reduces() { self.job.redop } else { ReduceOp::Sum };
         let operands = Operands::new(case, self.comm.rank(), world, redop);
-        let pattern = Pattern { seed: 0x00c0_11ec << 20 | number << 1, dtype: self.job.dtype, redop };
-        row.out_of_place = Some(self.out_of_place(&operands, &pattern, &case)?);
+        let data = |form: u64| pattern(number << 1 | form, case.op.reduces().then_some(redop), world);
+        row.out_of_place = Some(self.out_of_place(&operands, &data(0), &case)?);
         if let Some(places) = operands.in_place {
-            let pattern = Pattern { seed: pattern.seed | 1, ..pattern };
-            row.in_place = Some(self.in_place(&operands, places, &pattern, &case)?);
+            row.in_place = Some(self.in_place(&operands, places, &data(1), &case)?);
         }
         Ok(row)
     }
@@ -90,33 +91,35 @@ impl Bench<'_> {
         }
     }
 
-    fn out_of_place(&self, operands: &Operands, pattern: &Pattern, case: &Case) -> Result<Timing> {
-        let size = pattern.dtype.size();
+    fn out_of_place(&self, operands: &Operands, data: &Pattern, case: &Case) -> Result<Timing> {
+        let dtype = self.job.dtype;
+        let size = dtype.size();
         let memory = self.device.memory();
         let send = Buffer::new(memory, operands.send_count * size)?;
         let recv = Buffer::new(memory, operands.recv_count * size)?;
         // SAFETY: `Operands` sized both buffers; they outlive the work, which `verify` and `time` wait for.
         let mut issue = || unsafe {
-            operands.issue(&**self.comm, send.addr, recv.addr, pattern.dtype, memory.stream())
+            operands.issue(&**self.comm, send.addr, recv.addr, dtype, memory.stream())
         };
         // SAFETY: the segments are inside the buffers that were sized by the same operands.
         unsafe {
             self.device.poison(recv.addr, recv.bytes)?;
-            self.device.fill(send.addr, pattern, &operands.input())?;
+            self.device.fill(send.addr, data, dtype, &operands.input())?;
         }
         issue()?;
-        let mut wrong = self.verify(recv.addr, pattern, &operands.output())?;
+        let mut wrong = self.verify(recv.addr, data, &operands.output())?;
         // The timed operations are verified too: they write into poisoned memory, from an input that must not have changed.
         // SAFETY: as above; `verify` has waited for the operation.
         unsafe { self.device.poison(recv.addr, recv.bytes)? };
         let samples = self.device.time(&*self.context.host, &self.job.effort, case.bytes, &mut issue)?;
-        wrong += self.verify(recv.addr, pattern, &operands.output())?;
-        wrong += self.verify(send.addr, pattern, &[operands.input()])?;
+        wrong += self.verify(recv.addr, data, &operands.output())?;
+        wrong += self.verify(send.addr, data, &[operands.input()])?;
         self.timing(case, &samples.means, &samples.singles, wrong)
     }
 
-    fn in_place(&self, operands: &Operands, places: (usize, usize), pattern: &Pattern, case: &Case) -> Result<Timing> {
-        let size = pattern.dtype.size();
+    fn in_place(&self, operands: &Operands, places: (usize, usize), data: &Pattern, case: &Case) -> Result<Timing> {
+        let dtype = self.job.dtype;
+        let size = dtype.size();
         let memory = self.device.memory();
         let elements = (places.0 + operands.send_count).max(places.1 + operands.recv_count);
         let both = Buffer::new(memory, elements * size)?;
@@ -126,25 +129,25 @@ impl Bench<'_> {
             operands.output().iter().map(|part| Segment { offset: part.offset + places.1, ..*part }).collect();
         // SAFETY: the buffer spans both operands; it outlives the work, which `verify` and `time` wait for.
         let mut issue =
-            || unsafe { operands.issue(&**self.comm, send, recv, pattern.dtype, memory.stream()) };
+            || unsafe { operands.issue(&**self.comm, send, recv, dtype, memory.stream()) };
         // SAFETY: the segments are inside the buffer.
         unsafe {
             self.device.poison(both.addr, both.bytes)?;
-            self.device.fill(both.addr, pattern, &input)?;
+            self.device.fill(both.addr, data, dtype, &input)?;
         }
         issue()?;
-        let wrong = self.verify(both.addr, pattern, &output)?;
+        let wrong = self.verify(both.addr, data, &output)?;
         let samples = self.device.time(&*self.context.host, &self.job.effort, case.bytes, &mut issue)?;
         self.timing(case, &samples.means, &samples.singles, wrong)
     }
 
-    fn verify(&self, buffer: DeviceAddr, pattern: &Pattern, segments: &[Segment]) -> Result<u64> {
+    fn verify(&self, buffer: DeviceAddr, data: &Pattern, segments: &[Segment]) -> Result<u64> {
         self.device.memory().synchronize()?;
         self.comm.poll()?;
         let mut wrong = 0;
         for segment in segments {
             // SAFETY: the segments are inside the buffer that was sized for them; the work on it has ended.
-            wrong += unsafe { self.device.wrong(buffer, pattern, segment)? };
+            wrong += unsafe { self.device.wrong(buffer, data, self.job.dtype, segment)? };
         }
         Ok(wrong)
     }

@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 use comm_core::{DType, DeviceAddr, OpKind, RmsNormArgs, TwoGroupNormArgs};
 
-use crate::bench::data::{Content, Pattern, Segment, encode, read};
+use crate::bench::data::{self, Content, Segment, encode, pattern, read};
 use crate::bench::measure::{Bench, Buffer};
 use crate::bench::plan::{Case, uneven};
 use crate::bench::row::{NormShape, Row};
@@ -30,7 +30,7 @@ pub fn measure(bench: &Bench<'_>, number: u64, case: &Case, row: &mut Row) -> Re
     let (input, residual, residual_out, output) = (input?, residual?, residual_out?, output?);
     let (bias, weight) = (Buffer::new(memory, vector)?, Buffer::new(memory, vector)?);
 
-    let pattern = Pattern { seed: number, dtype, redop: comm_core::ReduceOp::Sum };
+    let partials = pattern(number << 1, Some(comm_core::ReduceOp::Sum), bench.comm.size());
     let values = Values::new(tokens, hidden, dtype);
     let own = Segment {
         offset: 0,
@@ -38,19 +38,22 @@ pub fn measure(bench: &Bench<'_>, number: u64, case: &Case, row: &mut Row) -> Re
         content: Content::Of { rank: bench.comm.rank(), first: 0 },
     };
     // SAFETY: every buffer was allocated with the size of what is written.
-    let reset = |to: DeviceAddr| unsafe { bench.device.fill(to, &pattern, &own) };
-    reset(input.addr)?;
-    // SAFETY: as above.
     unsafe {
+        bench.device.fill(input.addr, &partials, dtype, &own)?;
         memory.upload(residual.addr, &values.residual)?;
         memory.upload(bias.addr, &values.bias)?;
         memory.upload(weight.addr, &values.weight)?;
         bench.device.poison(output.addr, matrix)?;
         bench.device.poison(residual_out.addr, matrix)?;
     }
-    let sum = Content::Reduced { op: comm_core::ReduceOp::Sum, world: bench.comm.size(), first: 0 };
-    let mut sums = vec![0; matrix];
-    pattern.fill(&mut sums, sum);
+    let mut sums = vec![0.0; tokens * hidden];
+    let mut part = vec![0; matrix];
+    for rank in 0..bench.comm.size() {
+        data::fill(&mut part, dtype, &partials, rank, 0)?;
+        for (sum, element) in sums.iter_mut().zip(part.chunks_exact(dtype.size())) {
+            *sum += read(dtype, element);
+        }
+    }
     let expected = values.expected(&sums);
 
     if case.op == OpKind::AllReduceRmsNorm {
@@ -133,14 +136,14 @@ impl Values {
     }
 
     /// The residual and the normalised output, in f64.
-    fn expected(&self, sums: &[u8]) -> (Vec<f64>, Vec<f64>) {
+    fn expected(&self, sums: &[f64]) -> (Vec<f64>, Vec<f64>) {
         let value = |bytes: &[u8], index: usize| {
             let size = self.dtype.size();
             read(self.dtype, &bytes[index * size..(index + 1) * size])
         };
         let elements = self.residual.len() / self.dtype.size();
         let residual: Vec<f64> = (0..elements)
-            .map(|i| value(sums, i) + value(&self.residual, i) + value(&self.bias, i % self.hidden))
+            .map(|i| sums[i] + value(&self.residual, i) + value(&self.bias, i % self.hidden))
             .collect();
         let mut output = Vec::with_capacity(elements);
         for row in residual.chunks(self.hidden) {
@@ -179,7 +182,7 @@ mod tests {
     #[test]
     fn the_reference_is_a_norm_and_wrong_elements_count() {
         let values = Values::new(2, 8, DType::BF16);
-        let (residual, output) = values.expected(&encode(DType::BF16, (0..16).map(f64::from)));
+        let (residual, output) = values.expected(&(0..16).map(f64::from).collect::<Vec<_>>());
         // Row 0, column 3: sum 3, residual (3 * 7) % 5 = 1, bias 0.
         assert_eq!(residual[3], 4.0);
         let unweighted: f64 =

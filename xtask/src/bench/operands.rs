@@ -58,7 +58,7 @@ impl Operands {
     pub fn output(&self) -> Vec<Segment> {
         let Case { op, count, .. } = self.case;
         let (rank, world) = (self.rank, self.world);
-        let reduced = |first: usize| Content::Reduced { op: self.redop, world, first: first as u64 };
+        let reduced = |first: usize| Content::Reduced { op: self.redop, first: first as u64 };
         let of = |rank: usize, first: usize| Content::Of { rank, first: first as u64 };
         let whole = |content| vec![Segment { offset: 0, count: self.recv_count, content }];
         match op {

@@ -148,7 +148,7 @@ fn job_env(spec: &LaunchSpec, folder: &Path, port: u16) -> Vec<(&'static str, Os
         ("MASTER_PORT", port.to_string().into()),
         ("COMM_RENDEZVOUS", address),
         ("COMM_JOB_ID", folder.file_name().unwrap_or_default().to_owned()),
-        ("COMM_TIMEOUT_SECS", spec.comm_timeout.as_secs_f64().ceil().to_string().into()),
+        ("COMM_TIMEOUT_SECS", spec.comm_timeout.as_secs_f64().to_string().into()),
     ];
     env.extend(MULTICAST_OFF.map(|(name, value)| (name, value.into())));
     if !spec.gpus.is_empty() {
