@@ -8,6 +8,8 @@
 
 mod addr;
 pub mod check;
+#[cfg(feature = "conformance")]
+pub mod conformance;
 pub mod compose;
 mod device_comm;
 mod dtype;
@@ -22,8 +24,6 @@ mod op;
 mod registry;
 mod tiered;
 mod typed;
-#[cfg(feature = "conformance")]
-pub mod conformance;
 
 pub use addr::{DeviceAddr, StreamHandle};
 pub use device_comm::{AlgorithmUsage, CommInfo, DeviceComm, P2pOp, Registration};
@@ -40,6 +40,6 @@ pub use memory::{DeviceMemory, HostMemory, MemoryKind};
 pub use op::{OpKind, OpQuery, Support};
 pub use registry::{BackendFactory, Capability, CreateContext, Registry, create_with};
 pub use tiered::{SkippedTier, TieredComm};
-pub use typed::HostSliceExt;
 #[cfg(feature = "cudarc")]
 pub use typed::CudaSliceExt;
+pub use typed::HostSliceExt;

@@ -87,11 +87,12 @@ impl<'a> Arena<'a> {
         unsafe { self.memory.upload(region.block, &self.staging) }
     }
 
-    /// Fills the operand with values that no test expects.
-    pub(super) fn poison(&mut self, region: &Region) -> Result<()> {
+    /// Fills the operand with values that no test expects, and returns them.
+    pub(super) fn poison(&mut self, region: &Region) -> Result<Vec<u8>> {
         let salt = region.salt.wrapping_mul(13) | 0x80;
         let bytes: Vec<u8> = (0..region.len).map(|index| (index as u8).wrapping_mul(11) ^ salt).collect();
-        self.put(region, &bytes)
+        self.put(region, &bytes)?;
+        Ok(bytes)
     }
 
     /// The operand, and the first guard byte that changed, relative to the operand's start.

@@ -34,6 +34,8 @@ pub(super) struct Case<'r, 'a> {
     /// What this rank noted for the judge.
     pub(super) facts: Vec<u64>,
     pub(super) calls: u64,
+    /// What the receive buffer of the last out-of-place exchange held before it.
+    pub(super) before: Vec<u8>,
     seed: u64,
 }
 
@@ -55,6 +57,7 @@ impl<'r, 'a> Case<'r, 'a> {
             skipped: None,
             facts: Vec::new(),
             calls: 0,
+            before: Vec::new(),
             seed,
         }
     }
@@ -113,7 +116,7 @@ impl<'r, 'a> Case<'r, 'a> {
                 let from = self.arena.lay(0, send_offset, send.len())?;
                 let to = self.arena.lay(1, recv_offset, recv_len)?;
                 self.arena.put(&from, send)?;
-                self.arena.poison(&to)?;
+                self.before = self.arena.poison(&to)?;
                 let addr = |region: &Region| if region.len == 0 { DeviceAddr::NULL } else { region.addr() };
                 call(addr(&from), addr(&to))?;
                 let received = self.fetch(&to, "recv")?;

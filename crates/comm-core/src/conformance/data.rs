@@ -150,7 +150,10 @@ pub(super) fn element(fill: Fill, dtype: DType, world: usize, seed: u64, rank: u
             from_f64(dtype, unit * [0.25, 1.0, 4.0][(own % 3) as usize])
         }
         Fill::Ordered | Fill::OrderedOrNan | Fill::Bits => {
-            if fill == Fill::OrderedOrNan && shared.is_multiple_of(5) && (shared >> 8) % world as u64 == rank as u64 {
+            if fill == Fill::OrderedOrNan
+                && shared.is_multiple_of(5)
+                && (shared >> 8) % world as u64 == rank as u64
+            {
                 return from_f64(dtype, f64::NAN);
             }
             let bits = own & mask(dtype);

@@ -122,6 +122,12 @@ impl fmt::Display for Report {
         for (reason, op, count) in reasons {
             writeln!(f, "skipped {op} ({count}): {reason}")?;
         }
-        write!(f, "{} passed, {} failed, {} skipped", self.passed.len(), self.failures.len(), self.skipped.len())
+        write!(
+            f,
+            "{} passed, {} failed, {} skipped",
+            self.passed.len(),
+            self.failures.len(),
+            self.skipped.len()
+        )
     }
 }

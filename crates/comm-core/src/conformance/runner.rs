@@ -66,7 +66,12 @@ impl<'a> Runner<'a> {
     }
 
     /// Runs one case on all ranks.
-    pub(super) fn case(&mut self, op: OpKind, name: &str, body: impl FnOnce(&mut Case<'_, 'a>) -> Result<()>) {
+    pub(super) fn case(
+        &mut self,
+        op: OpKind,
+        name: &str,
+        body: impl FnOnce(&mut Case<'_, 'a>) -> Result<()>,
+    ) {
         self.judged(op, name, equal_facts, body);
     }
 

@@ -109,9 +109,7 @@ pub(super) fn probe_all(
         let version = |rank: usize| format!("protocol version {}", capabilities[rank].protocol);
         match capabilities.iter().position(|other| other.protocol != capabilities[0].protocol) {
             None => Ok(capabilities),
-            Some(rank) => {
-                Err(failed(name, rank, mismatch(&*context.host, rank, version(0), version(rank))))
-            }
+            Some(rank) => Err(failed(name, rank, mismatch(&*context.host, rank, version(0), version(rank)))),
         }
     };
     Ok(backends.iter().enumerate().map(verdict).collect())

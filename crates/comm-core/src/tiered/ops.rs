@@ -39,7 +39,8 @@ unsafe impl DeviceComm for TieredComm {
     }
 
     fn allocate(&self, bytes: usize) -> Result<DeviceAddr> {
-        let refusal = |()| self.tier(&OpQuery::new(OpKind::Allocate, DType::U8, bytes)).map(|_| DeviceAddr::NULL);
+        let refusal =
+            |()| self.tier(&OpQuery::new(OpKind::Allocate, DType::U8, bytes)).map(|_| DeviceAddr::NULL);
         self.memory.allocate(&self.tiers, bytes)?.map_or_else(|| refusal(()), Ok)
     }
 
@@ -270,7 +271,10 @@ unsafe impl DeviceComm for TieredComm {
                 return unsafe { tier.all_reduce_rmsnorm_two_group(partner, args, stream) };
             }
         }
-        Err(CommError::invalid("gather", "has no backend in common with the reduce group's that supports this"))
+        Err(CommError::invalid(
+            "gather",
+            "has no backend in common with the reduce group's that supports this",
+        ))
     }
 
     fn poll(&self) -> Result<()> {

@@ -181,7 +181,12 @@ pub trait CudaSliceExt: DeviceComm {
     }
 
     /// Sends `data` to `peer`, which receives as many elements.
-    fn send_cuda<T: Element>(&self, data: &impl DevicePtr<T>, peer: usize, stream: &CudaStream) -> Result<()> {
+    fn send_cuda<T: Element>(
+        &self,
+        data: &impl DevicePtr<T>,
+        peer: usize,
+        stream: &CudaStream,
+    ) -> Result<()> {
         let count = data.len();
         let handle = handle(self, stream, [of(data)])?;
         let (at, _read) = data.device_ptr(stream);

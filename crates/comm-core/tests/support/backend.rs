@@ -1,14 +1,14 @@
 //! The backend itself.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use comm_core::{
-    AlgorithmUsage, Block2d, CommError, CommInfo, DType, Deadline, DeviceAddr, DeviceComm, DeviceMemory, HostComm,
-    HostMemory, MemoryKind, OpKind, OpQuery, P2pOp, ReduceOp, Registration, Result, RmsNormArgs, StreamHandle, Support,
-    TwoGroupNormArgs, check,
+    AlgorithmUsage, Block2d, CommError, CommInfo, DType, Deadline, DeviceAddr, DeviceComm, DeviceMemory,
+    HostComm, HostMemory, MemoryKind, OpKind, OpQuery, P2pOp, ReduceOp, Registration, Result, RmsNormArgs,
+    StreamHandle, Support, TwoGroupNormArgs, check,
 };
 
 use super::arithmetic::{norm_row, reduce};
@@ -19,7 +19,8 @@ pub(crate) struct GatherBackend {
     timeout: Duration,
     usage: Mutex<HashMap<OpKind, u64>>,
     memory: HostMemory,
-    registrations: AtomicU64,
+    next_registration: AtomicU64,
+    registrations: Mutex<HashSet<Registration>>,
     closed: AtomicBool,
     /// Messages to this rank that no receive has asked for yet, by sender.
     inbox: Mutex<HashMap<usize, VecDeque<Vec<u8>>>>,
@@ -60,7 +61,8 @@ impl GatherBackend {
             timeout,
             usage: Mutex::default(),
             memory: HostMemory::new(),
-            registrations: AtomicU64::new(1),
+            next_registration: AtomicU64::new(1),
+            registrations: Mutex::default(),
             closed: AtomicBool::new(false),
             inbox: Mutex::default(),
         }
@@ -111,12 +113,18 @@ unsafe impl DeviceComm for GatherBackend {
     unsafe fn register(&self, addr: DeviceAddr, bytes: usize) -> Result<Registration> {
         self.open()?;
         check::span("addr", addr, bytes, DType::U8)?;
-        let id = self.registrations.fetch_add(1, Ordering::SeqCst);
-        Ok(Registration { id, addr, bytes, generation: id })
+        let id = self.next_registration.fetch_add(1, Ordering::SeqCst);
+        let registration = Registration { id, addr, bytes, generation: id };
+        self.registrations.lock().unwrap().insert(registration.clone());
+        Ok(registration)
     }
 
-    unsafe fn deregister(&self, _: &Registration) -> Result<()> {
-        self.open()
+    unsafe fn deregister(&self, registration: &Registration) -> Result<()> {
+        self.open()?;
+        if self.registrations.lock().unwrap().remove(registration) {
+            return Ok(());
+        }
+        Err(CommError::StaleHandle { handle: registration.id.to_string(), reason: "not registered".into() })
     }
 
     fn supports(&self, query: &OpQuery) -> Support {
@@ -358,13 +366,21 @@ unsafe impl DeviceComm for GatherBackend {
         let row = args.hidden * args.dtype.size();
         // SAFETY: the caller's promise, for all the reads and writes here.
         unsafe {
-            let sum = self.reduced(OpKind::AllReduceRmsNorm, &read(args.input, bytes), args.dtype, ReduceOp::Sum)?;
+            let sum =
+                self.reduced(OpKind::AllReduceRmsNorm, &read(args.input, bytes), args.dtype, ReduceOp::Sum)?;
             let residual = read(args.residual, bytes);
             let weight = read(args.weight, if bytes == 0 { 0 } else { row });
             let bias = args.bias.map(|bias| read(bias, weight.len()));
             for (t, (sum, residual)) in sum.chunks(row).zip(residual.chunks(row)).enumerate() {
-                let (r, out) =
-                    norm_row(args.dtype, sum, residual, bias.as_deref(), &weight, args.eps, args.weight_offset);
+                let (r, out) = norm_row(
+                    args.dtype,
+                    sum,
+                    residual,
+                    bias.as_deref(),
+                    &weight,
+                    args.eps,
+                    args.weight_offset,
+                );
                 write(args.residual_out.offset((t * row) as u64), &r);
                 write(args.output.offset((t * row) as u64), &out);
             }
@@ -389,7 +405,8 @@ unsafe impl DeviceComm for GatherBackend {
         unsafe {
             let total = args.reduce_tokens.iter().sum::<usize>() * row;
             let kind = OpKind::AllReduceRmsNormTwoGroup;
-            let sum = self.reduced(kind, &read(at(args.reduce_first_row), total), args.dtype, ReduceOp::Sum)?;
+            let sum =
+                self.reduced(kind, &read(at(args.reduce_first_row), total), args.dtype, ReduceOp::Sum)?;
             let residual = read(args.residual, own * row);
             let vector = if own == 0 { 0 } else { row };
             let weight = read(args.weight, vector);

@@ -1,14 +1,33 @@
 //! The cases, by what they try.
 
+mod arguments;
+mod block2d;
+mod groups;
+mod issue;
+mod life;
+mod memory;
 mod moves;
+mod norm;
+mod p2p;
 mod reductions;
+mod two_group;
 
 use super::runner::Runner;
 use crate::dtype::DType;
 
 pub(super) fn run_all(runner: &mut Runner<'_>) {
+    life::before(runner);
     reductions::run(runner);
     moves::run(runner);
+    p2p::run(runner);
+    block2d::run(runner);
+    norm::run(runner);
+    two_group::run(runner);
+    groups::run(runner);
+    memory::run(runner);
+    arguments::run(runner);
+    life::run(runner);
+    life::end(runner);
 }
 
 /// The counts that every type and reduction is tried with.

@@ -63,7 +63,11 @@ fn step(case: &mut Case<'_, '_>, kind: OpKind, dtype: DType, count: usize, turn:
                 for zeros in 0..2 {
                     let uneven: Vec<usize> = (0..case.world)
                         .map(|rank| {
-                            if (rank + zeros) % 3 == 2 { 0 } else { (count * (rank + 1) + shared % 7) % (count + 1) }
+                            if (rank + zeros) % 3 == 2 {
+                                0
+                            } else {
+                                (count * (rank + 1) + shared % 7) % (count + 1)
+                            }
                         })
                         .collect();
                     gather(case, kind, dtype, &uneven, Some(apart).filter(|_| zeros == 0))?;
@@ -134,4 +138,14 @@ fn all_to_all(case: &mut Case<'_, '_>, dtype: DType, count: usize, form: Form) -
     })?;
     case.expect(dtype, &expected, &got, Equality::Bits);
     Ok(())
+}
+
+/// One checked all-gather, for cases about something else.
+pub(super) fn simple(case: &mut Case<'_, '_>, dtype: DType, count: usize) -> Result<()> {
+    if !case.comm.supports(&OpQuery::new(OpKind::AllGather, dtype, count)).is_supported() {
+        return Ok(());
+    }
+    let counts = vec![count; case.world];
+    let form = Form::Apart { send_offset: dtype.size(), recv_offset: 0 };
+    gather(case, OpKind::AllGather, dtype, &counts, Some(form))
 }

@@ -1,5 +1,6 @@
 //! All-reduce, reduce, reduce-scatter and its V form: every type and reduction, exact.
 
+use super::super::buffers::Region;
 use super::super::case::{Case, Form};
 use super::super::data::{self, Fill};
 use super::super::reference::{self, Equality, fill_for};
@@ -36,7 +37,8 @@ pub(super) fn run(runner: &mut Runner<'_>) {
                     && op == ReduceOp::Sum
                     && kind == OpKind::AllReduce;
                 if large {
-                    runner.case(kind, &format!("{kind}/{dtype}/{op}/large"), |case| sized(case, call, 65_537));
+                    runner
+                        .case(kind, &format!("{kind}/{dtype}/{op}/large"), |case| sized(case, call, 65_537));
                 }
                 if huge {
                     let count = if quick { 262_147 } else { 1_048_579 };
@@ -112,7 +114,11 @@ fn step(case: &mut Case<'_, '_>, call: Call, count: usize, turn: usize) -> Resul
                     // Uneven counts, among them none, of which all ranks think alike.
                     let uneven: Vec<usize> = (0..case.world)
                         .map(|rank| {
-                            if (rank + zeros) % 3 == 2 { 0 } else { (count * (rank + 1) + shared % 5) % (count + 1) }
+                            if (rank + zeros) % 3 == 2 {
+                                0
+                            } else {
+                                (count * (rank + 1) + shared % 5) % (count + 1)
+                            }
                         })
                         .collect();
                     scatter(case, call, &uneven, zeros == 1, apart)?;
@@ -127,11 +133,7 @@ impl Call {
     /// Bit by bit, except where zeros have a sign of their own or the backend does not promise more.
     fn equality(self, case: &Case<'_, '_>) -> Equality {
         let inexact = self.op == ReduceOp::Avg && !case.world.is_power_of_two() && !case.config.ordered_sums;
-        if inexact && self.dtype.is_float() {
-            Equality::Ulps(case.world as u64)
-        } else {
-            Equality::Value
-        }
+        if inexact && self.dtype.is_float() { Equality::Ulps(case.world as u64) } else { Equality::Value }
     }
 
     fn input(self, case: &Case<'_, '_>, seed: u64, count: usize) -> Vec<u8> {
@@ -191,13 +193,7 @@ fn reduce(case: &mut Case<'_, '_>, call: Call, count: usize, root: usize, form: 
     Ok(())
 }
 
-fn scatter(
-    case: &mut Case<'_, '_>,
-    call: Call,
-    counts: &[usize],
-    in_place: bool,
-    form: Form,
-) -> Result<()> {
+fn scatter(case: &mut Case<'_, '_>, call: Call, counts: &[usize], in_place: bool, form: Form) -> Result<()> {
     let seed = case.next_seed();
     let total: usize = counts.iter().sum();
     let first: usize = counts[..case.rank].iter().sum();
@@ -218,4 +214,56 @@ fn scatter(
     })?;
     call.check(case, seed, first..first + own, &got);
     Ok(())
+}
+
+/// One checked all-reduce, for cases about something else.
+pub(super) fn simple(case: &mut Case<'_, '_>, dtype: DType, op: ReduceOp, count: usize) -> Result<()> {
+    let query = OpQuery::new(OpKind::AllReduce, dtype, count).with_reduce(op);
+    if !case.comm.supports(&query).is_supported() {
+        return Ok(());
+    }
+    let call = Call { kind: OpKind::AllReduce, dtype, op, fill: fill_for(op, false) };
+    let form = Form::Apart { send_offset: 0, recv_offset: dtype.size() };
+    all_reduce(case, call, count, form)
+}
+
+/// An all-reduce that is prepared, issued and checked at different times.
+pub(super) struct Pending {
+    call: Call,
+    count: usize,
+    seed: u64,
+    from: Region,
+    to: Region,
+}
+
+impl Pending {
+    pub(super) fn prepare(
+        case: &mut Case<'_, '_>,
+        dtype: DType,
+        op: ReduceOp,
+        count: usize,
+        index: usize,
+    ) -> Result<Self> {
+        let call = Call { kind: OpKind::AllReduce, dtype, op, fill: fill_for(op, false) };
+        let seed = case.next_seed();
+        let input = call.input(case, seed, count);
+        let from = case.arena.lay(8 + 2 * index, 0, input.len())?;
+        let to = case.arena.lay(9 + 2 * index, dtype.size(), input.len())?;
+        case.arena.put(&from, &input)?;
+        case.arena.poison(&to)?;
+        Ok(Self { call, count, seed, from, to })
+    }
+
+    pub(super) fn issue(&self, case: &Case<'_, '_>) -> Result<()> {
+        let (call, from, to) = (self.call, self.from.addr(), self.to.addr());
+        // SAFETY: both operands hold `count` elements in live memory that only this call uses until it is checked.
+        unsafe { case.comm.all_reduce(from, to, self.count, call.dtype, call.op, case.stream()) }
+    }
+
+    pub(super) fn check(self, case: &mut Case<'_, '_>) -> Result<()> {
+        let got = case.fetch(&self.to, "recv")?;
+        self.call.check(case, self.seed, 0..self.count, &got);
+        case.note_equal(&got);
+        Ok(())
+    }
 }
