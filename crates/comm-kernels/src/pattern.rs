@@ -28,7 +28,7 @@ mod number;
 
 use comm_core::{CommError, DType, ReduceOp, Result};
 
-use self::number::Number;
+pub(crate) use self::number::Number;
 
 const GAMMA: u64 = 0x9E37_79B9_7F4A_7C15;
 
@@ -214,6 +214,8 @@ macro_rules! by_dtype {
         }
     };
 }
+
+pub(crate) use by_dtype;
 
 fn whole_elements(bytes: usize, dtype: DType) -> Result<()> {
     if bytes.is_multiple_of(dtype.size()) {

@@ -4,7 +4,7 @@ use comm_core::{Element, F8E4M3, F8E5M2, ReduceOp};
 use half::{bf16, f16};
 
 /// An element type. Mirrors `Numeric` and `Magnitude` of the CUDA headers.
-pub(super) trait Number: Element {
+pub(crate) trait Number: Element {
     /// What reductions accumulate in.
     type Acc: Copy;
     /// Whether the type is a float.
