@@ -2,6 +2,7 @@
 
 use anyhow::{Result, bail};
 use comm_core::{HostFactory, Registry};
+use comm_nccl::NcclFactory;
 
 use crate::cuda_device::CudaDevice;
 use crate::device::{Device, HostDevice};
@@ -41,6 +42,7 @@ pub fn find(name: &str) -> Result<Backend> {
 pub fn registry() -> Registry {
     let mut registry = Registry::new();
     registry.register(Box::new(HostFactory::default()));
+    registry.register(Box::new(NcclFactory::new()));
     registry
 }
 
@@ -60,5 +62,5 @@ pub fn open_device(backend: &str, local_rank: usize) -> Result<Box<dyn Device>> 
 /// # Errors
 /// Why not, and what to do.
 pub fn nccl_is_there() -> Result<()> {
-    bail!("not wired up yet")
+    comm_nccl::NcclLibrary::load().map(drop).map_err(Into::into)
 }

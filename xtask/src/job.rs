@@ -28,7 +28,8 @@ pub fn spec(world: usize, mode: Mode, timeout: Duration, comm_timeout: Duration)
         world,
         mode,
         gpus: Vec::new(),
-        lease: None,
+        _lease: None,
+        standalone: false,
         timeout,
         comm_timeout,
         fault: None,
@@ -46,7 +47,7 @@ impl LaunchSpec {
             return Ok(self);
         }
         let lease: Lease = lease(available, self.world, LEASE_PATIENCE)?;
-        Ok(Self { gpus: lease.gpus().to_vec(), lease: Some(lease), ..self })
+        Ok(Self { gpus: lease.gpus().to_vec(), _lease: Some(lease), ..self })
     }
 }
 

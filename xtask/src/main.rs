@@ -31,6 +31,8 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Compile the CUDA kernels; installs NVIDIA's compiler into the target folder if there is none.
     Kernels(kernels::KernelsArgs),
+    /// Run the conformance suite, the fault tests and a bundle's test programs on worlds of GPUs.
+    TestGpus(test_gpus::TestGpusArgs),
     /// One rank of a job; started by the other commands.
     #[command(name = job::WORKER_COMMAND, hide = true)]
     RankWorker,
@@ -43,6 +45,7 @@ fn main() -> ExitCode {
         _ => signal::watch().and_then(|()| match &command {
             Command::Bench(args) => bench::run(args),
             Command::Kernels(args) => kernels::run(args),
+            Command::TestGpus(args) => test_gpus::run(args),
             Command::RankWorker => Ok(()),
         }),
     };

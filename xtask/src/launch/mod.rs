@@ -58,8 +58,10 @@ pub struct LaunchSpec {
     pub mode: Mode,
     /// The GPUs that the job may see, one per rank, as `CUDA_VISIBLE_DEVICES` spells them. Empty for none.
     pub gpus: Vec<String>,
+    /// Whether the program is no rank but starts ranks of its own: then it gets no variables that describe a job.
+    pub standalone: bool,
     /// What keeps those GPUs from other jobs as long as this one runs.
-    pub lease: Option<Lease>,
+    pub _lease: Option<Lease>,
     /// After this long everything is ended.
     pub timeout: Duration,
     /// The timeout of the ranks' communicators.

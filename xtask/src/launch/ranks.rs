@@ -91,16 +91,23 @@ pub fn start(spec: &LaunchSpec, folder: &Path) -> Result<Ranks> {
         let mut command = Command::new(&spec.program);
         command
             .args(&spec.args)
-            .envs(job_env(spec, folder, port))
-            .env("COMM_TOKEN_FILE", &token)
-            .env("RANK", rank.to_string())
-            .env("LOCAL_RANK", rank.to_string())
-            .env(EVENTS_ENV, &events)
+            .envs(MULTICAST_OFF)
             .envs(spec.env.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .process_group(0);
+        if !spec.gpus.is_empty() {
+            command.env("CUDA_VISIBLE_DEVICES", spec.gpus.join(","));
+        }
+        if !spec.standalone {
+            command
+                .envs(job_env(spec, folder, port))
+                .env("COMM_TOKEN_FILE", &token)
+                .env("RANK", rank.to_string())
+                .env("LOCAL_RANK", rank.to_string())
+                .env(EVENTS_ENV, &events);
+        }
         if spec.mode == Mode::Threads {
             command.env(THREADS_ENV, spec.world.to_string());
         } else {
@@ -141,7 +148,7 @@ fn forward(output: &mut Forwarders, label: &str, stream: impl Read + Send + 'sta
 fn job_env(spec: &LaunchSpec, folder: &Path, port: u16) -> Vec<(&'static str, OsString)> {
     let mut address = OsString::from("unix:");
     address.push(folder.join("sock"));
-    let mut env: Vec<(&'static str, OsString)> = vec![
+    vec![
         ("WORLD_SIZE", spec.world.to_string().into()),
         ("LOCAL_WORLD_SIZE", spec.world.to_string().into()),
         ("MASTER_ADDR", "127.0.0.1".into()),
@@ -149,12 +156,7 @@ fn job_env(spec: &LaunchSpec, folder: &Path, port: u16) -> Vec<(&'static str, Os
         ("COMM_RENDEZVOUS", address),
         ("COMM_JOB_ID", folder.file_name().unwrap_or_default().to_owned()),
         ("COMM_TIMEOUT_SECS", spec.comm_timeout.as_secs_f64().to_string().into()),
-    ];
-    env.extend(MULTICAST_OFF.map(|(name, value)| (name, value.into())));
-    if !spec.gpus.is_empty() {
-        env.push(("CUDA_VISIBLE_DEVICES", spec.gpus.join(",").into()));
-    }
-    env
+    ]
 }
 
 /// NVLink multicast stays off in every process that is started: it is not allowed on all machines, and where it is not,
