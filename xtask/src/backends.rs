@@ -34,7 +34,9 @@ pub const BACKENDS: [Backend; 2] = [
 pub fn find(name: &str) -> Result<Backend> {
     match BACKENDS.into_iter().find(|backend| backend.name == name) {
         Some(backend) => Ok(backend),
-        None => bail!("unknown backend {name:?}; known are {}", BACKENDS.map(|backend| backend.name).join(", ")),
+        None => {
+            bail!("unknown backend {name:?}; known are {}", BACKENDS.map(|backend| backend.name).join(", "))
+        }
     }
 }
 

@@ -34,7 +34,8 @@ impl CudaDevice {
     /// When it, or the compiled kernels, cannot be used.
     pub fn open(ordinal: usize) -> Result<Self> {
         let memory = CudaMemory::new(ordinal).with_context(|| format!("using GPU {ordinal}"))?;
-        let kernels = Kernels::load(memory.context()).context("loading the kernels that make and check data")?;
+        let kernels =
+            Kernels::load(memory.context()).context("loading the kernels that make and check data")?;
         let mismatches = memory.allocate(2 * size_of::<u64>())?;
         Ok(Self { memory, kernels, mismatches })
     }
@@ -59,7 +60,13 @@ impl Device for CudaDevice {
         Ok(())
     }
 
-    unsafe fn wrong(&self, buffer: DeviceAddr, data: &Pattern, dtype: DType, segment: &Segment) -> Result<u64> {
+    unsafe fn wrong(
+        &self,
+        buffer: DeviceAddr,
+        data: &Pattern,
+        dtype: DType,
+        segment: &Segment,
+    ) -> Result<u64> {
         let at = buffer.offset((segment.offset * dtype.size()) as u64);
         let (expected, first) = segment.content.expected();
         let stream = self.memory.stream();
@@ -68,7 +75,17 @@ impl Device for CudaDevice {
         // method's use of them ends with the download.
         unsafe {
             self.kernels.verify_reset(self.mismatches, stream)?;
-            self.kernels.verify(at, segment.count, dtype, data, expected, first, 0, self.mismatches, stream)?;
+            self.kernels.verify(
+                at,
+                segment.count,
+                dtype,
+                data,
+                expected,
+                first,
+                0,
+                self.mismatches,
+                stream,
+            )?;
             self.memory.download(&mut words, self.mismatches)?;
         }
         let (wrong, first) = words.split_at(8);

@@ -43,7 +43,13 @@ pub trait Device: Send + Sync {
     ///
     /// # Safety
     /// As [`fill`](Self::fill).
-    unsafe fn wrong(&self, buffer: DeviceAddr, data: &Pattern, dtype: DType, segment: &Segment) -> Result<u64>;
+    unsafe fn wrong(
+        &self,
+        buffer: DeviceAddr,
+        data: &Pattern,
+        dtype: DType,
+        segment: &Segment,
+    ) -> Result<u64>;
 
     /// Overwrites `bytes` bytes, so that what an earlier operation left there cannot pass.
     ///
@@ -116,7 +122,13 @@ impl Device for HostDevice {
         }
     }
 
-    unsafe fn wrong(&self, buffer: DeviceAddr, data: &Pattern, dtype: DType, segment: &Segment) -> Result<u64> {
+    unsafe fn wrong(
+        &self,
+        buffer: DeviceAddr,
+        data: &Pattern,
+        dtype: DType,
+        segment: &Segment,
+    ) -> Result<u64> {
         let size = dtype.size();
         // SAFETY: the caller vouches for the segment.
         let bytes = unsafe { self.bytes(buffer, segment.offset * size, segment.count * size) };

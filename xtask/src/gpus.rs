@@ -8,7 +8,9 @@ use nvml_wrapper::Nvml;
 /// In words: no driver, no GPU, or all hidden by `CUDA_VISIBLE_DEVICES`.
 pub fn visible() -> Result<Vec<String>, String> {
     let nvml = Nvml::init().map_err(|error| format!("no NVIDIA driver is usable here ({error})"))?;
-    let count = nvml.device_count().map_err(|error| format!("the NVIDIA driver does not count its GPUs ({error})"))?;
+    let count = nvml
+        .device_count()
+        .map_err(|error| format!("the NVIDIA driver does not count its GPUs ({error})"))?;
     let allowed = std::env::var("CUDA_VISIBLE_DEVICES").ok();
     let gpus = select(count, allowed.as_deref());
     match (count, gpus.is_empty()) {

@@ -56,7 +56,11 @@ impl LaunchSpec {
 /// # Errors
 /// As [`launch`].
 pub fn launch_job(spec: LaunchSpec, job: &Job, on_event: &mut dyn FnMut(&Message)) -> Result<LaunchReport> {
-    let file = tempfile::Builder::new().prefix("comm-job-").suffix(".json").tempfile().context("creating the job file")?;
+    let file = tempfile::Builder::new()
+        .prefix("comm-job-")
+        .suffix(".json")
+        .tempfile()
+        .context("creating the job file")?;
     serde_json::to_writer(&file, job).context("writing the job file")?;
     let mut spec = spec;
     spec.env.push((JOB_ENV.to_owned(), OsString::from(file.path())));

@@ -7,8 +7,10 @@
 
 mod backends;
 mod bench;
+mod bundle;
 mod cuda_device;
 mod device;
+mod doctor;
 mod events;
 mod gpus;
 mod job;
@@ -17,6 +19,7 @@ mod launch;
 mod rank;
 mod signal;
 mod tally;
+mod test;
 mod test_gpus;
 
 use std::process::ExitCode;
@@ -29,8 +32,14 @@ use clap::Parser;
 enum Command {
     /// Measure and verify every collective on whatever the machine has.
     Bench(bench::BenchArgs),
+    /// Put runner, tests, kernels and targets into a folder that runs on a GPU machine without cargo.
+    Bundle(bundle::BundleArgs),
+    /// Say what this machine has, what is missing and how to get it.
+    Doctor,
     /// Compile the CUDA kernels; installs NVIDIA's compiler into the target folder if there is none.
     Kernels(kernels::KernelsArgs),
+    /// Run every test that this machine can run.
+    Test(test::TestArgs),
     /// Run the conformance suite, the fault tests and a bundle's test programs on worlds of GPUs.
     TestGpus(test_gpus::TestGpusArgs),
     /// One rank of a job; started by the other commands.
@@ -44,6 +53,12 @@ fn main() -> ExitCode {
         Command::RankWorker => rank::work(),
         _ => signal::watch().and_then(|()| match &command {
             Command::Bench(args) => bench::run(args),
+            Command::Bundle(args) => bundle::run(args),
+            Command::Doctor => {
+                doctor::run();
+                Ok(())
+            }
+            Command::Test(args) => test::run(args),
             Command::Kernels(args) => kernels::run(args),
             Command::TestGpus(args) => test_gpus::run(args),
             Command::RankWorker => Ok(()),

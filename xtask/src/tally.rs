@@ -33,7 +33,8 @@ impl Tally {
         for line in output.lines() {
             if let Some(counts) = line.trim_start().strip_prefix("test result: ") {
                 let count = |word: &str| -> u64 {
-                    let before = counts.split(&[';', '.'][..]).find_map(|part| part.trim().strip_suffix(word));
+                    let before =
+                        counts.split(&[';', '.'][..]).find_map(|part| part.trim().strip_suffix(word));
                     before.and_then(|number| number.trim().parse().ok()).unwrap_or(0)
                 };
                 tally.passed += count("passed");

@@ -88,7 +88,8 @@ pub fn report(verdicts: &[Verdict], against: &Against) -> (String, usize) {
         "times in us", "ours", "best peer", "", bound
     );
     for v in verdicts {
-        let (name, time) = v.best_peer.as_ref().map_or(("-", f64::NAN), |(name, time)| (name.as_str(), *time));
+        let (name, time) =
+            v.best_peer.as_ref().map_or(("-", f64::NAN), |(name, time)| (name.as_str(), *time));
         let verdict = if v.met {
             format!("ok ({:.2}x)", v.bound / v.ours)
         } else if v.ours.is_finite() {
@@ -127,7 +128,10 @@ mod tests {
         assert_eq!(verdicts[0].best_peer, Some(("pytorch_two_shot".into(), 14.0)));
         let (text, missed) = report(&verdicts, &Against::Target);
         assert_eq!(missed, 1);
-        assert!(text.contains("all_reduce 1M") && text.contains("SLOWER") && text.contains("1 of 2 met"), "{text}");
+        assert!(
+            text.contains("all_reduce 1M") && text.contains("SLOWER") && text.contains("1 of 2 met"),
+            "{text}"
+        );
     }
 
     #[test]
@@ -135,7 +139,8 @@ mod tests {
         let targets = repository_targets();
         // NCCL takes 30.2 us at 1 MiB; 3 % more is 31.1.
         let against = "nccl".parse().unwrap();
-        let met = |us| compare(&[row(OpKind::AllReduce, 1 << 20, us)], &targets, &against, 3.0).unwrap()[0].met;
+        let met =
+            |us| compare(&[row(OpKind::AllReduce, 1 << 20, us)], &targets, &against, 3.0).unwrap()[0].met;
         assert!(met(31.0));
         assert!(!met(31.2));
     }

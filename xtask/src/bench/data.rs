@@ -80,7 +80,13 @@ pub fn encode(dtype: DType, values: impl Iterator<Item = f64>) -> Vec<u8> {
 ///
 /// # Errors
 /// When `bytes` is no whole number of elements.
-pub fn fill(bytes: &mut [u8], dtype: DType, data: &Pattern, rank: usize, first: u64) -> comm_core::Result<()> {
+pub fn fill(
+    bytes: &mut [u8],
+    dtype: DType,
+    data: &Pattern,
+    rank: usize,
+    first: u64,
+) -> comm_core::Result<()> {
     pattern::fill(bytes, dtype, data, rank, first)
 }
 

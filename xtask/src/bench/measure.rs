@@ -28,7 +28,9 @@ pub fn run(job: &BenchJob, context: &RankContext) -> Result<()> {
     let bench = Bench { job, context, device: &*device, comm: &comm };
     for (number, case) in job.cases(context.host.size()).into_iter().enumerate() {
         context.events.phase(format!("{} {}", case.op, human(case.bytes)));
-        let row = bench.case(number as u64, case).with_context(|| format!("{} of {}", case.op, human(case.bytes)))?;
+        let row = bench
+            .case(number as u64, case)
+            .with_context(|| format!("{} of {}", case.op, human(case.bytes)))?;
         if context.host.rank() == 0 {
             context.events.emit(Event::Row(Box::new(row)));
         }
@@ -54,7 +56,9 @@ impl Bench<'_> {
     fn case(&self, number: u64, case: Case) -> Result<Row> {
         let mut row = self.row(&case);
         let world = self.comm.size();
-        if let Support::No { reason } = self.comm.supports(&query(&case, world, self.job.dtype, self.job.redop)) {
+        if let Support::No { reason } =
+            self.comm.supports(&query(&case, world, self.job.dtype, self.job.redop))
+        {
             row.skipped = Some(reason);
             return Ok(row);
         }
@@ -81,7 +85,8 @@ impl Bench<'_> {
             redop: case.op.reduces().then(|| self.job.redop.name().to_owned()),
             root: rooted.then_some(ROOT),
             world: self.comm.size(),
-            graph: self.job.effort.graph && matches!(self.device.memory().kind(), comm_core::MemoryKind::Cuda { .. }),
+            graph: self.job.effort.graph
+                && matches!(self.device.memory().kind(), comm_core::MemoryKind::Cuda { .. }),
             bytes: case.bytes,
             count: case.count as u64,
             norm: case.norm,
@@ -98,9 +103,8 @@ impl Bench<'_> {
         let send = Buffer::new(memory, operands.send_count * size)?;
         let recv = Buffer::new(memory, operands.recv_count * size)?;
         // SAFETY: `Operands` sized both buffers; they outlive the work, which `verify` and `time` wait for.
-        let mut issue = || unsafe {
-            operands.issue(&**self.comm, send.addr, recv.addr, dtype, memory.stream())
-        };
+        let mut issue =
+            || unsafe { operands.issue(&**self.comm, send.addr, recv.addr, dtype, memory.stream()) };
         // SAFETY: the segments are inside the buffers that were sized by the same operands.
         unsafe {
             self.device.poison(recv.addr, recv.bytes)?;
@@ -117,19 +121,28 @@ impl Bench<'_> {
         self.timing(case, &samples.means, &samples.singles, wrong)
     }
 
-    fn in_place(&self, operands: &Operands, places: (usize, usize), data: &Pattern, case: &Case) -> Result<Timing> {
+    fn in_place(
+        &self,
+        operands: &Operands,
+        places: (usize, usize),
+        data: &Pattern,
+        case: &Case,
+    ) -> Result<Timing> {
         let dtype = self.job.dtype;
         let size = dtype.size();
         let memory = self.device.memory();
         let elements = (places.0 + operands.send_count).max(places.1 + operands.recv_count);
         let both = Buffer::new(memory, elements * size)?;
-        let (send, recv) = (both.addr.offset((places.0 * size) as u64), both.addr.offset((places.1 * size) as u64));
+        let (send, recv) =
+            (both.addr.offset((places.0 * size) as u64), both.addr.offset((places.1 * size) as u64));
         let input = Segment { offset: places.0, ..operands.input() };
-        let output: Vec<Segment> =
-            operands.output().iter().map(|part| Segment { offset: part.offset + places.1, ..*part }).collect();
+        let output: Vec<Segment> = operands
+            .output()
+            .iter()
+            .map(|part| Segment { offset: part.offset + places.1, ..*part })
+            .collect();
         // SAFETY: the buffer spans both operands; it outlives the work, which `verify` and `time` wait for.
-        let mut issue =
-            || unsafe { operands.issue(&**self.comm, send, recv, dtype, memory.stream()) };
+        let mut issue = || unsafe { operands.issue(&**self.comm, send, recv, dtype, memory.stream()) };
         // SAFETY: the segments are inside the buffer.
         unsafe {
             self.device.poison(both.addr, both.bytes)?;

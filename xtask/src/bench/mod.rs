@@ -29,6 +29,8 @@ use crate::gpus;
 use crate::job;
 use crate::launch::{LaunchSpec, Mode};
 use crate::rank::Job;
+pub use sizes::human;
+
 use plan::{BenchJob, Effort};
 use row::Row;
 
@@ -156,7 +158,8 @@ fn backend_names(args: &BenchArgs) -> Vec<String> {
 fn run_backend(args: &BenchArgs, backend: Backend) -> Result<Vec<Row>> {
     let (job, spec) = prepare(args, backend)?;
     let total = job.cases(spec.world).len() as u64;
-    let bar = ProgressBar::new(total).with_style(ProgressStyle::with_template("{pos}/{len} {msg} {elapsed}")?);
+    let bar =
+        ProgressBar::new(total).with_style(ProgressStyle::with_template("{pos}/{len} {msg} {elapsed}")?);
     let printer = bar.clone();
     let output: crate::launch::LineSink = std::sync::Arc::new(move |line: &str| {
         printer.suspend(|| eprintln!("{line}"));

@@ -96,7 +96,8 @@ pub fn measure(bench: &Bench<'_>, number: u64, case: &Case, row: &mut Row) -> Re
             weight_offset: WEIGHT_OFFSET,
         };
         // SAFETY: as above; the residual's own rows are inside the buffer of all rows.
-        let mut issue = || unsafe { bench.comm.all_reduce_rmsnorm_two_group(&**bench.comm, &args, memory.stream()) };
+        let mut issue =
+            || unsafe { bench.comm.all_reduce_rmsnorm_two_group(&**bench.comm, &args, memory.stream()) };
         // It overwrites its input, so the first operation alone has a known result.
         issue()?;
         let wrong = values.wrong(&download(bench, input.addr, matrix)?, &expected.1, 2);
@@ -149,9 +150,11 @@ impl Values {
         for row in residual.chunks(self.hidden) {
             let mean = row.iter().map(|r| r * r).sum::<f64>() / self.hidden as f64;
             let scale = 1.0 / (mean + f64::from(EPS)).sqrt();
-            output.extend(row.iter().enumerate().map(|(h, r)| {
-                r * scale * (value(&self.weight, h) + f64::from(WEIGHT_OFFSET))
-            }));
+            output.extend(
+                row.iter()
+                    .enumerate()
+                    .map(|(h, r)| r * scale * (value(&self.weight, h) + f64::from(WEIGHT_OFFSET))),
+            );
         }
         (residual, output)
     }
@@ -187,7 +190,10 @@ mod tests {
         assert_eq!(residual[3], 4.0);
         let unweighted: f64 =
             output[..8].iter().enumerate().map(|(h, o)| (o / (0.5 + (h % 4) as f64 * 0.25)).powi(2)).sum();
-        assert!((unweighted / 8.0 - 1.0).abs() < 1e-4, "the mean square of a normalised row is 1: {unweighted}");
+        assert!(
+            (unweighted / 8.0 - 1.0).abs() < 1e-4,
+            "the mean square of a normalised row is 1: {unweighted}"
+        );
         let mut bytes = encode(DType::BF16, output.iter().copied());
         assert_eq!(values.wrong(&bytes, &output, 2), 0);
         bytes[7] ^= 0x40;

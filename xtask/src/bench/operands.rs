@@ -79,9 +79,9 @@ impl Operands {
             }
             OpKind::ReduceScatter => whole(reduced(rank * count)),
             OpKind::ReduceScatterV => whole(reduced(self.counts[..rank].iter().sum())),
-            OpKind::AllToAll => {
-                (0..world).map(|r| Segment { offset: r * count, count, content: of(r, rank * count) }).collect()
-            }
+            OpKind::AllToAll => (0..world)
+                .map(|r| Segment { offset: r * count, count, content: of(r, rank * count) })
+                .collect(),
             OpKind::Group => whole(of((rank + world - 1) % world, 0)),
             OpKind::Send if rank % 2 == 1 => whole(of(rank - 1, 0)),
             OpKind::AllGather2d => {
@@ -155,7 +155,9 @@ impl Operands {
                 OpKind::Send if rank % 2 == 1 => comm.recv(recv, count, dtype, rank - 1, stream),
                 OpKind::Send if rank + 1 < world => comm.send(send, count, dtype, rank + 1, stream),
                 OpKind::Send => Ok(()),
-                other => Err(comm_core::CommError::unsupported(other, "bench", "it has no benchmark of its own")),
+                other => {
+                    Err(comm_core::CommError::unsupported(other, "bench", "it has no benchmark of its own"))
+                }
             }
         }
     }
@@ -164,7 +166,9 @@ impl Operands {
 /// What a query about a case asks for.
 pub fn query(case: &Case, world: usize, dtype: comm_core::DType, redop: ReduceOp) -> comm_core::OpQuery {
     let count = match case.op {
-        OpKind::AllGatherV | OpKind::ReduceScatterV => uneven(case.count, world).into_iter().max().unwrap_or(0),
+        OpKind::AllGatherV | OpKind::ReduceScatterV => {
+            uneven(case.count, world).into_iter().max().unwrap_or(0)
+        }
         _ => case.norm.map_or(case.count, |NormShape { tokens, hidden }| tokens * hidden),
     };
     let query = comm_core::OpQuery::new(case.op, dtype, count);
@@ -183,7 +187,13 @@ mod tests {
     fn outputs_cover_the_receive_buffer_exactly_once() {
         use OpKind as O;
         for op in [
-            O::AllReduce, O::AllGather, O::AllGatherV, O::ReduceScatter, O::ReduceScatterV, O::Broadcast, O::AllToAll,
+            O::AllReduce,
+            O::AllGather,
+            O::AllGatherV,
+            O::ReduceScatter,
+            O::ReduceScatterV,
+            O::Broadcast,
+            O::AllToAll,
             O::Group,
         ] {
             for rank in 0..4 {

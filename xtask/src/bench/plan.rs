@@ -133,11 +133,21 @@ mod tests {
 
     #[test]
     fn sizes_mean_the_full_buffer() {
-        let cases = job(vec![OpKind::AllReduce, OpKind::AllGather, OpKind::AllReduceRmsNorm, OpKind::Barrier]).cases(8);
+        let cases =
+            job(vec![OpKind::AllReduce, OpKind::AllGather, OpKind::AllReduceRmsNorm, OpKind::Barrier])
+                .cases(8);
         let sums: Vec<_> = cases.iter().map(|case| (case.count, case.bytes)).collect();
         assert_eq!(
             sums,
-            [(500, 1000), (1 << 19, 1 << 20), (62, 992), (1 << 16, 1 << 20), (8192, 16384), (32768, 65536), (0, 0)]
+            [
+                (500, 1000),
+                (1 << 19, 1 << 20),
+                (62, 992),
+                (1 << 16, 1 << 20),
+                (8192, 16384),
+                (32768, 65536),
+                (0, 0)
+            ]
         );
     }
 

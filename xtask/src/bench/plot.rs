@@ -49,7 +49,12 @@ fn curves(rows: &[Row], value: impl Fn((f64, f64)) -> f64) -> Curves {
     curves
 }
 
-fn draw(area: &DrawingArea<SVGBackend<'_>, plotters::coord::Shift>, title: &str, unit: &str, curves: &Curves) -> Result<()> {
+fn draw(
+    area: &DrawingArea<SVGBackend<'_>, plotters::coord::Shift>,
+    title: &str,
+    unit: &str,
+    curves: &Curves,
+) -> Result<()> {
     let failed = |error: &dyn std::fmt::Display| anyhow!("drawing {title}: {error}");
     let xs = span(curves.values().flatten().map(|point| point.0), 1.1);
     let ys = span(curves.values().flatten().map(|point| point.1), 1.5);
@@ -131,7 +136,15 @@ mod tests {
             .collect();
         plot(&path, &rows).unwrap();
         let svg = std::fs::read_to_string(&path).unwrap();
-        for part in ["<svg", "microseconds", "GB/s", "bytes of the full buffer", "all_reduce nccl x8", "all_gather nccl", "1M"] {
+        for part in [
+            "<svg",
+            "microseconds",
+            "GB/s",
+            "bytes of the full buffer",
+            "all_reduce nccl x8",
+            "all_gather nccl",
+            "1M",
+        ] {
             assert!(svg.contains(part), "the plot lacks {part:?}");
         }
         assert!(svg.matches("<polyline").count() >= 4, "a curve per operation in both halves");

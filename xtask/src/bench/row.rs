@@ -72,7 +72,9 @@ impl Timing {
 pub fn bus_factor(op: OpKind, world: usize) -> f64 {
     let n = world as f64;
     match op {
-        OpKind::AllReduce | OpKind::AllReduceRmsNorm | OpKind::AllReduceRmsNormTwoGroup => 2.0 * (n - 1.0) / n,
+        OpKind::AllReduce | OpKind::AllReduceRmsNorm | OpKind::AllReduceRmsNormTwoGroup => {
+            2.0 * (n - 1.0) / n
+        }
         OpKind::AllGather
         | OpKind::AllGatherV
         | OpKind::AllGather2d

@@ -24,10 +24,14 @@ pub fn parse_sizes(text: &str) -> Result<Vec<u64>> {
                     }
                     None => (rest, 2),
                 };
-                let (first, last): (u64, u64) = (parse_size(first)?, parse_size(last.trim_start_matches('='))?);
+                let (first, last): (u64, u64) =
+                    (parse_size(first)?, parse_size(last.trim_start_matches('='))?);
                 ensure!(factor >= 2, "the factor of {part:?} must be at least 2");
                 ensure!(0 < first && first <= last, "the range {part:?} is empty");
-                sizes.extend(std::iter::successors(Some(first), |&size| size.checked_mul(factor)).take_while(|&s| s <= last));
+                sizes.extend(
+                    std::iter::successors(Some(first), |&size| size.checked_mul(factor))
+                        .take_while(|&s| s <= last),
+                );
             }
         }
     }
@@ -49,7 +53,8 @@ pub fn parse_size(text: &str) -> Result<u64> {
         "g" | "gb" | "gib" => 30,
         _ => bail!("{text:?} is not a size; write for example 512, 4K, 1M or 1G"),
     };
-    let number: u64 = number.parse().with_context(|| format!("{text:?} is not a size; write for example 4K"))?;
+    let number: u64 =
+        number.parse().with_context(|| format!("{text:?} is not a size; write for example 4K"))?;
     number
         .checked_mul(1 << shift)
         .filter(|&size| size <= LARGEST)
@@ -87,7 +92,9 @@ mod tests {
 
     #[test]
     fn nonsense_is_named() {
-        for text in ["", "1X", "K", "8K..1K", "0..8", "1K..8K*1", "1K..8K*x", "99999999999999999999", "9999999G"] {
+        for text in
+            ["", "1X", "K", "8K..1K", "0..8", "1K..8K*1", "1K..8K*x", "99999999999999999999", "9999999G"]
+        {
             let error = format!("{:#}", parse_sizes(text).unwrap_err());
             assert!(!error.is_empty(), "{text}");
         }

@@ -8,8 +8,23 @@ pub fn header() -> String {
     let units = format!("{:>9} {:>8} {:>8} {:>7}", "(us)", "(GB/s)", "(GB/s)", "");
     format!(
         "#{:>75} {:>36}\n#{:>12} {:>13} {:>7} {:>6} {:>5}  {form}   {form}  {:>9} {:>9}  {}\n#{:>12} {:>13} {:>7} {:>6} {:>5}  {units}   {units}  {:>9} {:>9}",
-        "out-of-place", "in-place", "size", "count", "type", "redop", "root", "p50", "p99", "backend", "(B)", "(elements)", "", "", "",
-        "(us)", "(us)"
+        "out-of-place",
+        "in-place",
+        "size",
+        "count",
+        "type",
+        "redop",
+        "root",
+        "p50",
+        "p99",
+        "backend",
+        "(B)",
+        "(elements)",
+        "",
+        "",
+        "",
+        "(us)",
+        "(us)"
     )
 }
 
@@ -29,7 +44,8 @@ pub fn line(row: &Row) -> String {
     }
     let first = row.out_of_place.or(row.in_place);
     let (p50, p99) = first.map_or_else(|| ("-".into(), "-".into()), |t| (number(t.p50), number(t.p99)));
-    let shape = row.norm.map_or_else(String::new, |norm| format!("  tokens {} hidden {}", norm.tokens, norm.hidden));
+    let shape =
+        row.norm.map_or_else(String::new, |norm| format!("  tokens {} hidden {}", norm.tokens, norm.hidden));
     format!(
         "{head}  {}   {}  {p50:>9} {p99:>9}  {}{shape}",
         form(row.out_of_place.as_ref()),

@@ -139,7 +139,8 @@ impl Targets {
     /// # Errors
     /// When it cannot be read, has another schema, or holds figures that cannot be.
     pub fn load(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).with_context(|| format!("reading targets {}", path.display()))?;
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("reading targets {}", path.display()))?;
         let targets: Self =
             serde_json::from_str(&text).with_context(|| format!("reading targets {}", path.display()))?;
         ensure!(
@@ -184,14 +185,18 @@ pub(crate) mod tests {
     use comm_core::OpKind;
 
     pub(crate) fn repository_targets() -> Targets {
-        Targets::load(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../bench/targets/8xh200.json"))).unwrap()
+        Targets::load(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../bench/targets/8xh200.json")))
+            .unwrap()
     }
 
     #[test]
     fn the_repositorys_file_is_complete() {
         let targets = repository_targets();
         let of = |op: &str| targets.collectives.iter().filter(|t| t.op == op).count();
-        assert_eq!([of("all_reduce"), of("all_gather"), of("reduce_scatter"), of("broadcast")], [16, 7, 7, 7]);
+        assert_eq!(
+            [of("all_reduce"), of("all_gather"), of("reduce_scatter"), of("broadcast")],
+            [16, 7, 7, 7]
+        );
         assert_eq!((targets.norms.len(), targets.gemms.len()), (7, 9));
         for t in &targets.collectives {
             assert!(OpKind::COLLECTIVES.iter().any(|op| op.name() == t.op), "{} is no operation", t.op);

@@ -85,9 +85,12 @@ mod tests {
         let fault: Fault = "kill:3@graph".parse().unwrap();
         assert_eq!(fault, Fault { kind: FaultKind::Kill, rank: 3, case: Some("graph".into()) });
         assert_eq!("cuda-error:0".parse::<Fault>().unwrap().kind, FaultKind::CudaError);
-        for (text, part) in
-            [("kill", "KIND:RANK"), ("melt:1", "known are kill"), ("stop:x", "not a rank"), ("stop:1@y", "eager")]
-        {
+        for (text, part) in [
+            ("kill", "KIND:RANK"),
+            ("melt:1", "known are kill"),
+            ("stop:x", "not a rank"),
+            ("stop:1@y", "eager"),
+        ] {
             let message = text.parse::<Fault>().unwrap_err().to_string();
             assert!(message.contains(part), "{text}: {message}");
         }

@@ -60,7 +60,8 @@ fn running_in(groups: &[Pid]) -> Vec<(u32, i32)> {
         let Some((_, fields)) = stat.rsplit_once(") ") else { continue };
         let mut fields = fields.split(' ');
         let (state, _, group) = (fields.next(), fields.next(), fields.next());
-        let Some(group) = group.and_then(|group| group.parse().ok()).filter(|group| groups.contains(group)) else {
+        let Some(group) = group.and_then(|group| group.parse().ok()).filter(|group| groups.contains(group))
+        else {
             continue;
         };
         if !matches!(state, Some("Z" | "X")) {
@@ -78,7 +79,9 @@ fn mapped_shm_files() -> BTreeSet<PathBuf> {
             continue;
         }
         let Ok(maps) = std::fs::read_to_string(process.path().join("maps")) else { continue };
-        mapped.extend(maps.lines().filter_map(|line| line.find("/dev/shm/").map(|at| PathBuf::from(&line[at..]))));
+        mapped.extend(
+            maps.lines().filter_map(|line| line.find("/dev/shm/").map(|at| PathBuf::from(&line[at..]))),
+        );
     }
     mapped
 }

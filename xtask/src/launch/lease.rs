@@ -68,7 +68,8 @@ fn lease_in(dir: &Path, available: &[String], count: usize, patience: Duration) 
 }
 
 fn try_lock(dir: &Path, gpu: &str) -> Result<Option<File>> {
-    let name: String = gpu.chars().map(|c| if c.is_ascii_alphanumeric() || c == '-' { c } else { '_' }).collect();
+    let name: String =
+        gpu.chars().map(|c| if c.is_ascii_alphanumeric() || c == '-' { c } else { '_' }).collect();
     let path = dir.join(format!("gpu-{name}.lock"));
     let file = OpenOptions::new()
         .create(true)

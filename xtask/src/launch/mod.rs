@@ -24,6 +24,7 @@ use crate::events::Message;
 pub use fault::{Fault, FaultKind};
 pub use lease::{Lease, lease};
 pub use output::{LineSink, stderr_sink};
+pub use ranks::MULTICAST_OFF;
 
 /// How a world's ranks run.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, Serialize, Deserialize)]

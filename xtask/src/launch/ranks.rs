@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use rustix::process::{Pid, Signal, kill_process_group, set_parent_process_death_signal};
 use rustix::thread::CpuSet;
 
-use crate::events::{EVENTS_ENV, EventTail, Event, Message};
+use crate::events::{EVENTS_ENV, Event, EventTail, Message};
 use crate::launch::output::Forwarders;
 use crate::launch::{LaunchSpec, Mode, THREADS_ENV};
 
@@ -125,9 +125,8 @@ pub fn start(spec: &LaunchSpec, folder: &Path) -> Result<Ranks> {
                 Ok(())
             });
         }
-        let mut child = command
-            .spawn()
-            .with_context(|| format!("starting {} as rank {rank}", spec.program.display()))?;
+        let mut child =
+            command.spawn().with_context(|| format!("starting {} as rank {rank}", spec.program.display()))?;
         let label = if spec.mode == Mode::Threads { "threads".to_owned() } else { rank.to_string() };
         if let Some(stdout) = child.stdout.take() {
             forward(&mut started.output, &label, stdout, spec);
@@ -136,7 +135,14 @@ pub fn start(spec: &LaunchSpec, folder: &Path) -> Result<Ranks> {
             forward(&mut started.output, &label, stderr, spec);
         }
         let group = Pid::from_child(&child);
-        started.ranks.push(Rank { child, group, tail, last_phase: "starting".into(), done: false, ended: None });
+        started.ranks.push(Rank {
+            child,
+            group,
+            tail,
+            last_phase: "starting".into(),
+            done: false,
+            ended: None,
+        });
     }
     Ok(started)
 }

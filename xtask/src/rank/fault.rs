@@ -134,10 +134,16 @@ fn go_on(job: &FaultJob, context: &RankContext, device: &dyn Device) -> Result<(
         device.wrong(recv.addr, &pattern, dtype, &whole(Content::Reduced { op, first: 0 }))?
     };
     comm.close()?;
+    // The first of the survivors relays the others' calls, so nobody leaves before all are through.
+    host.all_gather(&0_u8)?;
     if wrong > 0 { bail!("{wrong} of {COUNT} elements are wrong") } else { Ok(()) }
 }
 
-fn create(job: &FaultJob, host: &Arc<dyn HostComm>, device: &dyn Device) -> Result<Arc<dyn DeviceComm>, CommError> {
+fn create(
+    job: &FaultJob,
+    host: &Arc<dyn HostComm>,
+    device: &dyn Device,
+) -> Result<Arc<dyn DeviceComm>, CommError> {
     let context = CreateContext {
         host: Arc::clone(host),
         memory: device.memory().kind(),

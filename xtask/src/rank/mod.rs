@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use comm_core::{
-    CommError, CreateContext, Deadline, DeviceComm, DeviceMemory, HostComm, Rendezvous, RendezvousAddress, ThreadComm,
+    CommError, CreateContext, Deadline, DeviceComm, DeviceMemory, HostComm, Rendezvous, RendezvousAddress,
+    ThreadComm,
 };
 use serde::{Deserialize, Serialize};
 
@@ -114,10 +115,13 @@ impl RankContext {
 /// # Errors
 /// When this process was not started by the launcher, cannot meet the other ranks, or its work fails.
 pub fn work() -> Result<()> {
-    let path = std::env::var_os(JOB_ENV).with_context(|| format!("{JOB_ENV} is not set: rank-worker is started by xtask itself"))?;
+    let path = std::env::var_os(JOB_ENV)
+        .with_context(|| format!("{JOB_ENV} is not set: rank-worker is started by xtask itself"))?;
     let path = Path::new(&path);
-    let text = std::fs::read_to_string(path).with_context(|| format!("reading the job {}", path.display()))?;
-    let job: Job = serde_json::from_str(&text).with_context(|| format!("reading the job {}", path.display()))?;
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("reading the job {}", path.display()))?;
+    let job: Job =
+        serde_json::from_str(&text).with_context(|| format!("reading the job {}", path.display()))?;
     match std::env::var(THREADS_ENV) {
         Ok(world) => {
             let world = world.parse().with_context(|| format!("{THREADS_ENV}={world}"))?;
@@ -144,8 +148,10 @@ fn work_as_process(job: &Job) -> Result<()> {
     let local_rank = comm_core::local_rank_from_env().unwrap_or(rendezvous.rank);
     let host: Arc<dyn HostComm> = Arc::new(rendezvous.connect()?);
     let again = Again::Processes(rendezvous);
-    let result = run_rank(job, &RankContext { host: Arc::clone(&host), local_rank, events: events.clone(), again });
-    if result.is_ok() && host.poll().is_ok() {
+    let result =
+        run_rank(job, &RankContext { host: Arc::clone(&host), local_rank, events: events.clone(), again });
+    let all_are_left = !matches!(job, Job::Fault(_));
+    if all_are_left && result.is_ok() && host.poll().is_ok() {
         // Rank 0's process relays the others' calls, so nobody leaves before all are through.
         host.barrier(Deadline::after(host.timeout()))?;
     }
@@ -177,7 +183,8 @@ fn run_rank(job: &Job, context: &RankContext) -> Result<()> {
     if let Err(error) = &result {
         // The others need not wait for their timeouts, and learn why.
         let cause = error.downcast_ref::<CommError>().cloned();
-        let cause = cause.unwrap_or_else(|| CommError::Io { context: "rank".into(), message: format!("{error:#}") });
+        let cause =
+            cause.unwrap_or_else(|| CommError::Io { context: "rank".into(), message: format!("{error:#}") });
         context.host.report_failure(&cause);
     }
     result

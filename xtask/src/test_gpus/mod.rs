@@ -129,7 +129,9 @@ fn cannot_run(world: &World, gpus: &Result<Vec<String>, String>) -> Option<Strin
         Ok(gpus) if gpus.len() < world.size => {
             Some(format!("{} ranks need {} GPUs; {} are usable", world.size, world.size, gpus.len()))
         }
-        Ok(_) => backends::nccl_is_there().err().filter(|_| world.backend.name == "nccl").map(|e| format!("{e:#}")),
+        Ok(_) => {
+            backends::nccl_is_there().err().filter(|_| world.backend.name == "nccl").map(|e| format!("{e:#}"))
+        }
     }
 }
 
@@ -160,7 +162,8 @@ fn conformance(args: &TestGpusArgs, world: &World, gpus: &[String], tally: &mut 
     if !wanted {
         return Ok(());
     }
-    let job = Job::Conformance(ConformanceJob { backend: world.backend.name.into(), filter, quick: args.quick });
+    let job =
+        Job::Conformance(ConformanceJob { backend: world.backend.name.into(), filter, quick: args.quick });
     let timeout = Duration::from_secs(args.timeout);
     let spec = job::spec(world.size, world.mode, timeout, Duration::from_secs(10))?;
     let spec = spec.with_gpus(gpus, world.backend.on_gpus)?;

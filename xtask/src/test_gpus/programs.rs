@@ -77,7 +77,9 @@ fn programs() -> Result<Vec<PathBuf>> {
     let Some(folder) = exe.parent().map(|folder| folder.join("tests")) else { return Ok(Vec::new()) };
     let Ok(entries) = std::fs::read_dir(&folder) else { return Ok(Vec::new()) };
     let mut programs: Vec<PathBuf> = (entries.flatten())
-        .filter(|entry| entry.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0))
+        .filter(|entry| {
+            entry.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+        })
         .map(|entry| entry.path())
         .collect();
     programs.sort();

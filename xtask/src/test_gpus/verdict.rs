@@ -92,7 +92,9 @@ fn judge_survivor(evidence: &Evidence<'_>, seen: &Seen) -> Result<(), String> {
     let since = |start: u64| Duration::from_nanos(seen.returned.saturating_sub(start));
     match evidence.fault.kind {
         FaultKind::Kill => {
-            let CommError::PeerDied { rank, .. } = error else { return Err(format!("not PeerDied: {error}")) };
+            let CommError::PeerDied { rank, .. } = error else {
+                return Err(format!("not PeerDied: {error}"));
+            };
             if *rank != culprit {
                 return Err(format!("blamed rank {rank}: {error}"));
             }
@@ -102,7 +104,9 @@ fn judge_survivor(evidence: &Evidence<'_>, seen: &Seen) -> Result<(), String> {
             within(since(at), limit)
         }
         FaultKind::Stop | FaultKind::Late => {
-            let CommError::Timeout { missing, .. } = error else { return Err(format!("not Timeout: {error}")) };
+            let CommError::Timeout { missing, .. } = error else {
+                return Err(format!("not Timeout: {error}"));
+            };
             if !missing.contains(&culprit) {
                 return Err(format!("rank {culprit} is not among the missing: {error}"));
             }
@@ -113,7 +117,9 @@ fn judge_survivor(evidence: &Evidence<'_>, seen: &Seen) -> Result<(), String> {
             within(waited, evidence.timeout + LATE)
         }
         FaultKind::CudaError | FaultKind::Abort => {
-            let CommError::PeerFailed { rank, .. } = error else { return Err(format!("not PeerFailed: {error}")) };
+            let CommError::PeerFailed { rank, .. } = error else {
+                return Err(format!("not PeerFailed: {error}"));
+            };
             if *rank != culprit {
                 return Err(format!("blamed rank {rank}: {error}"));
             }
@@ -174,7 +180,10 @@ mod tests {
         };
         assert!(problems(FaultKind::Stop, &timeout(&[1], 4300), CaseResult::Passed).is_empty());
         assert!(problems(FaultKind::Stop, &timeout(&[1], 4600), CaseResult::Passed)[0].contains("more than"));
-        assert!(problems(FaultKind::Late, &timeout(&[1], 3000), CaseResult::Passed)[0].contains("before the timeout"));
+        assert!(
+            problems(FaultKind::Late, &timeout(&[1], 3000), CaseResult::Passed)[0]
+                .contains("before the timeout")
+        );
         assert!(problems(FaultKind::Stop, &timeout(&[0], 4300), CaseResult::Passed)[0].contains("not among"));
     }
 
