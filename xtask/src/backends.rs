@@ -43,7 +43,7 @@ pub fn find(name: &str) -> Result<Backend> {
 /// A registry of all of them.
 pub fn registry() -> Registry {
     let mut registry = Registry::new();
-    registry.register(Box::new(HostFactory::default()));
+    registry.register(Box::new(HostFactory));
     registry.register(Box::new(NcclFactory::new()));
     registry
 }

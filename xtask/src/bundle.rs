@@ -100,12 +100,12 @@ fn build(args: &[&str], wanted: impl Fn(&serde_json::Value) -> bool) -> Result<V
     let mut programs = Vec::new();
     for line in output.stdout.split(|&byte| byte == b'\n') {
         let Ok(message) = serde_json::from_slice::<serde_json::Value>(line) else { continue };
-        if message["reason"] == "compiler-artifact" && wanted(&message) {
-            if let (Some(name), Some(path)) =
-                (message["target"]["name"].as_str(), message["executable"].as_str())
-            {
-                programs.push((name.to_owned(), PathBuf::from(path)));
-            }
+        if message["reason"] == "compiler-artifact"
+            && wanted(&message)
+            && let Some(name) = message["target"]["name"].as_str()
+            && let Some(path) = message["executable"].as_str()
+        {
+            programs.push((name.to_owned(), PathBuf::from(path)));
         }
     }
     Ok(programs)

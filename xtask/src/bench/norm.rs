@@ -171,8 +171,7 @@ impl Values {
         let elements = bytes.chunks_exact(self.dtype.size());
         let wrong = elements.zip(expected).filter(|(element, expected)| {
             let off = (read(self.dtype, element) - **expected).abs();
-            // Written so that NaN counts as wrong.
-            !(off <= slack * expected.abs())
+            off.is_nan() || off > slack * expected.abs()
         });
         wrong.count() as u64
     }
