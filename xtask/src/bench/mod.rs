@@ -211,7 +211,7 @@ fn prepare(args: &BenchArgs, backend: Backend) -> Result<(BenchJob, LaunchSpec)>
             warmup: args.warmup,
             reps: args.reps,
             graph: !args.no_graph || args.graph,
-            budget_us: 60_000.0,
+            budget_us: 40_000.0,
         },
     };
     ensure!(job.hidden > 0, "--hidden must be at least 1");
