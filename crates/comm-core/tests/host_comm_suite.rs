@@ -1,5 +1,5 @@
 //! What every host communicator does, run on each of them: threads, unix socket, TCP.
-#![allow(missing_docs, reason = "tests")]
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
 mod host_comm_util;
 
@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
-use comm_core::{CommError, Deadline, HostComm, HostCommExt, HostReduceOp, OpKind};
+use comm_core::{CommError, Deadline, HostCommExt, HostReduceOp, OpKind};
 use host_comm_util::{Kind, create, run, within};
 
 const T: Duration = Duration::from_secs(10);
@@ -112,7 +112,7 @@ fn split_groups_have_names_orders_and_calls_of_their_own(kind: Kind) {
         let color = [Some(0), Some(1), Some(0), Some(1), None][comm.rank()];
         // Keys turn the order round in group 0 and are equal in group 1.
         let key = if color == Some(0) { -(comm.rank() as i64) } else { 0 };
-        let Some(group) = comm.split(color, key, Deadline::after(T)).unwrap() else { return None };
+        let group = comm.split(color, key, Deadline::after(T)).unwrap()?;
         for call in 0..color.unwrap() * 3 + 1 {
             assert_eq!(group.all_gather(&call).unwrap(), vec![call; 2]);
         }
@@ -317,7 +317,7 @@ fn a_failure_in_one_group_leaves_others_alone(kind: Kind) {
 }
 
 fn a_dropped_handle_is_no_failure_until_it_is_needed(kind: Kind) {
-    let dropped = Barrier::new(3);
+    let (dropped, polled) = (Barrier::new(3), Barrier::new(2));
     run(kind, 3, T, |comm| {
         comm.barrier(Deadline::after(T)).unwrap();
         if comm.rank() == 1 {
@@ -328,6 +328,7 @@ fn a_dropped_handle_is_no_failure_until_it_is_needed(kind: Kind) {
         dropped.wait();
         std::thread::sleep(Duration::from_millis(50));
         comm.poll().unwrap();
+        polled.wait();
         let error = comm.barrier(Deadline::after(T)).unwrap_err();
         assert!(matches!(error, CommError::PeerDied { rank: 1, .. }), "{error:?}");
     });

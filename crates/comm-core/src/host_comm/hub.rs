@@ -6,7 +6,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
@@ -16,36 +16,13 @@ use crate::host_comm::Deadline;
 use crate::host_comm::handshake::Identity;
 use crate::host_comm::message::{FromHub, ToHub, decode_head, encode_head};
 use crate::host_comm::newcomers::Newcomers;
+use crate::host_comm::passed_on::PassedOn;
 use crate::host_comm::rounds::{Groups, Part, Reply};
 use crate::host_comm::transport::{Listener, timespec};
 use crate::host_comm::wire::{FDS_LIMIT, Frame, OutQueue, Receiver, Segment, WireError};
 
 /// How long the hub goes on trying to tell ranks that the rendezvous failed.
 const FAREWELL: Duration = Duration::from_millis(500);
-
-/// Becomes true when what rank 0's process last said has been passed on to the other ranks.
-#[derive(Default)]
-pub(super) struct PassedOn {
-    done: Mutex<bool>,
-    changed: Condvar,
-}
-
-impl PassedOn {
-    fn set(&self) {
-        *self.done.lock().unwrap_or_else(PoisonError::into_inner) = true;
-        self.changed.notify_all();
-    }
-
-    /// Waits for it, at most `limit`.
-    pub(super) fn wait(&self, limit: Duration) {
-        let deadline = Deadline::after(limit);
-        let mut done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
-        while !*done && !deadline.has_passed() {
-            let waited = self.changed.wait_timeout(done, deadline.remaining());
-            done = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-}
 
 /// What a hub is started with.
 pub(super) struct HubConfig {
@@ -74,11 +51,17 @@ struct Connection {
     out: OutQueue,
 }
 
+/// A frame ready to be queued.
+struct Encoded {
+    segments: Vec<Segment>,
+    fds: Option<Arc<[OwnedFd]>>,
+}
+
 /// Rank 0's answer to a round, which waits until the other ranks' answers have left this process.
 struct Held {
     group: u64,
     seq: u64,
-    frames: Vec<(Vec<Segment>, Option<Arc<[OwnedFd]>>)>,
+    frame: Encoded,
     /// Ranks, and how much of their queues has to be written.
     after: Vec<(usize, u64)>,
 }
@@ -87,6 +70,8 @@ struct Hub {
     identity: Identity,
     newcomers: Option<Newcomers>,
     ranks: Vec<Option<Connection>>,
+    /// Ranks that came to the rendezvous and gave up.
+    withdrawn: Vec<bool>,
     groups: Groups,
     deadline: Deadline,
     formed: bool,
@@ -113,6 +98,7 @@ impl Hub {
             identity: config.identity,
             newcomers: config.listener.map(Newcomers::new),
             ranks,
+            withdrawn: vec![false; size],
             groups: Groups::new(size),
             deadline: config.deadline,
             formed: false,
@@ -146,19 +132,19 @@ impl Hub {
         let taken = self.ranks.iter().map(Option::is_some).collect();
         for newcomer in newcomers.serve(&self.identity, taken) {
             let mut connection = Connection::new(newcomer.fd);
-            connection.queue(vec![Segment::Bytes(Arc::from(newcomer.welcome))], None);
+            let segments = vec![Segment::Bytes(Arc::from(newcomer.welcome))];
+            connection.queue(Encoded { segments, fds: None });
             self.ranks[newcomer.rank] = Some(connection);
         }
     }
 
     fn try_to_form(&mut self) {
-        let missing: Vec<usize> = (0..self.ranks.len()).filter(|&rank| self.ranks[rank].is_none()).collect();
-        let message = if missing.is_empty() {
+        let message = if self.ranks.iter().all(Option::is_some) {
             self.formed = true;
             FromHub::Formed
         } else if self.deadline.has_passed() && self.ending.is_none() {
             self.ending = Some(Instant::now() + FAREWELL);
-            FromHub::Unformed { missing }
+            FromHub::Unformed { missing: self.missing_at_rendezvous() }
         } else {
             return;
         };
@@ -170,6 +156,13 @@ impl Hub {
         for rank in (0..self.ranks.len()).rev() {
             self.send(Reply::plain(rank, message.clone()));
         }
+    }
+
+    /// The ranks that never came, else those that came and gave up.
+    fn missing_at_rendezvous(&self) -> Vec<usize> {
+        let absent = || (0..self.ranks.len()).filter(|&rank| self.ranks[rank].is_none());
+        let never: Vec<usize> = absent().filter(|&rank| !self.withdrawn[rank]).collect();
+        if never.is_empty() { absent().collect() } else { never }
     }
 
     fn is_over(&self) -> bool {
@@ -206,10 +199,13 @@ impl Hub {
         if rustix::event::poll(&mut fds, limit.map(timespec).as_ref()).is_err() {
             return Vec::new();
         }
-        let ready: Vec<(usize, PollFlags)> =
-            owners.into_iter().zip(fds.iter().map(PollFd::revents)).collect();
+        let events: Vec<PollFlags> = fds.iter().map(PollFd::revents).collect();
+        let (of_ranks, of_newcomers) = events.split_at(owners.len());
+        if let Some(newcomers) = &mut self.newcomers {
+            newcomers.note_events(of_newcomers.iter().copied());
+        }
         let mut readable = Vec::new();
-        for (rank, events) in ready {
+        for (rank, events) in owners.into_iter().zip(of_ranks.iter().copied()) {
             if events.contains(PollFlags::OUT)
                 && let Some(connection) = &mut self.ranks[rank]
             {
@@ -261,11 +257,10 @@ impl Hub {
         match message {
             ToHub::Withdraw if !self.formed && from == 0 => self.deadline = Deadline::after(Duration::ZERO),
             ToHub::Withdraw if !self.formed => {
-                // The rank leaves, so it is missing from now on, and the others learn so by their own deadlines.
-                let mut missing: Vec<usize> =
-                    (0..self.ranks.len()).filter(|&rank| self.ranks[rank].is_none()).collect();
-                missing.retain(|&rank| rank != from);
+                // The rank leaves; it may come again, and the others learn by their own deadlines who never came.
+                let missing = self.missing_at_rendezvous();
                 self.send(Reply::plain(from, FromHub::Unformed { missing }));
+                self.withdrawn[from] = true;
                 self.ranks[from] = None;
             }
             // It crossed with the news that the job has formed.
@@ -334,7 +329,7 @@ impl Hub {
                     after.push((rank, connection.out.progress().0));
                 }
             }
-            self.held.push(Held { group, seq, frames: vec![frame], after });
+            self.held.push(Held { group, seq, frame, after });
         }
         self.release_held();
     }
@@ -350,19 +345,18 @@ impl Hub {
         {
             let held = self.held.remove(0);
             if let Some(connection) = &mut self.ranks[0] {
-                for (segments, fds) in held.frames {
-                    connection.queue(segments, fds);
-                }
+                connection.queue(held.frame);
             }
         }
     }
 
-    fn encode(&self, reply: &Reply) -> Option<(Vec<Segment>, Option<Arc<[OwnedFd]>>)> {
+    fn encode(&self, reply: &Reply) -> Option<Encoded> {
         let body_len = reply.bodies.iter().map(|frame| frame.body().len()).sum();
         match encode_head(&reply.message, body_len) {
             Ok(head) => {
                 let bodies = reply.bodies.iter().map(|frame| Segment::Body(frame.clone()));
-                Some((std::iter::once(head).chain(bodies).collect(), reply.fds.clone()))
+                let segments = std::iter::once(head).chain(bodies).collect();
+                Some(Encoded { segments, fds: reply.fds.clone() })
             }
             Err(error) => {
                 tracing::error!(rank = reply.to, ?error, "an answer was too long to send");
@@ -373,8 +367,8 @@ impl Hub {
 
     fn send(&mut self, reply: Reply) {
         let frame = self.encode(&reply);
-        if let (Some((segments, fds)), Some(connection)) = (frame, &mut self.ranks[reply.to]) {
-            connection.queue(segments, fds);
+        if let (Some(frame), Some(connection)) = (frame, &mut self.ranks[reply.to]) {
+            connection.queue(frame);
         }
     }
 }
@@ -384,9 +378,9 @@ impl Connection {
         Self { fd, receiver: Receiver::default(), out: OutQueue::default() }
     }
 
-    fn queue(&mut self, segments: Vec<Segment>, mut fds: Option<Arc<[OwnedFd]>>) {
-        for segment in segments {
-            self.out.push(segment, fds.take());
+    fn queue(&mut self, mut frame: Encoded) {
+        for segment in frame.segments {
+            self.out.push(segment, frame.fds.take());
         }
         // What cannot be written now goes out when the socket takes it; a lost connection shows when it is read.
         let _ = self.out.flush(self.fd.as_fd());

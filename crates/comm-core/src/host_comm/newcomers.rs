@@ -27,7 +27,12 @@ struct Newcomer {
     fd: OwnedFd,
     side: HubSide,
     opened: Instant,
+    /// Has something to read.
+    ready: bool,
 }
+
+// What a stranger costs besides a descriptor.
+const _: () = assert!(size_of::<Newcomer>() <= 512);
 
 /// The listener and the connections that have yet to prove themselves.
 pub(super) struct Newcomers {
@@ -58,12 +63,19 @@ impl Newcomers {
         Some(next.saturating_duration_since(now) + Duration::from_millis(1))
     }
 
-    /// Adds what is to be waited for.
+    /// Adds what is to be waited for: the connections, oldest first, and then the listener.
     pub(super) fn poll_fds<'a>(&'a self, fds: &mut Vec<PollFd<'a>>) {
+        fds.extend(self.waiting.iter().map(|newcomer| PollFd::new(&newcomer.fd, PollFlags::IN)));
         if self.paused_until.is_none() {
             fds.push(PollFd::from_borrowed_fd(self.listener.fd(), PollFlags::IN));
         }
-        fds.extend(self.waiting.iter().map(|newcomer| PollFd::new(&newcomer.fd, PollFlags::IN)));
+    }
+
+    /// Takes note of what the wait for [`poll_fds`](Self::poll_fds) found, in the same order.
+    pub(super) fn note_events(&mut self, events: impl Iterator<Item = PollFlags>) {
+        for (newcomer, events) in self.waiting.iter_mut().zip(events) {
+            newcomer.ready = !events.is_empty();
+        }
     }
 
     /// Reads what has arrived, accepts what waits, and gives the connections that have proved to be a rank which is
@@ -93,7 +105,12 @@ impl Newcomers {
                     if self.waiting.len() >= CONNECTIONS_LIMIT {
                         self.waiting.pop_front();
                     }
-                    self.waiting.push_back(Newcomer { fd, side: HubSide::new(), opened: Instant::now() });
+                    self.waiting.push_back(Newcomer {
+                        fd,
+                        side: HubSide::new(),
+                        opened: Instant::now(),
+                        ready: true,
+                    });
                 }
                 Ok(None) => return,
                 Err(error) => {
@@ -109,6 +126,10 @@ impl Newcomers {
 
     fn advance_all(&mut self, identity: &Identity, taken: &mut [bool], admitted: &mut Vec<Admitted>) {
         for mut newcomer in std::mem::take(&mut self.waiting) {
+            if !std::mem::take(&mut newcomer.ready) {
+                self.waiting.push_back(newcomer);
+                continue;
+            }
             match newcomer.advance(identity, taken) {
                 Ok(None) => self.waiting.push_back(newcomer),
                 Ok(Some((rank, welcome))) => {

@@ -45,6 +45,7 @@ enum Status {
     Alive,
     /// Dropped its handle in good order: only a round that still needs it fails.
     Departed,
+    /// Its process ended, or a panic dropped its handle: every wait ends.
     Died,
     /// Reported a failure or aborted: every wait ends.
     Failed(Cause),
@@ -275,29 +276,30 @@ impl Group {
         }
     }
 
-    /// What ends `rank`'s wait for the ranks in `missing`: a failure that ends every wait, else a rank that is gone,
-    /// else one that gave up.
+    /// What ends `rank`'s wait for the ranks in `missing`. The likeliest root of the trouble goes first: a failure that
+    /// ends every wait, a death, a rank that gave up and can say why; then a rank that left, as others do once they
+    /// have seen a failure.
     fn failure(&self, missing: &[usize], rank: usize) -> Option<Failure> {
         let status = || self.status.iter().enumerate();
         let failed = status().find_map(|(r, status)| match status {
             Status::Failed(cause) if r != rank => Some(Failure::Failed { rank: r, cause: cause.clone() }),
             _ => None,
         });
-        let gone = || {
-            status().find_map(|(r, status)| match status {
-                Status::Departed | Status::Died if missing.contains(&r) => Some(Failure::Died { rank: r }),
-                _ => None,
-            })
+        // A dead rank that has contributed ends the wait for others too: every survivor is to learn of it now.
+        let died = || {
+            let dead = self.status.iter().position(|status| *status == Status::Died)?;
+            (!missing.is_empty()).then_some(Failure::Died { rank: dead })
         };
         let gave_up = || {
-            status().find_map(|(r, status)| match status {
-                Status::GaveUp(cause) if missing.contains(&r) => {
-                    Some(Failure::Failed { rank: r, cause: cause.clone() })
-                }
+            missing.iter().find_map(|&rank| match &self.status[rank] {
+                Status::GaveUp(cause) => Some(Failure::Failed { rank, cause: cause.clone() }),
                 _ => None,
             })
         };
-        failed.or_else(gone).or_else(gave_up)
+        let departed = || {
+            missing.iter().find(|&&r| self.status[r] == Status::Departed).map(|&rank| Failure::Died { rank })
+        };
+        failed.or_else(died).or_else(gave_up).or_else(departed)
     }
 }
 
@@ -350,5 +352,42 @@ impl Round {
 impl Reply {
     pub(super) const fn plain(to: usize, message: FromHub) -> Self {
         Self { to, message, bodies: Vec::new(), fds: None }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SIZE: usize = 3;
+
+    proptest! {
+        /// Whatever authenticated ranks say, the book neither panics nor answers a rank that does not exist, and it is
+        /// empty once all are gone.
+        #[test]
+        fn any_messages_in_any_order_are_survived(
+            steps in prop::collection::vec((0..7_u8, 0..SIZE, 0..4_u64, 0..3_u64, 0..3_u32), 0..80),
+        ) {
+            let (mut groups, mut replies) = (Groups::new(SIZE), Vec::new());
+            let part = |color| Part { frame: Arc::default(), fds: Arc::default(), color: Some(color), key: 0 };
+            for (kind, from, group, seq, color) in steps {
+                let out = &mut replies;
+                let cause = Cause::new(&crate::CommError::invalid("x", "y"));
+                match kind {
+                    0 => groups.contribute(from, (group, seq), Call::new(OpKind::Split), part(color), out),
+                    1 => groups.contribute(from, (group, seq), Call::new(OpKind::HostBarrier), part(color), out),
+                    2 => groups.fail(from, group, cause, out),
+                    3 => groups.give_up(from, group, cause, out),
+                    4 => groups.leave(from, group, false, out),
+                    5 => groups.disconnect(from, out),
+                    _ => prop_assert!(groups.missing(group, seq).iter().all(|&rank| rank < SIZE)),
+                }
+            }
+            (0..SIZE).for_each(|rank| groups.disconnect(rank, &mut replies));
+            prop_assert!(replies.iter().all(|reply| reply.to < SIZE));
+            prop_assert!(groups.groups.is_empty());
+        }
     }
 }

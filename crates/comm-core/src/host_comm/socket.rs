@@ -173,6 +173,11 @@ impl SocketComm {
         match group.answer.take() {
             Some(Answer::Failed(failure)) => Some(Err(failure.error(self.site(call.op, seq), call))),
             Some(answer) => Some(Ok(answer)),
+            // An earlier failure is why the hub's rank has gone, more likely than not.
+            None if hub_gone && group.noticed.is_some() => {
+                let failure = group.noticed.as_ref()?;
+                Some(Err(failure.error(self.site(call.op, seq), call)))
+            }
             None if hub_gone => {
                 let (at, rank) = self.hub_site(call.op, seq);
                 Some(Err(CommError::PeerDied { at, rank }))

@@ -36,7 +36,7 @@ enum Status {
     Alive,
     /// Dropped its handle in good order: only a round that still needs it fails.
     Departed,
-    /// Its thread panicked.
+    /// Its thread panicked: every wait ends.
     Died,
     /// Reported a failure or aborted: every wait ends at once.
     Failed(CommError),
@@ -208,32 +208,35 @@ impl ThreadComm {
             });
         }
         let needed = missing(state, seq);
-        let status = || state.status.iter().enumerate();
         let peer_failed = |rank, cause: &CommError| CommError::PeerFailed {
             at: at(),
             rank,
             cause: Box::new(cause.clone()),
         };
-        // A failure that ends every wait goes first; then a rank that is gone, which is why others may have given up.
-        let failed = status().find_map(|(rank, status)| match status {
+        // The likeliest root of the trouble goes first: a failure that ends every wait, a death, a rank that gave up and
+        // can say why; then a rank that left, as others do once they have seen a failure.
+        // A dead rank that has contributed ends the wait for others too: every survivor is to learn of it now.
+        let died = || {
+            let dead = state.status.iter().position(|status| matches!(status, Status::Died));
+            dead.filter(|_| !needed.is_empty())
+        };
+        let departed = |rank: &&usize| matches!(state.status[**rank], Status::Departed);
+        let gone = |rank: &usize| CommError::PeerDied { at: at(), rank: *rank };
+        let failed = state.status.iter().enumerate().find_map(|(rank, status)| match status {
             Status::Failed(cause) => Some(peer_failed(rank, cause)),
             _ => None,
         });
-        let gone = || {
-            status().find_map(|(rank, status)| match status {
-                Status::Departed | Status::Died if needed.contains(&rank) => {
-                    Some(CommError::PeerDied { at: at(), rank })
-                }
-                _ => None,
-            })
-        };
         let gave_up = || {
-            status().find_map(|(rank, status)| match status {
-                Status::GaveUp(cause) if needed.contains(&rank) => Some(peer_failed(rank, cause)),
+            needed.iter().find_map(|&rank| match &state.status[rank] {
+                Status::GaveUp(cause) => Some(peer_failed(rank, cause)),
                 _ => None,
             })
         };
-        failed.or_else(gone).or_else(gave_up).map_or(Ok(()), Err)
+        failed
+            .or_else(|| died().as_ref().map(gone))
+            .or_else(gave_up)
+            .or_else(|| needed.iter().find(departed).map(gone))
+            .map_or(Ok(()), Err)
     }
 }
 

@@ -1,6 +1,8 @@
 //! What the host communicators' tests share: running ranks as threads over each kind of communicator, and a bound on
 //! every test's time.
-#![allow(dead_code, missing_docs, reason = "each test program uses a part of it")]
+#![allow(dead_code, clippy::missing_panics_doc, reason = "each test program uses a part of it")]
+
+pub(crate) mod process;
 
 use std::net::TcpListener;
 use std::sync::Arc;
@@ -10,19 +12,19 @@ use std::time::Duration;
 use comm_core::{HostComm, Rendezvous, RendezvousAddress, ThreadComm, Token};
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Kind {
+pub(crate) enum Kind {
     Thread,
     Unix,
     Tcp,
 }
 
 impl Kind {
-    pub const ALL: [Self; 3] = [Self::Thread, Self::Unix, Self::Tcp];
-    pub const SOCKETS: [Self; 2] = [Self::Unix, Self::Tcp];
+    pub(crate) const ALL: [Self; 3] = [Self::Thread, Self::Unix, Self::Tcp];
+    pub(crate) const SOCKETS: [Self; 2] = [Self::Unix, Self::Tcp];
 }
 
 /// Fails the test when `body` takes longer than `limit`.
-pub fn within<T: Send + 'static>(limit: Duration, body: impl FnOnce() -> T + Send + 'static) -> T {
+pub(crate) fn within<T: Send + 'static>(limit: Duration, body: impl FnOnce() -> T + Send + 'static) -> T {
     let (done, result) = channel();
     let thread = std::thread::spawn(move || {
         let value = body();
@@ -39,12 +41,12 @@ pub fn within<T: Send + 'static>(limit: Duration, body: impl FnOnce() -> T + Sen
 }
 
 /// A port of 127.0.0.1 that nothing listened at a moment ago.
-pub fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 /// A meeting place of its own for one job; the directory has to live as long as the rendezvous.
-pub fn meeting(kind: Kind, size: usize, timeout: Duration) -> (Vec<Rendezvous>, tempfile::TempDir) {
+pub(crate) fn meeting(kind: Kind, size: usize, timeout: Duration) -> (Vec<Rendezvous>, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
     let address = match kind {
         Kind::Tcp => RendezvousAddress::Tcp { host: "127.0.0.1".into(), port: free_port() },
@@ -63,7 +65,7 @@ pub fn meeting(kind: Kind, size: usize, timeout: Duration) -> (Vec<Rendezvous>, 
 }
 
 /// Runs each rendezvous on a thread of its own.
-pub fn connect_all(meetings: &[Rendezvous]) -> Vec<comm_core::Result<comm_core::SocketComm>> {
+pub(crate) fn connect_all(meetings: &[Rendezvous]) -> Vec<comm_core::Result<comm_core::SocketComm>> {
     std::thread::scope(|scope| {
         let threads: Vec<_> = meetings.iter().map(|meeting| scope.spawn(|| meeting.connect())).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
@@ -71,7 +73,7 @@ pub fn connect_all(meetings: &[Rendezvous]) -> Vec<comm_core::Result<comm_core::
 }
 
 /// Makes a communicator of a kind: a handle for each rank.
-pub fn create(kind: Kind, size: usize, timeout: Duration) -> Vec<Arc<dyn HostComm>> {
+pub(crate) fn create(kind: Kind, size: usize, timeout: Duration) -> Vec<Arc<dyn HostComm>> {
     if kind == Kind::Thread {
         let comms = ThreadComm::create(size, timeout).unwrap();
         return comms.into_iter().map(|comm| Arc::new(comm) as Arc<dyn HostComm>).collect();
@@ -81,7 +83,7 @@ pub fn create(kind: Kind, size: usize, timeout: Duration) -> Vec<Arc<dyn HostCom
 }
 
 /// Runs `rank_main` on a thread for each rank and gives the results in rank order.
-pub fn run<T: Send>(
+pub(crate) fn run<T: Send>(
     kind: Kind,
     size: usize,
     timeout: Duration,
