@@ -107,9 +107,10 @@ pub unsafe fn rmsnorm_host(args: &RmsNormArgs) -> Result<()> {
 /// As [`rmsnorm_host`], with checked arguments and `T` of their dtype.
 unsafe fn rows<T: Rounded>(args: &RmsNormArgs) {
     let hidden = args.hidden;
-    // SAFETY: the caller vouches for `hidden` elements at each of these; they overlap nothing that is written.
     let vector = |addr: u64| -> Vec<f32> {
-        unsafe { std::slice::from_raw_parts(addr as *const T, hidden) }.iter().map(|x| x.wide()).collect()
+        // SAFETY: the caller vouches for `hidden` elements at each of these; they overlap nothing that is written.
+        let values = unsafe { std::slice::from_raw_parts(addr as *const T, hidden) };
+        values.iter().map(|x| x.wide()).collect()
     };
     let weight = vector(args.weight.0);
     let bias = args.bias.map(|bias| vector(bias.0));

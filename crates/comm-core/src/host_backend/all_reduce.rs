@@ -28,7 +28,7 @@ impl Reduction {
     /// The operands are valid as the operation's contract says.
     pub(super) unsafe fn run(&self, op: &mut Op<'_>) -> Result<()> {
         let mut entered = false;
-        if self.bytes > op.core.small && op.may_be_direct() {
+        if self.bytes > op.core.tiny && op.may_be_direct() {
             let needed = |rank: usize| (true, self.receives(rank));
             if let Some(peers) = op.enter_with(&self.call, self.send, self.recv, 0, needed)? {
                 op.count(Algorithm::TwoShot);

@@ -48,9 +48,8 @@ fn parts(counts: &[usize], dtype: DType) -> (Vec<usize>, Vec<usize>) {
 
 impl HostBackend {
     pub(super) fn new(core: Core) -> Self {
-        let mut state = State::default();
-        state.sent = vec![0; core.info.size];
-        state.received = vec![0; core.info.size];
+        let packets = vec![0; core.info.size];
+        let state = State { sent: packets.clone(), received: packets, ..State::default() };
         Self { core, state: Mutex::new(state) }
     }
 

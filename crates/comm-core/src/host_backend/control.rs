@@ -47,6 +47,8 @@ pub(super) struct Header {
 pub(super) struct RankBlock {
     /// Synchronisation steps that this rank has arrived at.
     pub(super) step: AtomicU64,
+    /// Where it ran when it arrived there.
+    pub(super) processor: AtomicU32,
     /// Descriptions of the calls that this rank is in, by parity of the step: peers may still read the previous one.
     pub(super) calls: [[AtomicU64; CALL_WORDS]; 2],
     standing: AtomicU32,

@@ -30,7 +30,9 @@ pub(super) struct Core {
     pub(super) options: BTreeMap<String, String>,
     /// Whether peers can use this rank's addresses as they are.
     pub(super) direct: bool,
+    /// Bytes up to which operands are staged at once: where peers cannot read them in place, and where they can.
     pub(super) small: usize,
+    pub(super) tiny: usize,
     pub(super) usage: Usage,
     pub(super) closed: AtomicBool,
     failure: Mutex<Option<CommError>>,
@@ -63,7 +65,7 @@ impl Core {
         host: Arc<dyn HostComm>,
         settings: (Duration, bool, BTreeMap<String, String>),
         direct: bool,
-        small: usize,
+        (small, tiny): (usize, usize),
     ) -> Self {
         let (timeout, checked, options) = settings;
         Self {
@@ -74,6 +76,7 @@ impl Core {
             options,
             direct,
             small,
+            tiny,
             usage: Usage::default(),
             closed: AtomicBool::new(false),
             failure: Mutex::default(),
@@ -140,7 +143,8 @@ impl Core {
             deadline: Deadline::after(self.timeout),
         };
         state.seq += 1;
-        let result = call(&mut Op { core: self, state: &mut state, waiting });
+        let begun = self.waiter.may_begin(&waiting);
+        let result = begun.and_then(|()| call(&mut Op { core: self, state: &mut state, waiting }));
         if let Err(error) = &result
             && error.is_fatal()
         {
@@ -232,6 +236,7 @@ impl Op<'_> {
         self.state.step += 1;
         let step = self.state.step;
         let control = self.core.control();
+        self.core.waiter.note_processor();
         control.own().step.store(step, Ordering::Release);
         control.notify();
         let behind = |rank: &usize| control.peer(*rank).step.load(Ordering::Acquire) < step;

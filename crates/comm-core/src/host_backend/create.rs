@@ -19,9 +19,10 @@ use crate::registry::{BackendFactory, Capability, CreateContext};
 
 const TRANSPORT: &str = "host.transport";
 const SMALL: &str = "host.one_shot_bytes";
-/// Up to here operands go through the staging windows even where peers could read them in place: one synchronisation
-/// costs more than copying this much.
+/// Up to here operands go through the staging windows at once, unless peers can read them in place.
 const SMALL_BYTES: usize = 32 << 10;
+/// Up to here they do so even then: one synchronisation costs more than copying this much.
+const TINY_BYTES: usize = 8 << 10;
 const PROTOCOL: u32 = 1;
 
 /// Makes communicators over host memory, named `host`.
@@ -30,7 +31,7 @@ const PROTOCOL: u32 = 1;
 /// share memory. Options of the [`CreateContext`], equal on all ranks:
 /// - `host.transport`: `auto` (the default), `direct` (threads only) or `shm` (also between threads);
 /// - `host.one_shot_bytes`: operands up to this size go through shared memory at once (at most 131072; 32768 unless
-///   told otherwise).
+///   told otherwise, and 8192 where peers can read them in place).
 #[derive(Clone, Copy, Default, Debug)]
 pub struct HostFactory;
 
@@ -50,11 +51,12 @@ fn direct(context: &CreateContext) -> Result<bool> {
     }
 }
 
-fn small(options: &BTreeMap<String, String>) -> Result<usize> {
-    let Some(text) = options.get(SMALL) else { return Ok(SMALL_BYTES) };
-    text.parse()
+fn small(options: &BTreeMap<String, String>) -> Result<(usize, usize)> {
+    let Some(text) = options.get(SMALL) else { return Ok((SMALL_BYTES, TINY_BYTES)) };
+    text.parse::<usize>()
         .ok()
         .filter(|&bytes| bytes <= 128 << 10)
+        .map(|bytes| (bytes, bytes))
         .ok_or_else(|| CommError::invalid(SMALL, format!("{text:?} is not a number of bytes up to 131072")))
 }
 

@@ -27,7 +27,7 @@ impl Gather<'_> {
     pub(super) unsafe fn run(&self, op: &mut Op<'_>) -> Result<()> {
         let longest = self.lens.iter().copied().max().unwrap_or_default();
         let mut entered = false;
-        if longest > op.core.small && op.may_be_direct() {
+        if longest > op.core.tiny && op.may_be_direct() {
             let needed = |rank: usize| (self.lens[rank] > 0, false);
             if let Some(peers) = op.enter_with(&self.call, self.send, NOTHING, self.pitch as u64, needed)? {
                 op.count(Algorithm::Direct);

@@ -30,7 +30,7 @@ impl Scatter<'_> {
         let (me, len) = (op.rank(), self.lens[op.rank()]);
         let total: usize = self.lens.iter().sum();
         let mut entered = false;
-        if total > op.core.small && op.may_be_direct() {
+        if total > op.core.tiny && op.may_be_direct() {
             let needed = |_| (true, false);
             if let Some(peers) = op.enter_with(&self.call, self.send, NOTHING, 0, needed)? {
                 op.count(Algorithm::Direct);

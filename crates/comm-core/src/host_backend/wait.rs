@@ -13,10 +13,11 @@ use crate::error::{CallSite, CommError, Result};
 use crate::host_comm::{Deadline, HostComm};
 use crate::op::OpKind;
 
-/// Looks at the peer's progress before giving up the processor, where there is one for every rank.
+/// Looks at the peers' progress before giving up the processor: tens of microseconds, and none at all where a peer was
+/// last seen on this very processor and so cannot get on meanwhile.
 const SPINS: u32 = 2000;
 /// Times the processor is offered to others before sleeping.
-const YIELDS: u32 = 200;
+const YIELDS: u32 = 1000;
 /// How long a sleep lasts if nobody ends it.
 const SLEEP: Duration = Duration::from_millis(1);
 /// How often the host communicator is asked for deaths.
@@ -41,14 +42,15 @@ impl Waiting<'_> {
 pub(super) struct Waiter {
     pub(super) control: Control,
     pub(super) host: Arc<dyn HostComm>,
-    spins: u32,
+    /// Whether there is a processor for every rank.
+    may_spin: bool,
 }
 
 impl Waiter {
     pub(super) fn new(control: Control, host: Arc<dyn HostComm>) -> Self {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        let spins = if control.size() <= processors { SPINS } else { 0 };
-        Self { control, host, spins }
+        let may_spin = control.size() <= processors;
+        Self { control, host, may_spin }
     }
 
     /// Returns once `ready` does. `awaited` names the ranks that are still needed.
@@ -58,11 +60,16 @@ impl Waiter {
         mut ready: impl FnMut() -> bool,
         awaited: impl Fn() -> Vec<usize>,
     ) -> Result<()> {
-        for _ in 0..=self.spins {
-            if ready() {
-                return Ok(());
+        if ready() {
+            return Ok(());
+        }
+        if self.may_spin && !self.shares_a_processor() {
+            for _ in 0..SPINS {
+                std::hint::spin_loop();
+                if ready() {
+                    return Ok(());
+                }
             }
-            std::hint::spin_loop();
         }
         let mut polled = Instant::now();
         let mut rounds = 0;
@@ -95,6 +102,21 @@ impl Waiter {
                 let (at, waited) = (waiting.site(), waiting.deadline.elapsed());
                 return Err(CommError::Timeout { at, missing: awaited(), waited });
             }
+        }
+    }
+
+    fn shares_a_processor(&self) -> bool {
+        let own = self.control.own().processor.load(Ordering::Relaxed);
+        (0..self.control.size())
+            .filter(|&rank| rank != self.control.rank())
+            .any(|rank| self.control.peer(rank).processor.load(Ordering::Relaxed) == own)
+    }
+
+    /// Says which processor this rank runs on.
+    pub(super) fn note_processor(&self) {
+        if self.may_spin {
+            let processor = rustix::thread::sched_getcpu();
+            self.control.own().processor.store(processor as u32, Ordering::Relaxed);
         }
     }
 
@@ -166,6 +188,20 @@ impl Waiter {
                 CommError::PeerFailed { at, rank, cause: Box::new(cause) }
             }
         }
+    }
+
+    /// Refuses to begin a call after a peer aborted or gave up, even if everything that peer owed is there.
+    pub(super) fn may_begin(&self, waiting: &Waiting<'_>) -> Result<()> {
+        if !self.control.alarmed() {
+            return Ok(());
+        }
+        self.aborted(waiting)?;
+        for rank in 0..self.control.size() {
+            if let (Standing::GaveUp, cause) = self.control.standing(rank) {
+                return Err(self.blame(waiting, rank, Standing::GaveUp, cause));
+            }
+        }
+        Ok(())
     }
 
     /// The failure that any rank's standing amounts to, needed or not.

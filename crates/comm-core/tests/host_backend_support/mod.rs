@@ -1,5 +1,8 @@
 //! Communicators and data for the host backend's tests.
 
+#![allow(dead_code, reason = "each test program uses a part of it")]
+#![allow(clippy::unwrap_used, reason = "part of tests, though not a test itself")]
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
