@@ -8,9 +8,9 @@
 
 mod addr;
 pub mod check;
+pub mod compose;
 #[cfg(feature = "conformance")]
 pub mod conformance;
-pub mod compose;
 mod device_comm;
 mod dtype;
 mod error;

@@ -14,8 +14,8 @@
 //! }
 //! ```
 //!
-//! The suite knows a backend only by [`DeviceComm`](crate::DeviceComm) and its memory only by
-//! [`DeviceMemory`](crate::DeviceMemory). What [`supports`](crate::DeviceComm::supports) refuses is checked to be
+//! The suite knows a backend only by [`DeviceComm`] and its memory only by
+//! [`DeviceMemory`]. What [`supports`](DeviceComm::supports) refuses is checked to be
 //! refused by the call as well, and reported as skipped with the backend's reason.
 //!
 //! Tolerances: none, except for sums and averages of arbitrary values and averages over a number of ranks that is no

@@ -36,6 +36,9 @@ struct Bad<'c, 'r, 'a> {
     kind: OpKind,
 }
 
+/// A call by `send`, `recv` and count.
+type OperandsCall<'f> =
+    &'f dyn Fn(&dyn DeviceComm, DeviceAddr, DeviceAddr, usize, StreamHandle) -> Result<()>;
 type Call<'f> = &'f dyn Fn(&dyn DeviceComm, StreamHandle) -> Result<()>;
 
 impl Bad<'_, '_, '_> {
@@ -46,11 +49,7 @@ impl Bad<'_, '_, '_> {
     }
 
     /// Calls with two operands, a count, and perhaps a root: what is wrong with any of these.
-    fn operands(
-        &mut self,
-        Operands { a, b }: Operands,
-        call: &dyn Fn(&dyn DeviceComm, DeviceAddr, DeviceAddr, usize, StreamHandle) -> Result<()>,
-    ) -> Result<()> {
+    fn operands(&mut self, Operands { a, b }: Operands, call: OperandsCall<'_>) -> Result<()> {
         let rooted = matches!(self.kind, OpKind::Broadcast | OpKind::Reduce);
         // The operand that a rooted operation ignores on other ranks is not what is tried here.
         if !rooted || self.kind == OpKind::Reduce {

@@ -24,7 +24,8 @@ pub(super) fn run(runner: &mut Runner<'_>) {
     for kind in [OpKind::AllReduce, OpKind::ReduceScatter, OpKind::ReduceScatterV, OpKind::Reduce] {
         for (index, dtype) in DType::ALL.into_iter().enumerate() {
             for (turn, op) in ReduceOp::ALL.into_iter().enumerate() {
-                let thorough = matches!(dtype, DType::F32 | DType::BF16 | DType::I32);
+                let thorough =
+                    kind == OpKind::AllReduce || matches!(dtype, DType::F32 | DType::BF16 | DType::I32);
                 if quick && !thorough && (index + turn) % ReduceOp::ALL.len() != 0 {
                     continue;
                 }
