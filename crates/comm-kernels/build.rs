@@ -27,7 +27,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut code = None;
     if let Some(dir) = kernels_dir(&out, &package) {
         println!("cargo::rerun-if-changed={}", dir.display());
-        match embed(&dir, &fingerprint) {
+        match embed(&dir, &fingerprint, &out) {
             Ok(embedded) => code = embedded,
             Err(error) => println!("cargo::warning=kernels in {} are not embedded: {error}", dir.display()),
         }
@@ -56,24 +56,30 @@ fn kernels_dir(out: &Path, package: &Path) -> Option<PathBuf> {
     dir.is_dir().then_some(dir)
 }
 
-fn embed(dir: &Path, fingerprint: &str) -> Result<Option<String>, Box<dyn Error>> {
+/// The code that embeds what is in `dir`: copies, so that a later kernel build cannot change what is being compiled in.
+fn embed(dir: &Path, fingerprint: &str, out: &Path) -> Result<Option<String>, Box<dyn Error>> {
     let path = dir.join(FILE_NAME);
     if !path.is_file() {
         return Ok(None);
     }
-    let manifest: Manifest = serde_json::from_slice(&fs::read(&path)?)?;
+    let text = fs::read(&path)?;
+    let manifest: Manifest = serde_json::from_slice(&text)?;
     if manifest.schema != SCHEMA || manifest.sources_sha256 != fingerprint {
         return Err("they were built from other sources; run `cargo xtask kernels`".into());
     }
-    let path = fs::canonicalize(path)?;
-    let mut code = format!("pub(crate) const MANIFEST: Option<&str> = Some(include_str!({path:?}));\n");
+    let copy = out.join(FILE_NAME);
+    fs::write(&copy, text)?;
+    let mut code = format!("pub(crate) const MANIFEST: Option<&str> = Some(include_str!({copy:?}));\n");
     code.push_str("pub(crate) const MODULES: &[(&str, &[u8])] = &[\n");
     for (name, module) in &manifest.modules {
-        let file = fs::canonicalize(dir.join(&module.file))?;
-        if manifest::sha256(&fs::read(&file)?) != module.sha256 {
+        let file = dir.join(&module.file);
+        let bytes = fs::read(&file)?;
+        if manifest::sha256(&bytes) != module.sha256 {
             return Err(format!("{} is not the file that the manifest describes", file.display()).into());
         }
-        writeln!(code, "    ({name:?}, include_bytes!({file:?})),")?;
+        let copy = out.join(format!("{name}.fatbin"));
+        fs::write(&copy, bytes)?;
+        writeln!(code, "    ({name:?}, include_bytes!({copy:?})),")?;
     }
     code.push_str("];\n");
     Ok(Some(code))

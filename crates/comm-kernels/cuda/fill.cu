@@ -27,9 +27,9 @@ __device__ __forceinline__ void fill(
             values[k] = pattern_element<T>(kind, world, pattern_hash(stream, first_index + i + k));
         *reinterpret_cast<uint4 *>(out + i) = *reinterpret_cast<const uint4 *>(values);
     }
-    if (thread < head) out[thread] = pattern_element<T>(kind, world, pattern_hash(stream, first_index + thread));
-    if (thread < count - tail) {
-        const u64 i = tail + thread;
+    // Fewer than 16 elements on either side, so the first block's threads suffice.
+    if (thread < head + (count - tail)) {
+        const u64 i = thread < head ? thread : tail + (thread - head);
         out[i] = pattern_element<T>(kind, world, pattern_hash(stream, first_index + i));
     }
 }

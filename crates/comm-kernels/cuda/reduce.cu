@@ -7,7 +7,7 @@ namespace {
 constexpr u32 MAX_INPUTS = 32;
 
 struct Inputs {
-    u64 address[MAX_INPUTS];
+    const void *address[MAX_INPUTS];
 };
 
 // Loads issued before the first is used. More would cost registers that the one-byte types need for accumulators.
@@ -16,9 +16,9 @@ constexpr u32 BATCH = 4;
 template <typename T, u32 OP>
 __device__ __forceinline__ void reduce_one(T *out, const Inputs &inputs, u32 number, u64 i) {
     using N = Numeric<T>;
-    typename N::Acc acc = N::widen(reinterpret_cast<const T *>(inputs.address[0])[i]);
+    typename N::Acc acc = N::widen(static_cast<const T *>(inputs.address[0])[i]);
     for (u32 n = 1; n < number; ++n)
-        acc = combine<T, OP>(acc, N::widen(reinterpret_cast<const T *>(inputs.address[n])[i]));
+        acc = combine<T, OP>(acc, N::widen(static_cast<const T *>(inputs.address[n])[i]));
     out[i] = finish<T, OP>(acc, number);
 }
 
@@ -33,7 +33,7 @@ __device__ __forceinline__ void reduce(T *out, const Inputs &inputs, u32 number,
     // Vectors are possible where all buffers are equally far from a 16-byte boundary.
     const u64 phase = reinterpret_cast<uintptr_t>(out) % 16;
     bool together = true;
-    for (u32 n = 0; n < number; ++n) together &= inputs.address[n] % 16 == phase;
+    for (u32 n = 0; n < number; ++n) together &= reinterpret_cast<uintptr_t>(inputs.address[n]) % 16 == phase;
     if (!together) {
         for (u64 i = thread; i < count; i += threads) reduce_one<T, OP>(out, inputs, number, i);
         return;
@@ -52,7 +52,7 @@ __device__ __forceinline__ void reduce(T *out, const Inputs &inputs, u32 number,
             for (u32 b = 0; b < BATCH; ++b) {
                 if (first + b < number)
                     *reinterpret_cast<uint4 *>(values[b]) =
-                        *reinterpret_cast<const uint4 *>(inputs.address[first + b] + i * sizeof(T));
+                        *reinterpret_cast<const uint4 *>(static_cast<const T *>(inputs.address[first + b]) + i);
             }
 #pragma unroll
             for (u32 b = 0; b < BATCH; ++b) {
@@ -71,8 +71,9 @@ __device__ __forceinline__ void reduce(T *out, const Inputs &inputs, u32 number,
         for (u32 k = 0; k < WIDTH; ++k) result[k] = finish<T, OP>(acc[k], number);
         *reinterpret_cast<uint4 *>(out + i) = *reinterpret_cast<const uint4 *>(result);
     }
-    if (thread < head) reduce_one<T, OP>(out, inputs, number, thread);
-    if (thread < count - tail) reduce_one<T, OP>(out, inputs, number, tail + thread);
+    // Fewer than 16 elements on either side, so the first block's threads suffice.
+    if (thread < head + (count - tail))
+        reduce_one<T, OP>(out, inputs, number, thread < head ? thread : tail + (thread - head));
 }
 
 }  // namespace

@@ -80,19 +80,22 @@ __device__ __forceinline__ void rmsnorm(
             res_out[v] = r;
             return r;
         };
-        V kept[KEEP];
+        // The weights are fetched before the sum is known, so that their latency hides behind it.
+        V kept[KEEP], weights[KEEP];
 #pragma unroll
         for (u32 k = 0; k < KEEP; ++k) {
             const u64 v = threadIdx.x + static_cast<u64>(k) * blockDim.x;
-            if (v < vectors) kept[k] = first_pass(v);
+            if (v < vectors) {
+                weights[k] = scale[v];
+                kept[k] = first_pass(v);
+            }
         }
         for (u64 v = threadIdx.x + static_cast<u64>(KEEP) * blockDim.x; v < vectors; v += blockDim.x) first_pass(v);
 
         const f32 mean = __fdiv_rn(row_sum(squares, partial), static_cast<f32>(hidden));
         const f32 factor = rsqrtf(__fadd_rn(mean, eps));
 
-        auto second_pass = [&](u64 v, const V &r) {
-            const V w = scale[v];
+        auto second_pass = [&](u64 v, const V &r, const V &w) {
             V y;
 #pragma unroll
             for (u32 k = 0; k < WIDTH; ++k) {
@@ -104,10 +107,12 @@ __device__ __forceinline__ void rmsnorm(
 #pragma unroll
         for (u32 k = 0; k < KEEP; ++k) {
             const u64 v = threadIdx.x + static_cast<u64>(k) * blockDim.x;
-            if (v < vectors) second_pass(v, kept[k]);
+            if (v < vectors) second_pass(v, kept[k], weights[k]);
         }
-        for (u64 v = threadIdx.x + static_cast<u64>(KEEP) * blockDim.x; v < vectors; v += blockDim.x)
-            second_pass(v, res_out[v]);
+        for (u64 v = threadIdx.x + static_cast<u64>(KEEP) * blockDim.x; v < vectors; v += blockDim.x) {
+            const V r = res_out[v], w = scale[v];
+            second_pass(v, r, w);
+        }
     }
 }
 

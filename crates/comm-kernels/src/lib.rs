@@ -4,7 +4,7 @@
 //! - [`Kernels`]: the launchers. Every launch is asynchronous and can be captured in a CUDA graph: it allocates
 //!   nothing and waits for nothing.
 //! - [`pattern`]: the data that [`Kernels::fill`] and [`Kernels::verify`] make and check, on the host. No CUDA needed.
-//! - [`reference`]: what the kernels should compute, slowly, on the host; for tests.
+//! - [`mod@reference`]: what the kernels should compute, slowly, on the host; for tests.
 //! - [`CudaMemory`], [`CapturedGraph`], [`EventTimer`]: memory, graphs and time for tests, benchmarks and examples.
 //! - [`driver`]: whether there is a driver; call [`driver::probe`] before anything else that touches CUDA.
 //! - [`locate`] and [`manifest`]: where compiled kernels come from. They are built by `cargo xtask kernels`; without

@@ -52,10 +52,14 @@ pub(crate) struct KernelsArgs {
 pub(crate) fn run(args: &KernelsArgs) -> anyhow::Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask has no parent folder")?;
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
-    let cuda = root.join("crates/comm-kernels/cuda");
+    build(args, &root.join("crates/comm-kernels/cuda"), &target)
+}
+
+/// The same for the sources in `cuda`, with `target` for the target folder.
+fn build(args: &KernelsArgs, cuda: &Path, target: &Path) -> anyhow::Result<()> {
     let out = args.out.clone().unwrap_or_else(|| target.join("kernels"));
     let fingerprint =
-        manifest::sources_sha256(&cuda).with_context(|| format!("reading {}", cuda.display()))?;
+        manifest::sources_sha256(cuda).with_context(|| format!("reading {}", cuda.display()))?;
     let mut archs = args.arch.clone();
     archs.sort();
     archs.dedup();
@@ -65,14 +69,14 @@ pub(crate) fn run(args: &KernelsArgs) -> anyhow::Result<()> {
     if args.check {
         return check(&out, previous.as_ref(), &fingerprint, &arch_names);
     }
-    let nvcc = match toolchain::find(args.nvcc.as_deref(), &target)? {
+    let nvcc = match toolchain::find(args.nvcc.as_deref(), target)? {
         Some(nvcc) => nvcc,
-        None => toolchain::install(&target)?,
+        None => toolchain::install(target)?,
     };
     println!("nvcc {} at {}", nvcc.version, nvcc.path.display());
     fs::create_dir_all(&out).with_context(|| format!("creating {}", out.display()))?;
-    let compiler = Compiler::new(&nvcc, &archs, &cuda, &out, args.verbose)?;
-    let modules = build_all(args, &compiler, &cuda, previous.as_ref())?;
+    let compiler = Compiler::new(&nvcc, &archs, cuda, &out, args.verbose)?;
+    let modules = build_all(args, &compiler, cuda, previous.as_ref())?;
     let manifest = Manifest {
         schema: manifest::SCHEMA,
         sources_sha256: fingerprint,
@@ -210,3 +214,6 @@ fn report(manifest: &Manifest, verbose: bool) {
 pub(crate) fn find_nvcc(target: &Path) -> anyhow::Result<Option<Nvcc>> {
     toolchain::find(None, target)
 }
+
+#[cfg(test)]
+mod tests;
