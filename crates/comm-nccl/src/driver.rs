@@ -1,41 +1,13 @@
 //! The few driver calls that the backend makes itself, with typed errors.
 //!
-//! Owns the probe for the driver and guards for the current context; it never decides when to wait.
+//! Owns guards for the current context; it never decides when to wait.
 
-use std::ffi::{CStr, c_uint};
+use std::ffi::c_uint;
 use std::sync::Arc;
 
 use comm_core::{CommError, DeviceAddr, Result, StreamHandle};
+use comm_kernels::driver::{device_count, error};
 use cudarc::driver::{CudaContext, DriverError, sys};
-
-/// Whether the driver's library is there. cudarc panics where it is not, so this comes before anything else.
-pub(crate) fn probe() -> Result<()> {
-    // SAFETY: loading the driver's library runs its initialisers, which need nothing of the caller.
-    let library =
-        unsafe { libloading::Library::new("libcuda.so.1") }.map_err(|error| CommError::Library {
-            library: "libcuda.so.1".into(),
-            reason: format!(
-                "{error}. The nccl backend needs an NVIDIA driver; install one, or use the host backend"
-            ),
-        })?;
-    // The driver does not survive being unloaded.
-    std::mem::forget(library);
-    Ok(())
-}
-
-/// The error for a `CUresult`.
-pub(crate) fn error(call: &'static str, code: sys::CUresult) -> CommError {
-    let mut name = std::ptr::null();
-    // SAFETY: the pointer is valid for the write; the function takes any code.
-    let known = unsafe { sys::cuGetErrorName(code, &raw mut name) } == sys::CUresult::CUDA_SUCCESS;
-    let message = if known && !name.is_null() {
-        // SAFETY: the driver returned a static C string.
-        unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned()
-    } else {
-        "unknown error".into()
-    };
-    CommError::Cuda { call: call.into(), code: code as i32, message }
-}
 
 pub(crate) fn check(call: &'static str, code: sys::CUresult) -> Result<()> {
     if code == sys::CUresult::CUDA_SUCCESS { Ok(()) } else { Err(error(call, code)) }
@@ -43,10 +15,9 @@ pub(crate) fn check(call: &'static str, code: sys::CUresult) -> Result<()> {
 
 /// The primary context of a device.
 pub(crate) fn context(ordinal: usize) -> Result<Arc<CudaContext>> {
-    probe()?;
-    let failed = |call, DriverError(code)| error(call, code);
-    let count = CudaContext::device_count().map_err(|e| failed("cuDeviceGetCount", e))?;
-    if usize::try_from(count).unwrap_or_default() <= ordinal {
+    // Probes for the driver first: cudarc panics where there is none.
+    let count = device_count()?;
+    if count <= ordinal {
         return Err(CommError::invalid(
             "memory",
             format!("CUDA device {ordinal} does not exist; the driver sees {count} device(s)"),
@@ -54,7 +25,7 @@ pub(crate) fn context(ordinal: usize) -> Result<Arc<CudaContext>> {
     }
     // cudarc makes the new context current; a caller's own choice is put back.
     let _current = Current::remember()?;
-    CudaContext::new(ordinal).map_err(|e| failed("cuDevicePrimaryCtxRetain", e))
+    CudaContext::new(ordinal).map_err(|DriverError(code)| error("cuDevicePrimaryCtxRetain", code))
 }
 
 /// Makes a context current on this thread and puts back what was current before when dropped.
@@ -165,6 +136,9 @@ pub(crate) unsafe fn free(addr: DeviceAddr) {
     let _ = unsafe { sys::cuMemFree_v2(addr.0) };
 }
 
+/// The largest distance from row to row that the driver's two-dimensional copies take on every device.
+const MAX_PITCH: usize = i32::MAX as usize;
+
 /// Enqueues a copy of `height` rows of `width` bytes between device addresses with the given bytes from row to row.
 ///
 /// # Safety
@@ -181,6 +155,15 @@ pub(crate) unsafe fn copy_2d(
         // SAFETY: the caller vouches for the ranges, which are contiguous here.
         let code = unsafe { sys::cuMemcpyDtoDAsync_v2(dst.0, src.0, width * height, stream(handle)) };
         return check("cuMemcpyDtoDAsync", code);
+    }
+    if src_pitch.max(dst_pitch) > MAX_PITCH {
+        for row in 0..height {
+            let (from, to) = (src.offset((row * src_pitch) as u64), dst.offset((row * dst_pitch) as u64));
+            // SAFETY: the caller vouches for the ranges, of which these are rows.
+            let code = unsafe { sys::cuMemcpyDtoDAsync_v2(to.0, from.0, width, stream(handle)) };
+            check("cuMemcpyDtoDAsync", code)?;
+        }
+        return Ok(());
     }
     let device = sys::CUmemorytype::CU_MEMORYTYPE_DEVICE;
     let copy = sys::CUDA_MEMCPY2D {

@@ -15,7 +15,7 @@ mod safe;
 pub mod sys;
 
 pub use result::{NcclLibrary, Version};
-pub use safe::{NcclComm, NcclFactory, NormKernel, NormLoader};
+pub use safe::{NcclComm, NcclFactory};
 
 /// The backend's name.
 pub const NAME: &str = "nccl";

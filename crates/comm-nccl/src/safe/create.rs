@@ -78,13 +78,14 @@ pub(crate) fn draft(base: Base, hosts: Hosts, ordinal: usize) -> Result<Draft> {
     Ok(Draft { comm: NcclComm::new(shared.clone()), shared })
 }
 
-/// Makes this rank's end of a new communicator.
-pub(crate) fn create(context: &CreateContext, base: Base, ordinal: usize) -> Result<NcclComm> {
+/// Makes this rank's end of a new communicator. A rank without a base takes part all the same, so that the others learn
+/// why there will be none.
+pub(crate) fn create(context: &CreateContext, base: Result<Base>, ordinal: usize) -> Result<NcclComm> {
     let deadline = Deadline::after(context.timeout);
     let control = sibling(&*context.host, deadline)?;
     let hosts = hosts(control, Some(context.host.clone()), deadline)?;
     let control = hosts.control.clone();
-    let drafted = draft(base, hosts, ordinal);
+    let drafted = base.and_then(|base| draft(base, hosts, ordinal));
     // The id is made after the draft, so that a rank that could not even draft is known before anyone waits for it.
     let (draft, id) = meet(&*control, drafted)?;
     draft.shared.initialise(id)?;

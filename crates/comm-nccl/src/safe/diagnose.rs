@@ -12,8 +12,9 @@ use super::state::{Shared, lock};
 use super::track::Issued;
 use crate::sys;
 
-/// How long the ranks may take to answer: well above a watchdog's interval, well below half a second.
-const ANSWER_TIME: Duration = Duration::from_millis(300);
+/// How long the ranks may take to answer: well above a watchdog's interval, and with what the host communicator adds for
+/// a hub that is itself stopped, below half a second.
+const ANSWER_TIME: Duration = Duration::from_millis(150);
 /// How long a death may take to be known on the host side after NCCL has seen its effects.
 const NAME_TIME: Duration = Duration::from_millis(600);
 

@@ -2,14 +2,12 @@
 
 use std::sync::{Arc, Mutex};
 
-use comm_core::{
-    BackendFactory, Capability, CommError, CreateContext, DeviceComm, MemoryKind, OpKind, Result,
-};
-use cudarc::driver::CudaContext;
+use comm_core::{BackendFactory, Capability, CommError, CreateContext, DeviceComm, MemoryKind, Result};
+use comm_kernels::Kernels;
+use comm_kernels::driver::error;
 
 use super::create;
 use super::limits::{Limits, OLDEST, fact};
-use super::norm::{NormKernel, NormLoader};
 use super::options::Options;
 use super::state::{Base, lock};
 use crate::driver;
@@ -19,6 +17,8 @@ use crate::result::NcclLibrary;
 const PROTOCOL: u32 = 1;
 
 /// Makes communicators over NCCL.
+///
+/// Where a rank has no compiled kernels, communicators are made without the fused norms, and `supports` says why.
 ///
 /// # Options
 /// From [`CreateContext::options`], all optional, all whole numbers unless said otherwise:
@@ -35,7 +35,6 @@ const PROTOCOL: u32 = 1;
 #[derive(Clone, Default)]
 pub struct NcclFactory {
     library: Arc<Mutex<Option<Arc<NcclLibrary>>>>,
-    norm: Option<NormLoader>,
 }
 
 impl NcclFactory {
@@ -48,14 +47,7 @@ impl NcclFactory {
     /// A factory over a library that is already loaded.
     #[must_use]
     pub fn with_library(library: Arc<NcclLibrary>) -> Self {
-        Self { library: Arc::new(Mutex::new(Some(library))), norm: None }
-    }
-
-    /// The same factory with another source of the fused norm's kernel. If it fails on a rank, the communicators are
-    /// made without the fused norm.
-    #[must_use]
-    pub fn with_norm(self, loader: NormLoader) -> Self {
-        Self { norm: Some(loader), ..self }
+        Self { library: Arc::new(Mutex::new(Some(library))) }
     }
 
     /// The library, loaded on first use. A failure is not remembered: the caller may put it right.
@@ -69,15 +61,19 @@ impl NcclFactory {
         Ok(library)
     }
 
-    fn norm(&self, context: &Arc<CudaContext>) -> Result<Arc<dyn NormKernel>> {
-        match &self.norm {
-            Some(load) => load(context),
-            None => Err(CommError::unsupported(
-                OpKind::AllReduceRmsNorm,
-                crate::NAME,
-                "the factory was made without a norm kernel; give it one with NcclFactory::with_norm",
-            )),
-        }
+    fn base(&self, context: &CreateContext, limits: Limits, ordinal: usize) -> Result<Base> {
+        let library = self.library()?;
+        check_version(&library)?;
+        let device = driver::context(ordinal)?;
+        Ok(Base {
+            norm: if limits.has_norm() { Some(Kernels::load(&device)?) } else { None },
+            library,
+            context: device,
+            limits,
+            timeout: context.timeout,
+            checked: context.checked,
+            options: Arc::new(Options::parse(&context.options)?),
+        })
     }
 }
 
@@ -119,14 +115,14 @@ impl BackendFactory for NcclFactory {
         let device = driver::context(ordinal)?;
         let library = self.library()?;
         check_version(&library)?;
-        let failed = |call: &'static str, error: cudarc::driver::DriverError| driver::error(call, error.0);
+        let failed = |call: &'static str, failure: cudarc::driver::DriverError| error(call, failure.0);
         let uuid = device.uuid().map_err(|error| failed("cuDeviceGetUuid", error))?;
         let (major, minor) =
             device.compute_capability().map_err(|error| failed("cuDeviceGetAttribute", error))?;
         let version = library.version();
         let code = version.major * 10_000 + version.minor * 100 + version.patch;
         let uuid: String = uuid.bytes.iter().map(|&byte| format!("{:02x}", byte as u8)).collect();
-        let norm = self.norm(&device).err().map_or_else(String::new, |error| error.to_string());
+        let norm = Kernels::load(&device).err().map_or_else(String::new, |error| error.to_string());
         let facts = [
             (fact::VERSION, code.to_string()),
             (fact::GPU, uuid),
@@ -149,19 +145,7 @@ impl BackendFactory for NcclFactory {
             ));
         }
         let limits = Limits::agree(capabilities)?;
-        let library = self.library()?;
-        check_version(&library)?;
-        let device = driver::context(ordinal)?;
-        let norm = if limits.has_norm() { Some(self.norm(&device)?) } else { None };
-        let base = Base {
-            library,
-            context: device,
-            limits,
-            timeout: context.timeout,
-            checked: context.checked,
-            options: Arc::new(Options::parse(&context.options)?),
-            norm,
-        };
+        let base = self.base(context, limits, ordinal);
         Ok(Arc::new(create::create(context, base, ordinal)?))
     }
 }

@@ -22,4 +22,3 @@ mod watchdog;
 
 pub use comm::NcclComm;
 pub use factory::NcclFactory;
-pub use norm::{NormKernel, NormLoader};

@@ -1,39 +1,21 @@
 //! The fused norms: NCCL's reduction followed by a kernel.
 
-use std::sync::Arc;
-
 use comm_core::{
     CommError, DType, DeviceAddr, DeviceComm, OpKind, ReduceOp, Result, RmsNormArgs, StreamHandle,
     TwoGroupNormArgs, check,
 };
-use cudarc::driver::CudaContext;
+use comm_kernels::Kernels;
 
 use super::comm::NcclComm;
 use super::limits;
 use super::usage::Algorithm;
 
-/// Residual + bias + RMSNorm of rows that are already summed.
-pub trait NormKernel: Send + Sync {
-    /// Enqueues it: `args.input` holds the sums. Allocates nothing and waits for nothing.
-    ///
-    /// # Errors
-    /// When the launch fails.
-    ///
-    /// # Safety
-    /// The ranges that `args` names are valid until the work has completed, and `stream` is a live stream of the device
-    /// that the kernel was loaded on.
-    unsafe fn rmsnorm(&self, args: &RmsNormArgs, stream: StreamHandle) -> Result<()>;
-}
-
-/// Loads the norm kernel on a device.
-pub type NormLoader = Arc<dyn Fn(&Arc<CudaContext>) -> Result<Arc<dyn NormKernel>> + Send + Sync>;
-
 impl NcclComm {
-    fn norm(&self, op: OpKind) -> Result<&Arc<dyn NormKernel>> {
+    fn norm(&self, op: OpKind) -> Result<&Kernels> {
         self.shared()
             .base
             .norm
-            .as_ref()
+            .as_deref()
             .ok_or_else(|| CommError::unsupported(op, crate::NAME, "this rank has no norm kernel"))
     }
 

@@ -5,11 +5,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use comm_core::{CallSite, CommError, CommInfo, DeviceAddr, HostComm, OpKind, Result, StreamHandle};
+use comm_kernels::Kernels;
 use cudarc::driver::CudaContext;
 
 use super::limits::Limits;
 use super::memory::Buffers;
-use super::norm::NormKernel;
 use super::options::Options;
 use super::track::{Issued, Tracker};
 use super::usage::{Algorithm, Usage};
@@ -26,7 +26,7 @@ pub(crate) struct Base {
     pub(crate) timeout: Duration,
     pub(crate) checked: bool,
     pub(crate) options: Arc<Options>,
-    pub(crate) norm: Option<Arc<dyn NormKernel>>,
+    pub(crate) norm: Option<Arc<Kernels>>,
 }
 
 /// The host communicators of one communicator.

@@ -14,7 +14,8 @@ use super::track::Progress;
 use crate::driver::{self, Current};
 use crate::result;
 
-const INTERVAL: Duration = Duration::from_millis(50);
+/// Short enough that noticing, asking the other ranks and naming one stays within half a second.
+const INTERVAL: Duration = Duration::from_millis(25);
 /// How long a dropped communicator may take to flush before it is aborted.
 const FLUSH_TIME: Duration = Duration::from_secs(2);
 
