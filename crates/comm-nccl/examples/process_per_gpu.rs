@@ -12,11 +12,10 @@ use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
 use std::process::{Command, ExitCode};
 use std::sync::Arc;
-use std::time::Duration;
 
 use comm_core::{
-    BackendFactory, CreateContext, DType, DeviceComm, DeviceMemory, HostComm, HostCommExt, ReduceOp,
-    Rendezvous, Token, local_rank_from_env,
+    CreateContext, DType, DeviceComm, DeviceMemory, HostComm, ReduceOp, Rendezvous, Token, create_with,
+    local_rank_from_env,
 };
 use comm_kernels::{CudaMemory, driver};
 use comm_nccl::NcclFactory;
@@ -57,17 +56,9 @@ fn run_rank() -> Result<(), Box<dyn Error>> {
     let host: Arc<dyn HostComm> = Arc::new(Rendezvous::from_env()?.connect()?);
     let (rank, size) = (host.rank(), host.size());
     let memory = CudaMemory::new(local_rank_from_env()?)?;
-    let context = CreateContext {
-        host: host.clone(),
-        memory: memory.kind(),
-        timeout: Duration::from_secs(60),
-        checked: false,
-        options: std::collections::BTreeMap::new(),
-    };
-    // ...exchange what they can do, and make the communicator.
-    let factory = NcclFactory::new();
-    let capabilities = host.all_gather(&factory.probe(&context)?)?;
-    let comm: Arc<dyn DeviceComm> = factory.create(&context, &capabilities)?;
+    // ...exchange what they can do, and make the communicator: on all ranks, or on none.
+    let context = CreateContext::new(host, memory.kind());
+    let comm: Arc<dyn DeviceComm> = create_with(&NcclFactory::new(), &context)?;
 
     let count = 1 << 20;
     let buffer = memory.allocate(count * 4)?;

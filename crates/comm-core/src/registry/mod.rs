@@ -17,6 +17,7 @@ use crate::host_comm::HostComm;
 use crate::memory::MemoryKind;
 use crate::tiered::{SkippedTier, TieredComm};
 
+#[cfg(feature = "conformance")]
 pub(crate) use agree::panic_message;
 
 /// What a backend needs to make a communicator.
@@ -33,6 +34,15 @@ pub struct CreateContext {
     pub checked: bool,
     /// Settings for one backend or another, by name; all ranks pass the same. Backends ignore those they do not know.
     pub options: BTreeMap<String, String>,
+}
+
+impl CreateContext {
+    /// A context for `memory` with the host communicator's timeout, unchecked, and no settings.
+    #[must_use]
+    pub fn new(host: Arc<dyn HostComm>, memory: MemoryKind) -> Self {
+        let timeout = host.timeout();
+        Self { host, memory, timeout, checked: false, options: BTreeMap::new() }
+    }
 }
 
 /// What one rank can do, exchanged when a communicator is created.
