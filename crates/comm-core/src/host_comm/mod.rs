@@ -260,6 +260,20 @@ fn codec_error<T>(action: &'static str, error: &postcard::Error) -> CommError {
 
 impl<C: HostComm + ?Sized> HostCommExt for C {}
 
+/// The most ranks of a communicator: what a mistyped size is told from, and so that none makes tables too large to hold.
+const SIZE_LIMIT: usize = 1 << 16;
+
+/// Fails with [`CommError::InvalidArgument`] unless a communicator can have `size` ranks.
+fn check_size(size: usize) -> Result<()> {
+    match size {
+        0 => Err(CommError::invalid("size", "a communicator has at least one rank")),
+        1..=SIZE_LIMIT => Ok(()),
+        _ => {
+            Err(CommError::invalid("size", format!("{size} ranks; a communicator has {SIZE_LIMIT} at most")))
+        }
+    }
+}
+
 /// Fails with [`CommError::InvalidArgument`] unless `root` is a rank of a communicator of `size`.
 pub(crate) fn check_root(root: usize, size: usize) -> Result<()> {
     if root < size {

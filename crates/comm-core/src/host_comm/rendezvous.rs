@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::error::{CallSite, CommError, Result};
-use crate::host_comm::Deadline;
 use crate::host_comm::address::RendezvousAddress;
 use crate::host_comm::environment;
 use crate::host_comm::handshake::{CHALLENGE_LEN, Identity, RankSide, VERDICT_LEN};
@@ -17,6 +16,7 @@ use crate::host_comm::passed_on::PassedOn;
 use crate::host_comm::socket::SocketComm;
 use crate::host_comm::token::Token;
 use crate::host_comm::transport::{self, DialError, ExchangeError, Listener};
+use crate::host_comm::{Deadline, check_size};
 use crate::op::OpKind;
 
 /// How long whatever listens at the address has to prove that it is this job's rank 0.
@@ -33,7 +33,7 @@ pub struct Rendezvous {
     pub address: RendezvousAddress,
     /// This rank, below `size`.
     pub rank: usize,
-    /// The number of ranks.
+    /// The number of ranks, at most 65536.
     pub size: usize,
     /// The job's id: jobs that differ in it never mix, even where they share an address and a token.
     pub job: String,
@@ -84,12 +84,14 @@ impl Rendezvous {
     ///   rank that is taken;
     /// - [`CommError::InvalidArgument`], [`CommError::Io`].
     pub fn connect(&self) -> Result<SocketComm> {
-        if self.size == 0 || self.rank >= self.size {
+        check_size(self.size)?;
+        if self.rank >= self.size {
             let reason = format!("rank {} is not below the world size {}", self.rank, self.size);
             return Err(CommError::invalid("rank", reason));
         }
-        if self.size > u32::MAX as usize {
-            return Err(CommError::invalid("size", "more ranks than a rank number can name"));
+        if matches!(self.address, RendezvousAddress::Tcp { port: 0, .. }) {
+            // The system would pick a port that no other rank knows.
+            return Err(CommError::invalid("rendezvous address", "a port is from 1 to 65535"));
         }
         let deadline = Deadline::after(self.timeout);
         let link =
