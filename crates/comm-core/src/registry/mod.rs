@@ -17,6 +17,7 @@ use crate::host_comm::HostComm;
 use crate::memory::MemoryKind;
 use crate::tiered::{SkippedTier, TieredComm};
 
+#[cfg(feature = "conformance")]
 pub(crate) use agree::panic_message;
 
 /// What a backend needs to make a communicator.
