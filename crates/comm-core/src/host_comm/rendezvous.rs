@@ -58,8 +58,8 @@ impl Rendezvous {
     /// | `COMM_TIMEOUT_SECS` | the timeout in seconds, 60 where not set |
     ///
     /// torchrun's own store listens at `MASTER_PORT`, so the ranks never do. Where all ranks run on this host
-    /// (`LOCAL_WORLD_SIZE` equals `WORLD_SIZE`; where it is not set, `MASTER_ADDR` is an address of this host) and
-    /// `COMM_PORT` is not set, they meet at a unix socket in a directory of this user's alone; its name is made of the
+    /// (`LOCAL_WORLD_SIZE` equals `WORLD_SIZE`; where it is not set, `MASTER_ADDR` is `localhost` or a loopback address)
+    /// and `COMM_PORT` is not set, they meet at a unix socket in a directory of this user's alone; its name is made of the
     /// job's id, `MASTER_ADDR` and `MASTER_PORT`. Otherwise they meet over TCP at `MASTER_ADDR` and `COMM_PORT`, by
     /// default the port after `MASTER_PORT` (the one before it for 65535).
     ///
