@@ -27,6 +27,10 @@ const FIRST_PAUSE: Duration = Duration::from_millis(2);
 const LONGEST_PAUSE: Duration = Duration::from_millis(50);
 
 /// What a rank needs to meet the others. All ranks pass the same, but for `rank`.
+///
+/// The ranks prove to each other that they know the token, which itself never crosses the network. What they say after
+/// that crosses a TCP connection in the clear and unsigned: whoever can read or alter the traffic between the hosts can
+/// read or alter it. Use a network that only the job's hosts are on. A unix socket is closed to other users altogether.
 #[derive(Clone, Debug)]
 pub struct Rendezvous {
     /// Where rank 0 listens.
