@@ -217,8 +217,8 @@ impl CommError {
 
     /// Whether the communicator is lost: only [`close`](crate::DeviceComm::close) and creating a new one make sense.
     ///
-    /// Errors for which this is false left the communicator as it was: the call was refused before anything was
-    /// enqueued.
+    /// Errors for which this is false left a [`DeviceComm`](crate::DeviceComm) as it was: the call was refused before
+    /// anything was enqueued. A [`HostComm`](crate::HostComm) is lost after a [`Mismatch`](Self::Mismatch) as well.
     #[must_use]
     pub const fn is_fatal(&self) -> bool {
         !matches!(

@@ -5,7 +5,7 @@ mod host_comm_util;
 
 use std::time::{Duration, Instant};
 
-use comm_core::{Deadline, HostComm, HostCommExt, Rendezvous, RendezvousAddress};
+use comm_core::{CommError, Deadline, HostComm, HostCommExt, Rendezvous, RendezvousAddress};
 use host_comm_util::process::{Job, is_rank, tell};
 use host_comm_util::{Kind, within};
 use rustix::process::Signal;
@@ -289,5 +289,29 @@ fn nothing_is_left_behind() {
     within(LIMIT, || {
         let results = tempfile::tempdir().unwrap();
         Job::start_with("nothing_is_left_behind", 1, &[], results).join(0);
+    });
+}
+
+/// Where the system refuses a rank its thread, the caller gets an error and the ranks that did start get theirs.
+#[test]
+fn a_system_without_threads_is_an_error() {
+    if is_rank() {
+        use rustix::process::{Resource, Rlimit, setrlimit};
+        let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
+        let used: u64 = pages.split(' ').next().unwrap().parse::<u64>().unwrap() * 4096;
+        let limit = Some(used + (256 << 20));
+        setrlimit(Resource::As, Rlimit { current: limit, maximum: limit }).unwrap();
+        let started = std::sync::atomic::AtomicUsize::new(0);
+        let outcome = comm_core::run_threads(2000, LONG, |comm| {
+            started.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            assert!(matches!(comm.barrier(Deadline::after(LONG)), Err(CommError::PeerDied { .. })));
+        });
+        assert!(matches!(outcome, Err(CommError::Io { .. })), "{outcome:?}");
+        assert!(started.into_inner() > 0);
+        return;
+    }
+    within(LIMIT, || {
+        let results = tempfile::tempdir().unwrap();
+        Job::start_with("a_system_without_threads_is_an_error", 1, &[], results).join(0);
     });
 }

@@ -317,11 +317,15 @@ fn wrong_arguments_are_refused() {
     for error in [
         with(&|w| w.rank = 2),
         with(&|w| w.size = 0),
+        with(&|w| w.size = u32::MAX as usize),
+        with(&|w| w.address = tcp("127.0.0.1", 0)),
         with(&|w| w.address = tcp("192.0.2.1", 5)),
         with(&|w| w.address = RendezvousAddress::Unix(format!("/tmp/{}", "x".repeat(200)).into())),
     ] {
         assert!(matches!(error, CommError::InvalidArgument { .. }), "{error:?}");
     }
+    let too_many = comm_core::ThreadComm::create(usize::MAX, T).err().expect("it was made");
+    assert!(matches!(too_many, CommError::InvalidArgument { .. }), "{too_many:?}");
     let alone = Rendezvous { size: 1, ..meetings[0].clone() };
     alone.connect().unwrap().barrier(Deadline::after(T)).unwrap();
 }

@@ -187,7 +187,9 @@ fn different_calls_are_a_mismatch(kind: Kind) {
             return comm.barrier(Deadline::after(T)).unwrap_err();
         }
         std::thread::sleep(Duration::from_millis(100));
-        comm.all_gather(&1).unwrap_err()
+        let first = comm.all_gather(&1).unwrap_err();
+        assert_eq!(comm.barrier(Deadline::after(T)).unwrap_err(), first);
+        first
     });
     let CommError::Mismatch { at, rank: 0, expected, found } = &errors[1] else { panic!("{:?}", errors[1]) };
     assert_eq!((at.seq, &**expected, &**found), (0, "host_all_gather", "host_barrier"));

@@ -2,7 +2,7 @@
 //!
 //! [`Rendezvous::from_env`] documents the variables. This module only reads them and never sets one.
 
-use std::net::{SocketAddr, TcpListener};
+use std::net::IpAddr;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -14,7 +14,7 @@ use crate::host_comm::Deadline;
 use crate::host_comm::address::RendezvousAddress;
 use crate::host_comm::rendezvous::Rendezvous;
 use crate::host_comm::token::{Token, fill_random, hex, read_private, write_private};
-use crate::host_comm::transport::{check_private_dir, resolve};
+use crate::host_comm::transport::check_private_dir;
 use crate::op::OpKind;
 
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -54,7 +54,10 @@ pub(super) fn rendezvous(get: Get<'_>) -> Result<Rendezvous> {
 /// Where to meet, and whether all ranks run on this host.
 fn address(get: Get<'_>, size: usize, job: &str) -> Result<(RendezvousAddress, bool)> {
     let local_size: Option<usize> = optional(get, "LOCAL_WORLD_SIZE")?;
-    let one_host = |host: &str| local_size.map_or_else(|| is_this_host(host), |local| local == size);
+    // A function of what all ranks share: where each looked at its own interfaces, those of rank 0's host would meet at
+    // its unix socket and the others over TCP.
+    let one_host =
+        |host: &str| size == 1 || local_size.map_or_else(|| is_loopback(host), |local| local == size);
     if let Some(address) = text(get, "COMM_RENDEZVOUS") {
         let address: RendezvousAddress = address.parse()?;
         let one_host = match &address {
@@ -108,7 +111,8 @@ fn token(
         return Err(CommError::invalid(
             "environment",
             "ranks on several hosts need a shared secret: put 64 random hexadecimal digits (openssl rand -hex 32) \
-             into a file of mode 0600 on each host and name it in COMM_TOKEN_FILE, or set COMM_TOKEN",
+             into a file of mode 0600 on each host and name it in COMM_TOKEN_FILE, or set COMM_TOKEN; if all ranks run \
+             on this host, set LOCAL_WORLD_SIZE to WORLD_SIZE instead",
         ));
     }
     let path = token_path(&private_dir(get)?, address, job);
@@ -230,11 +234,9 @@ fn private_dir(get: Get<'_>) -> Result<PathBuf> {
     Ok(dir)
 }
 
-/// Whether `host` names this host: then one of its addresses can be listened at.
-fn is_this_host(host: &str) -> bool {
-    resolve(host, 0).is_ok_and(|address| {
-        address.ip().is_loopback() || TcpListener::bind(SocketAddr::new(address.ip(), 0)).is_ok()
-    })
+/// Whether `host` can only mean the host it is used on.
+fn is_loopback(host: &str) -> bool {
+    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
 fn text(get: Get<'_>, name: &str) -> Option<String> {
@@ -294,6 +296,21 @@ mod tests {
         assert_eq!((found.address, &*found.job, found.timeout), (tcp(7), "run", Duration::from_millis(1500)));
         let named = read(&[&HOSTS[..], &[("COMM_RENDEZVOUS", "unix:/run/x/s")]].concat()).unwrap();
         assert_eq!(named.address, RendezvousAddress::Unix("/run/x/s".into()));
+    }
+
+    #[test]
+    fn all_ranks_come_to_the_same_address_wherever_they_run() {
+        // The first can be listened at here, as rank 0's address can on its host and on no other.
+        for host in ["0.0.0.0", "node-0"] {
+            let vars = [("RANK", "0"), ("WORLD_SIZE", "16"), ("MASTER_ADDR", host), ("MASTER_PORT", "29500")];
+            let expected = RendezvousAddress::Tcp { host: host.into(), port: 29501 };
+            assert_eq!(read(&vars).unwrap().address, expected);
+        }
+        for host in ["localhost", "127.0.0.1", "::1"] {
+            let vars = [("RANK", "1"), ("WORLD_SIZE", "16"), ("MASTER_ADDR", host), ("MASTER_PORT", "29500")];
+            let found = read(&vars).unwrap().address;
+            assert!(matches!(found, RendezvousAddress::Unix(_)), "{found}");
+        }
     }
 
     #[test]

@@ -81,8 +81,10 @@ impl Deadline {
 /// A communicator between the host sides of `size` ranks, which may be threads or processes.
 ///
 /// Every rank makes the same calls in the same order on a communicator; a communicator split from it has an order of
-/// its own. Every call ends by its deadline with a value or an error that names the ranks to blame. After a fatal
-/// error ([`CommError::is_fatal`]) every later call returns the same cause.
+/// its own. Every call ends by its deadline with a value or an error that names the ranks to blame. Calls of several
+/// threads on one handle take turns, and a turn may begin only when the call before it has ended, by the deadline of that
+/// one. A call that failed after it had begun, with a [`Mismatch`](CommError::Mismatch) too, ends the communicator: every
+/// later call returns the same cause.
 ///
 /// Values cross as bytes here; [`HostCommExt`] adds serialisable types and reductions.
 pub trait HostComm: Send + Sync {
@@ -259,6 +261,20 @@ fn codec_error<T>(action: &'static str, error: &postcard::Error) -> CommError {
 }
 
 impl<C: HostComm + ?Sized> HostCommExt for C {}
+
+/// The most ranks of a communicator: what a mistyped size is told from, and so that none makes tables too large to hold.
+const SIZE_LIMIT: usize = 1 << 16;
+
+/// Fails with [`CommError::InvalidArgument`] unless a communicator can have `size` ranks.
+fn check_size(size: usize) -> Result<()> {
+    match size {
+        0 => Err(CommError::invalid("size", "a communicator has at least one rank")),
+        1..=SIZE_LIMIT => Ok(()),
+        _ => {
+            Err(CommError::invalid("size", format!("{size} ranks; a communicator has {SIZE_LIMIT} at most")))
+        }
+    }
+}
 
 /// Fails with [`CommError::InvalidArgument`] unless `root` is a rank of a communicator of `size`.
 pub(crate) fn check_root(root: usize, size: usize) -> Result<()> {

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::error::{CallSite, CommError, Result};
-use crate::host_comm::Deadline;
 use crate::host_comm::address::RendezvousAddress;
 use crate::host_comm::environment;
 use crate::host_comm::handshake::{CHALLENGE_LEN, Identity, RankSide, VERDICT_LEN};
@@ -17,6 +16,7 @@ use crate::host_comm::passed_on::PassedOn;
 use crate::host_comm::socket::SocketComm;
 use crate::host_comm::token::Token;
 use crate::host_comm::transport::{self, DialError, ExchangeError, Listener};
+use crate::host_comm::{Deadline, check_size};
 use crate::op::OpKind;
 
 /// How long whatever listens at the address has to prove that it is this job's rank 0.
@@ -27,13 +27,17 @@ const FIRST_PAUSE: Duration = Duration::from_millis(2);
 const LONGEST_PAUSE: Duration = Duration::from_millis(50);
 
 /// What a rank needs to meet the others. All ranks pass the same, but for `rank`.
+///
+/// The ranks prove to each other that they know the token, which itself never crosses the network. What they say after
+/// that crosses a TCP connection in the clear and unsigned: whoever can read or alter the traffic between the hosts can
+/// read or alter it. Use a network that only the job's hosts are on. A unix socket is closed to other users altogether.
 #[derive(Clone, Debug)]
 pub struct Rendezvous {
     /// Where rank 0 listens.
     pub address: RendezvousAddress,
     /// This rank, below `size`.
     pub rank: usize,
-    /// The number of ranks.
+    /// The number of ranks, at most 65536.
     pub size: usize,
     /// The job's id: jobs that differ in it never mix, even where they share an address and a token.
     pub job: String,
@@ -58,8 +62,8 @@ impl Rendezvous {
     /// | `COMM_TIMEOUT_SECS` | the timeout in seconds, 60 where not set |
     ///
     /// torchrun's own store listens at `MASTER_PORT`, so the ranks never do. Where all ranks run on this host
-    /// (`LOCAL_WORLD_SIZE` equals `WORLD_SIZE`; where it is not set, `MASTER_ADDR` is an address of this host) and
-    /// `COMM_PORT` is not set, they meet at a unix socket in a directory of this user's alone; its name is made of the
+    /// (`LOCAL_WORLD_SIZE` equals `WORLD_SIZE`; where it is not set, `MASTER_ADDR` is `localhost` or a loopback address)
+    /// and `COMM_PORT` is not set, they meet at a unix socket in a directory of this user's alone; its name is made of the
     /// job's id, `MASTER_ADDR` and `MASTER_PORT`. Otherwise they meet over TCP at `MASTER_ADDR` and `COMM_PORT`, by
     /// default the port after `MASTER_PORT` (the one before it for 65535).
     ///
@@ -84,12 +88,14 @@ impl Rendezvous {
     ///   rank that is taken;
     /// - [`CommError::InvalidArgument`], [`CommError::Io`].
     pub fn connect(&self) -> Result<SocketComm> {
-        if self.size == 0 || self.rank >= self.size {
+        check_size(self.size)?;
+        if self.rank >= self.size {
             let reason = format!("rank {} is not below the world size {}", self.rank, self.size);
             return Err(CommError::invalid("rank", reason));
         }
-        if self.size > u32::MAX as usize {
-            return Err(CommError::invalid("size", "more ranks than a rank number can name"));
+        if matches!(self.address, RendezvousAddress::Tcp { port: 0, .. }) {
+            // The system would pick a port that no other rank knows.
+            return Err(CommError::invalid("rendezvous address", "a port is from 1 to 65535"));
         }
         let deadline = Deadline::after(self.timeout);
         let link =

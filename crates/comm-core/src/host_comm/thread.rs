@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use crate::error::{CallSite, CommError, Result};
 use crate::host_comm::call::Call;
-use crate::host_comm::{Deadline, HostComm, check_root};
+use crate::host_comm::{Deadline, HostComm, check_root, check_size};
 use crate::op::OpKind;
 
 /// What one rank brings to a round.
@@ -108,11 +108,9 @@ impl ThreadComm {
     /// calls that take none.
     ///
     /// # Errors
-    /// [`CommError::InvalidArgument`] for a size of zero.
+    /// [`CommError::InvalidArgument`] for a size of zero or over 65536.
     pub fn create(size: usize, timeout: Duration) -> Result<Vec<Self>> {
-        if size == 0 {
-            return Err(CommError::invalid("size", "a communicator has at least one rank"));
-        }
+        check_size(size)?;
         let group = Group::new("world".into(), size, timeout);
         Ok((0..size).map(|rank| Self::new(group.clone(), rank)).collect())
     }

@@ -2,13 +2,18 @@
 
 use std::fmt;
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::str::FromStr;
 
+use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 use subtle::ConstantTimeEq;
 
 use crate::error::{CommError, Result};
+use crate::host_comm::Deadline;
+use crate::host_comm::transport::timespec;
 
 /// A 32-byte secret by which the ranks of a job prove to each other that they belong to it.
 ///
@@ -59,6 +64,16 @@ impl Token {
     /// it, or when it holds something else; [`CommError::Io`] when it cannot be read.
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
         Self::from_hex(&read_private(path.as_ref())?)
+    }
+
+    /// Reads a token from a descriptor that the launcher left open, for example the reading end of a pipe: 64 hexadecimal
+    /// digits, then the end of the line or of the stream. Closes it.
+    ///
+    /// # Errors
+    /// [`CommError::InvalidArgument`] when it holds something else; [`CommError::Io`] when it cannot be read, or not all
+    /// of it comes by the deadline.
+    pub fn from_fd(fd: OwnedFd, deadline: Deadline) -> Result<Self> {
+        Self::from_hex(&read_line(&fd, deadline)?)
     }
 
     /// Writes the token to a new file that only this user can read (mode 0600).
@@ -113,6 +128,36 @@ pub(super) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// Reads up to the first line's end, or the stream's, and never much more than a token's length.
+fn read_line(fd: &OwnedFd, deadline: Deadline) -> Result<String> {
+    let io = |error: Errno| CommError::io("reading a token from a descriptor", &error.into());
+    let (mut line, mut buffer) = (Vec::new(), [0_u8; 128]);
+    loop {
+        let left = deadline.remaining();
+        let ready = rustix::event::poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&timespec(left)));
+        match ready {
+            Ok(0) if left.is_zero() => return Err(io(Errno::TIMEDOUT)),
+            Ok(0) | Err(Errno::INTR) => continue,
+            Ok(_) => {}
+            Err(error) => return Err(io(error)),
+        }
+        let count = match rustix::io::read(fd, &mut buffer) {
+            Ok(count) => count,
+            Err(Errno::INTR | Errno::AGAIN) => continue,
+            Err(error) => return Err(io(error)),
+        };
+        line.extend(buffer.iter().take(count));
+        let end = line.iter().position(|byte| *byte == b'\n');
+        if let Some(end) = end {
+            line.truncate(end);
+        }
+        if count == 0 || end.is_some() || line.len() > buffer.len() {
+            // What is not text is no token either.
+            return Ok(String::from_utf8_lossy(&line).into_owned());
+        }
+    }
+}
+
 /// Reads a short text file that must be this user's and closed to all others.
 pub(super) fn read_private(path: &Path) -> Result<String> {
     let io =
@@ -146,6 +191,7 @@ pub(super) fn write_private(path: &Path, text: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
+    use std::time::{Duration, Instant};
 
     use super::*;
 
@@ -170,6 +216,31 @@ mod tests {
         std::fs::set_permissions(&path, PermissionsExt::from_mode(0o600)).unwrap();
         std::os::unix::fs::symlink(&path, &link).unwrap();
         assert!(Token::from_file(&link).is_err(), "a symbolic link was followed");
+    }
+
+    #[test]
+    fn an_inherited_descriptor_holds_a_token_or_is_refused_in_time() {
+        let read = |text: &[u8], keep_open: bool| {
+            let (reader, writer) = rustix::pipe::pipe().unwrap();
+            rustix::io::write(&writer, text).unwrap();
+            let writer = keep_open.then_some(writer);
+            let limit = Duration::from_millis(200);
+            let start = Instant::now();
+            let result = Token::from_fd(reader, Deadline::after(limit));
+            assert!(start.elapsed() < limit + Duration::from_secs(1));
+            drop(writer);
+            result
+        };
+        let token = Token::random().unwrap();
+        let line = format!("{}\n", token.to_hex());
+        assert_eq!(read(line.as_bytes(), true).unwrap(), token);
+        assert_eq!(read(token.to_hex().as_bytes(), false).unwrap(), token);
+        for (text, keep_open) in [(&b""[..], false), (b"abc\n", true), (&[0xff; 4096], true)] {
+            let error = read(text, keep_open).unwrap_err();
+            assert!(matches!(error, CommError::InvalidArgument { .. }), "{error:?}");
+        }
+        let silent = read(b"ab", true).unwrap_err();
+        assert!(matches!(silent, CommError::Io { .. }), "{silent:?}");
     }
 
     #[test]

@@ -279,7 +279,7 @@ fn bind_error(address: &RendezvousAddress, error: &std::io::Error) -> CommError 
 }
 
 /// The first address that `host` stands for.
-pub(super) fn resolve(host: &str, port: u16) -> Result<SocketAddr> {
+fn resolve(host: &str, port: u16) -> Result<SocketAddr> {
     let wrong = |reason: String| CommError::invalid("rendezvous address", format!("host {host:?}: {reason}"));
     let mut found = (host, port).to_socket_addrs().map_err(|error| wrong(error.to_string()))?;
     found.next().ok_or_else(|| wrong("no address found".into()))
