@@ -17,7 +17,7 @@ mod versus;
 
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -41,6 +41,9 @@ use versus::Versus;
 
 /// The environment variable that names the file which the ranks load NCCL from.
 const NCCL_LIBRARY: &str = "COMM_NCCL_LIBRARY";
+
+/// The interpreter whose PyTorch is the peer.
+const PYTHON: &str = "python3";
 
 /// Options of `cargo xtask bench`.
 #[derive(Args, Debug)]
@@ -195,14 +198,19 @@ pub fn run(args: &BenchArgs) -> Result<()> {
 
 fn find_torch() -> Result<Torch> {
     gpus::visible().map_err(anyhow::Error::msg)?;
-    Torch::find()
+    Torch::find(Path::new(PYTHON), peer::PROBE)
 }
 
 /// Measures PyTorch and prints the comparison.
 fn compare_with(args: &BenchArgs, torch: Torch, rows: &[Row]) -> Result<PeerReport> {
     eprintln!("measuring {} ...", torch.describe());
-    let method =
-        peer::Method { reps: args.reps, iters: args.iters, timeout: Duration::from_secs(args.timeout) };
+    let method = peer::Method {
+        python: Path::new(PYTHON),
+        script: peer::SCRIPT,
+        reps: args.reps,
+        iters: args.iters,
+        timeout: Duration::from_secs(args.timeout),
+    };
     let gpus = gpus::visible().map_err(anyhow::Error::msg)?;
     let (figures, bad_end) = peer::measure(rows, &gpus, &method)?;
     let tolerance = args.tolerance.unwrap_or(PEER_TOLERANCE);

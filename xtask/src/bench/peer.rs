@@ -5,7 +5,7 @@
 
 use std::ffi::OsString;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -21,9 +21,9 @@ use crate::job;
 use crate::launch::{Exit, LaunchReport, LaunchSpec, Mode, launch};
 
 /// Prints what PyTorch there is.
-const PROBE: &str = include_str!("../../../bench/peers/torch_probe.py");
+pub const PROBE: &str = include_str!("../../../bench/peers/torch_probe.py");
 /// Measures its collectives.
-const SCRIPT: &str = include_str!("../../../bench/peers/torch_nccl.py");
+pub const SCRIPT: &str = include_str!("../../../bench/peers/torch_nccl.py");
 /// Importing PyTorch from a cold disk takes many seconds.
 const PROBE_PATIENCE: Duration = Duration::from_secs(90);
 
@@ -46,22 +46,26 @@ pub struct Torch {
 }
 
 impl Torch {
-    /// The PyTorch of `python3`.
+    /// The PyTorch of a Python interpreter, as `probe` prints it.
     ///
     /// # Errors
     /// Why it cannot be measured.
-    pub fn find() -> Result<Self> {
+    pub fn find(python: &Path, probe: &str) -> Result<Self> {
         #[derive(Deserialize)]
         #[serde(untagged)]
         enum Answer {
             Problem { problem: String },
             Torch(Torch),
         }
-        let text = output_of(Command::new("python3").args(["-c", PROBE]), PROBE_PATIENCE)
-            .context("python3 does not run, or did not tell which PyTorch it has")?;
+        let text =
+            output_of(Command::new(python).args(["-c", probe]), PROBE_PATIENCE).with_context(|| {
+                format!("{} does not run, or did not tell which PyTorch it has", python.display())
+            })?;
         let answer = text.trim().lines().last().unwrap_or_default();
-        match serde_json::from_str(answer).with_context(|| format!("python3 answered {answer:?}"))? {
-            Answer::Problem { problem } => bail!("python3: {problem}"),
+        match serde_json::from_str(answer)
+            .with_context(|| format!("{} answered {answer:?}", python.display()))?
+        {
+            Answer::Problem { problem } => bail!("{}: {problem}", python.display()),
             Answer::Torch(torch) => Ok(torch),
         }
     }
@@ -128,7 +132,11 @@ pub fn cannot_measure(row: &Row) -> Option<String> {
 }
 
 /// How the peer is measured: as ours was.
-pub struct Method {
+pub struct Method<'a> {
+    /// The interpreter.
+    pub python: &'a Path,
+    /// What it runs as every rank.
+    pub script: &'a str,
     /// Repetitions of the graph.
     pub reps: usize,
     /// Operations in it; by size when absent.
@@ -142,11 +150,11 @@ pub struct Method {
 ///
 /// # Errors
 /// When the ranks cannot be started.
-pub fn measure(rows: &[Row], gpus: &[String], method: &Method) -> Result<(Vec<Figure>, Option<String>)> {
+pub fn measure(rows: &[Row], gpus: &[String], method: &Method<'_>) -> Result<(Vec<Figure>, Option<String>)> {
     let rows: Vec<&Row> = rows.iter().filter(|row| cannot_measure(row).is_none()).collect();
     let Some(first) = rows.first() else { return Ok((Vec::new(), None)) };
     let mut script = tempfile::Builder::new().prefix("comm-peer-").suffix(".py").tempfile()?;
-    script.write_all(SCRIPT.as_bytes()).context("writing PyTorch's script")?;
+    script.write_all(method.script.as_bytes()).context("writing PyTorch's script")?;
 
     let figures = Arc::new(Mutex::new(Vec::new()));
     let output: crate::launch::LineSink = {
@@ -161,7 +169,7 @@ pub fn measure(rows: &[Row], gpus: &[String], method: &Method) -> Result<(Vec<Fi
     };
     let spec = job::spec(first.world, Mode::Processes, method.timeout, Duration::from_secs(30))?;
     let spec = LaunchSpec {
-        program: "python3".into(),
+        program: method.python.into(),
         args: arguments(script.path().into(), &rows, method),
         // What torchrun sets: with a thread per processor in every rank, the ranks disturb each other.
         env: vec![("OMP_NUM_THREADS".into(), "1".into())],
@@ -173,7 +181,7 @@ pub fn measure(rows: &[Row], gpus: &[String], method: &Method) -> Result<(Vec<Fi
     Ok((figures, bad_end(&outcome)))
 }
 
-fn arguments(script: OsString, rows: &[&Row], method: &Method) -> Vec<OsString> {
+fn arguments(script: OsString, rows: &[&Row], method: &Method<'_>) -> Vec<OsString> {
     let list = |mut values: Vec<String>| {
         let mut seen = std::collections::BTreeSet::new();
         values.retain(|value| seen.insert(value.clone()));
@@ -231,12 +239,69 @@ mod tests {
             row(OpKind::AllReduce, 1024, 5.0),
             row(OpKind::AllGather, 1024, 5.0),
         ];
-        let method = Method { reps: 5, iters: Some(9), timeout: Duration::from_secs(1) };
+        let method = Method {
+            python: Path::new("python3"),
+            script: "",
+            reps: 5,
+            iters: Some(9),
+            timeout: Duration::from_secs(1),
+        };
         let words = arguments("s.py".into(), &rows.iter().collect::<Vec<_>>(), &method);
         let words: Vec<_> = words.iter().map(|word| word.to_string_lossy()).collect();
         let expected =
             "s.py --ops all_reduce,all_gather --bytes 4096,1024 --dtype bf16 --replays 5 --iters 9";
         assert_eq!(words.join(" "), expected);
+    }
+
+    /// With a shell in the interpreter's place.
+    fn measure_with(script: &str) -> (Vec<Figure>, Option<String>) {
+        let mut small = row(OpKind::AllReduce, 1024, 5.0);
+        small.world = 2;
+        let method = Method {
+            python: Path::new("/bin/sh"),
+            script,
+            reps: 5,
+            iters: None,
+            timeout: Duration::from_secs(20),
+        };
+        let gpus = ["GPU-of-a-test-0".to_owned(), "GPU-of-a-test-1".to_owned()];
+        measure(&[small], &gpus, &method).unwrap()
+    }
+
+    const LINE: &str =
+        r#"echo '{"op":"all_reduce","dtype":"bf16","bytes":1024,"world":2,"in_place":true,"us":7.5}'"#;
+
+    #[test]
+    fn its_ranks_are_started_as_torchrun_would_with_multicast_off() {
+        let script = format!(
+            r#"[ -s "$0" ] && [ "$WORLD_SIZE" = 2 ] && [ -n "$MASTER_ADDR$MASTER_PORT" ] && [ "$LOCAL_RANK" = "$RANK" ] || exit 4
+               [ "$NCCL_NVLS_ENABLE$TORCH_SYMM_MEM_DISABLE_MULTICAST" = 01 ] || exit 5
+               [ "$CUDA_VISIBLE_DEVICES" = GPU-of-a-test-0,GPU-of-a-test-1 ] || exit 6
+               echo a warning; {LINE}"#
+        );
+        let (figures, bad_end) = measure_with(&script);
+        assert_eq!(bad_end, None);
+        // Every rank printed the line; rank 0's is the one that counts.
+        assert_eq!(figures.iter().map(|figure| figure.us).collect::<Vec<_>>(), [Some(7.5)]);
+    }
+
+    #[test]
+    fn a_rank_that_fails_is_named_and_its_figures_are_kept() {
+        let (figures, bad_end) = measure_with(&format!("{LINE}; exit $((RANK * 3))"));
+        assert_eq!((figures.len(), bad_end.as_deref()), (1, Some("its rank 1 ended with Code(3)")));
+    }
+
+    #[test]
+    fn an_interpreter_tells_what_it_has_or_why_not() {
+        let find = |script: &str| Torch::find(Path::new("/bin/sh"), script);
+        let torch =
+            find(r#"echo noise; echo '{"version":"2.11","nccl":"2.28.9","library":"/x/libnccl.so.2"}'"#)
+                .unwrap();
+        assert_eq!(torch.describe(), "PyTorch 2.11 with NCCL 2.28.9 at /x/libnccl.so.2");
+        let error = |script: &str| format!("{:#}", find(script).unwrap_err());
+        assert!(error(r#"echo '{"problem":"it has no PyTorch"}'"#).contains("has no PyTorch"));
+        assert!(error("echo nonsense").contains("nonsense"));
+        assert!(error("exit 1").contains("does not run"));
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::bench::sizes::human;
 /// A panel's width and height, in pixels.
 const PANEL: (u32, u32) = (900, 520);
 /// The legend's width.
-const LEGEND: u32 = 260;
+const LEGEND: u32 = 330;
 /// Between two lines of the legend.
 const LEGEND_STEP: i32 = 22;
 
