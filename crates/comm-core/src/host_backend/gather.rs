@@ -96,8 +96,9 @@ impl Gather<'_> {
         for start in (0..len).step_by(READ) {
             let range = (start, (start + READ).min(len));
             // SAFETY: as the caller vouches.
-            unsafe { remote::copy(op.core.control(), &op.waiting, rank, (to, from), range)? };
-            op.core.waiter.failure(&op.waiting)?;
+            let read = unsafe { remote::copy(op.core.control(), &op.waiting, rank, (to, from), range) };
+            // A peer that gave up may have freed its operand already: why it did says more than the failed read.
+            op.core.waiter.failure(&op.waiting).and(read)?;
         }
         Ok(())
     }

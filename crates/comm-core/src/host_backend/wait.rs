@@ -22,6 +22,8 @@ const YIELDS: u32 = 1000;
 const SLEEP: Duration = Duration::from_millis(1);
 /// How often the host communicator is asked for deaths.
 const POLL: Duration = Duration::from_millis(3);
+/// How long a rank's departure is no verdict yet: the death that made it leave may still be on its way here.
+const GRACE: Duration = Duration::from_millis(50);
 
 /// Which call is waiting; names itself in errors.
 #[derive(Clone, Copy)]
@@ -73,12 +75,16 @@ impl Waiter {
         }
         let mut polled = Instant::now();
         let mut rounds = 0;
+        let mut departed = None;
         loop {
             if ready() {
                 return Ok(());
             }
-            if self.control.alarmed() {
-                self.trouble(waiting, &mut ready, &awaited)?;
+            if self.control.alarmed()
+                && let Some(rank) = self.trouble(waiting, &mut ready, &awaited)?
+                && departed.get_or_insert_with(Instant::now).elapsed() >= GRACE
+            {
+                return Err(self.known_failure(waiting).unwrap_or_else(|| self.departure(waiting, rank)));
             }
             if rounds < YIELDS {
                 rounds += 1;
@@ -92,10 +98,10 @@ impl Waiter {
             let now = Instant::now();
             if now.duration_since(polled) >= POLL {
                 polled = now;
-                if let Err(error) = self.host.poll()
+                if let Some(error) = self.told(waiting)
                     && !ready()
                 {
-                    return Err(at_home(waiting, error));
+                    return Err(error);
                 }
             }
             if now >= waiting.deadline.instant() && !ready() {
@@ -133,22 +139,49 @@ impl Waiter {
         header.sleepers.fetch_sub(1, Ordering::SeqCst);
     }
 
-    /// The error that ends a wait, if some rank's standing ends it.
+    /// The error that ends a wait, if some rank's standing ends it. Otherwise a rank that was needed and has departed.
     fn trouble(
         &self,
         waiting: &Waiting<'_>,
         ready: &mut impl FnMut() -> bool,
         awaited: &impl Fn() -> Vec<usize>,
-    ) -> Result<()> {
+    ) -> Result<Option<usize>> {
         self.aborted(waiting)?;
+        let mut departed = None;
         for rank in awaited() {
             let (standing, cause) = self.control.standing(rank);
             // A rank arrives before it departs, so a second look after its standing is decisive.
-            if standing != Standing::Alive && !ready() && awaited().contains(&rank) {
+            if standing == Standing::Alive || ready() || !awaited().contains(&rank) {
+                continue;
+            }
+            if standing != Standing::Departed {
                 return Err(self.blame(waiting, rank, standing, cause));
             }
+            departed = departed.or(Some(rank));
         }
-        Ok(())
+        Ok(departed)
+    }
+
+    /// The failure that another rank or the host communicator knows of.
+    fn known_failure(&self, waiting: &Waiting<'_>) -> Option<CommError> {
+        self.failure(waiting).err().or_else(|| self.told(waiting))
+    }
+
+    /// The failure that the host communicator tells of.
+    fn told(&self, waiting: &Waiting<'_>) -> Option<CommError> {
+        let error = at_home(waiting, self.host.poll().err()?);
+        let CommError::PeerDied { rank, .. } = error else { return Some(error) };
+        // A rank that let go of this communicator lets go of the host communicator too, which is no death: what it said
+        // here counts. One that ran out of patience with another rank is not to blame for that.
+        match self.control.standing(rank) {
+            (Standing::Alive, _) => Some(error),
+            (Standing::Departed, _) | (Standing::GaveUp, Some(CommError::Timeout { .. })) => None,
+            (standing, cause) => Some(self.blame(waiting, rank, standing, cause)),
+        }
+    }
+
+    fn departure(&self, waiting: &Waiting<'_>, rank: usize) -> CommError {
+        CommError::PeerDied { at: waiting.site(), rank }
     }
 
     fn aborted(&self, waiting: &Waiting<'_>) -> Result<()> {
@@ -173,7 +206,7 @@ impl Waiter {
     ) -> CommError {
         let at = waiting.site();
         match (standing, cause) {
-            (Standing::Departed, _) => CommError::PeerDied { at, rank },
+            (Standing::Departed, _) => self.departure(waiting, rank),
             // Whom the rank that gave up blames is to blame here too.
             (Standing::GaveUp, Some(CommError::PeerDied { rank, .. })) if rank != self.control.rank() => {
                 CommError::PeerDied { at, rank }
@@ -204,17 +237,31 @@ impl Waiter {
         Ok(())
     }
 
-    /// The failure that any rank's standing amounts to, needed or not.
+    /// The failure that any rank knows of, needed or not.
     pub(super) fn failure(&self, waiting: &Waiting<'_>) -> Result<()> {
         if !self.control.alarmed() {
             return Ok(());
         }
         self.aborted(waiting)?;
         for rank in (0..self.control.size()).filter(|&rank| rank != self.control.rank()) {
-            let (standing, cause) = self.control.standing(rank);
-            if standing != Standing::Alive {
-                return Err(self.blame(waiting, rank, standing, cause));
+            if let (Standing::GaveUp, cause) = self.control.standing(rank) {
+                return Err(self.blame(waiting, rank, Standing::GaveUp, cause));
             }
+        }
+        Ok(())
+    }
+
+    /// What is wrong with the communicator, if anything is, a rank's departure included. Never waits.
+    pub(super) fn check(&self, waiting: &Waiting<'_>) -> Result<()> {
+        if let Some(error) = self.known_failure(waiting) {
+            return Err(error);
+        }
+        let departed = |rank: &usize| self.control.standing(*rank).0 == Standing::Departed;
+        let mut peers = (0..self.control.size()).filter(|&rank| rank != self.control.rank());
+        if self.control.alarmed()
+            && let Some(rank) = peers.find(departed)
+        {
+            return Err(self.departure(waiting, rank));
         }
         Ok(())
     }
