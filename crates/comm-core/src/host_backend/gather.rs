@@ -9,6 +9,8 @@ use crate::error::Result;
 
 /// Bytes that are read from another process between two looks for trouble.
 const READ: usize = 1 << 20;
+/// From here on one read through the kernel is cheaper than two copies through a staging window.
+const CROSS: usize = 16 << 10;
 
 /// One gathering operation.
 pub(super) struct Gather<'a> {
@@ -32,7 +34,8 @@ impl Gather<'_> {
         let longest = self.lens.iter().copied().max().unwrap_or_default();
         let mut entered = false;
         // Every piece is a system call of its own, which rows of a few bytes would not repay.
-        let cross = op.core.cross && longest > op.core.small && (self.width == 0 || self.width >= 4096);
+        let cross =
+            op.core.cross && longest > op.core.small.min(CROSS) && (self.width == 0 || self.width >= 4096);
         if cross || (longest > op.core.tiny && op.may_be_direct()) {
             let needed = |rank: usize| (self.lens[rank] > 0, false);
             if let Some(peers) =

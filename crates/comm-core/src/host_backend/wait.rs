@@ -3,7 +3,7 @@
 //! Owns how a rank waits (spin, yield, sleep) and which error ends a wait. It never touches operands.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::thread::futex;
@@ -13,13 +13,16 @@ use crate::error::{CallSite, CommError, Result};
 use crate::host_comm::{Deadline, HostComm};
 use crate::op::OpKind;
 
-/// Looks at the peers' progress before giving up the processor: tens of microseconds, and none at all where a peer was
-/// last seen on this very processor and so cannot get on meanwhile.
-const SPINS: u32 = 2000;
+/// Looks at the peers' progress before giving up the processor: some hundred microseconds, because whoever else gets it
+/// may keep it for milliseconds. None at all where a peer was last seen on this very processor and so cannot get on
+/// meanwhile.
+const SPINS: u32 = 8000;
 /// Times the processor is offered to others before sleeping.
 const YIELDS: u32 = 1000;
 /// How long a sleep lasts if nobody ends it.
 const SLEEP: Duration = Duration::from_millis(1);
+/// How often, at most, a rank moves away from a processor that it shares with another rank.
+const MOVE: Duration = Duration::from_millis(5);
 /// How often the host communicator is asked for deaths.
 const POLL: Duration = Duration::from_millis(3);
 /// How long a rank's departure is no verdict yet: the death that made it leave may still be on its way here.
@@ -46,13 +49,16 @@ pub(super) struct Waiter {
     pub(super) host: Arc<dyn HostComm>,
     /// Whether there is a processor for every rank.
     may_spin: bool,
+    made: Instant,
+    /// When this rank last moved, in microseconds since `made`.
+    moved: AtomicU64,
 }
 
 impl Waiter {
     pub(super) fn new(control: Control, host: Arc<dyn HostComm>) -> Self {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let may_spin = control.size() <= processors;
-        Self { control, host, may_spin }
+        Self { control, host, may_spin, made: Instant::now(), moved: AtomicU64::new(0) }
     }
 
     /// Returns once `ready` does. `awaited` names the ranks that are still needed.
@@ -65,7 +71,7 @@ impl Waiter {
         if ready() {
             return Ok(());
         }
-        if self.may_spin && !self.shares_a_processor() {
+        if self.may_spin && (!self.shares_a_processor() || self.move_apart()) {
             for _ in 0..SPINS {
                 std::hint::spin_loop();
                 if ready() {
@@ -111,17 +117,48 @@ impl Waiter {
         }
     }
 
+    /// Whether a rank that could move elsewhere was last seen on this rank's processor.
     fn shares_a_processor(&self) -> bool {
         let own = self.control.own().processor.load(Ordering::Relaxed);
-        (0..self.control.size())
-            .filter(|&rank| rank != self.control.rank())
-            .any(|rank| self.control.peer(rank).processor.load(Ordering::Relaxed) == own)
+        own != 0
+            && (0..self.control.size())
+                .filter(|&rank| rank != self.control.rank())
+                .any(|rank| self.control.peer(rank).processor.load(Ordering::Relaxed) == own)
+    }
+
+    /// Moves to a processor on which no rank was seen, and says whether it did. Ranks that wait for each other take turns
+    /// on one processor so politely that the system sees no reason to part them. What processors this thread may use is
+    /// afterwards as it was.
+    fn move_apart(&self) -> bool {
+        let own = self.control.own().processor.load(Ordering::Relaxed);
+        let (now, moved) = (self.made.elapsed(), Duration::from_micros(self.moved.load(Ordering::Relaxed)));
+        // The lowest rank on a processor stays.
+        let stays = !(0..self.control.rank())
+            .any(|rank| self.control.peer(rank).processor.load(Ordering::Relaxed) == own);
+        if stays || now.saturating_sub(moved) < MOVE {
+            return false;
+        }
+        self.moved.store(now.as_micros() as u64, Ordering::Relaxed);
+        let Ok(allowed) = rustix::thread::sched_getaffinity(None) else { return false };
+        let taken = |processor: usize| {
+            (0..self.control.size())
+                .any(|rank| self.control.peer(rank).processor.load(Ordering::Relaxed) == processor as u32 + 1)
+        };
+        let free = (0..rustix::thread::CpuSet::MAX_CPU)
+            .find(|&processor| allowed.is_set(processor) && !taken(processor));
+        let Some(free) = free else { return false };
+        let mut only = rustix::thread::CpuSet::new();
+        only.set(free);
+        let went = rustix::thread::sched_setaffinity(None, &only).is_ok();
+        let restored = rustix::thread::sched_setaffinity(None, &allowed).is_ok();
+        self.note_processor();
+        went && restored
     }
 
     /// Says which processor this rank runs on.
     pub(super) fn note_processor(&self) {
         if self.may_spin {
-            let processor = rustix::thread::sched_getcpu();
+            let processor = rustix::thread::sched_getcpu() + 1;
             self.control.own().processor.store(processor as u32, Ordering::Relaxed);
         }
     }
