@@ -4,7 +4,9 @@
 Needs OpenMPI's mpicc and mpirun (Debian: openmpi-bin libopenmpi-dev). Builds and runs both sides with the same sizes,
 batches and calls, alternating, and prints one table: OpenMPI's median, ours, and how many times faster ours is.
 
-    bench/openmpi/compare.py [--world 2,4] [--rounds 3] [--transport direct,shm,allocated]
+    bench/openmpi/compare.py [--world 2,4] [--rounds 3] [--transport processes,direct,shm,allocated]
+
+OpenMPI's ranks are processes, and so are ours in the column "processes"; in the others they are threads.
 """
 
 import argparse
@@ -47,6 +49,12 @@ def measured(command):
     return {(op, int(bytes)): float(time) for op, bytes, time in lines}
 
 
+def ours_with(ours, world, transport):
+    if transport == "processes":
+        return [ours, "--world", str(world), "--transport", "shm", "--processes"]
+    return [ours, "--world", str(world), "--transport", transport]
+
+
 def human(count):
     for unit in ("", "K", "M"):
         if count < 1024:
@@ -59,7 +67,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", default="2,4")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side, whose median counts")
-    parser.add_argument("--transport", default="direct,shm,allocated")
+    parser.add_argument("--transport", default="processes,direct")
     options = parser.parse_args()
     for tool in ("mpicc", "mpirun"):
         if not shutil.which(tool):
@@ -76,7 +84,7 @@ def main():
         for _ in range(options.rounds):
             runs["OpenMPI"].append(measured([*mpirun, theirs]))
             for name in transports:
-                runs[name].append(measured([ours, "--world", str(world), "--transport", name]))
+                runs[name].append(measured(ours_with(ours, world, name)))
         for key in runs["OpenMPI"][0]:
             median = {name: statistics.median(run[key] for run in each) for name, each in runs.items()}
             peer = median["OpenMPI"]

@@ -4,9 +4,9 @@
 //! cargo bench -p comm-core --bench host_latency -- --world 2 --transport direct
 //! ```
 //!
-//! `--transport direct` has the ranks read each other's memory as threads can, `shm` sends everything through shared
-//! memory as processes must, and `allocated` is `shm` with operands from `allocate`. Prints `op bytes microseconds` lines: bytes are those of the receive buffer, the time is the median
-//! over batches of the slowest rank's mean.
+//! Ranks are threads, which read each other's memory (`direct`) or behave as processes do (`shm`); with `--processes` they
+//! are processes. `allocated` is `shm` with operands from `allocate`. Prints `op bytes microseconds` lines: bytes are those
+//! of the receive buffer, the time is the median over batches of the slowest rank's mean.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 
 use comm_core::{
     BackendFactory, CommError, CreateContext, DType, DeviceAddr, DeviceComm, DeviceMemory, HostComm,
-    HostCommExt, HostFactory, HostMemory, HostReduceOp, MemoryKind, ReduceOp, StreamHandle, run_threads,
+    HostCommExt, HostFactory, HostMemory, HostReduceOp, MemoryKind, ReduceOp, Rendezvous, StreamHandle,
+    Token, run_threads,
 };
 
 const S: StreamHandle = StreamHandle::NULL;
@@ -32,10 +33,11 @@ fn sizes() -> impl Iterator<Item = usize> {
 struct Options {
     world: usize,
     transport: String,
+    processes: bool,
 }
 
 fn options() -> Result<Options, CommError> {
-    let mut options = Options { world: 2, transport: "direct".into() };
+    let mut options = Options { world: 2, transport: "direct".into(), processes: false };
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         let mut value = || args.next().ok_or_else(|| CommError::invalid(arg.clone(), "needs a value"));
@@ -47,6 +49,7 @@ fn options() -> Result<Options, CommError> {
                     .map_err(|_| CommError::invalid("--world", format!("{text:?} is no number")))?;
             }
             "--transport" => options.transport = value()?,
+            "--processes" => options.processes = true,
             // What `cargo bench` and `cargo test` add of their own accord.
             "--bench" | "--test" => {}
             other => return Err(CommError::invalid(other.to_owned(), "unknown option")),
@@ -58,13 +61,48 @@ fn options() -> Result<Options, CommError> {
 fn main() -> Result<(), CommError> {
     let options = options()?;
     let timeout = Duration::from_secs(60);
-    let lines = run_threads(options.world, timeout, |host| rank_main(host, &options.transport, timeout))?;
-    for (rank, lines) in lines.into_iter().enumerate() {
-        let lines = lines?;
-        if rank == 0 {
-            for (op, bytes, time) in lines {
-                println!("{op} {bytes} {time:.2}");
-            }
+    if options.processes && std::env::var_os("RANK").is_none() {
+        return start(options.world);
+    }
+    let first = if options.processes {
+        let host = Arc::new(Rendezvous::from_env()?.connect()?);
+        let rank = host.rank();
+        let lines = rank_main(host.clone(), &options.transport, timeout)?;
+        // Rank 0's process relays the others' calls, so nobody leaves before all are through.
+        host.all_gather(&0_u8)?;
+        if rank == 0 { lines } else { Vec::new() }
+    } else {
+        let all = run_threads(options.world, timeout, |host| rank_main(host, &options.transport, timeout))?;
+        let all = all.into_iter().collect::<Result<Vec<_>, _>>()?;
+        all.into_iter().next().unwrap_or_default()
+    };
+    for (op, bytes, time) in first {
+        println!("{op} {bytes} {time:.2}");
+    }
+    Ok(())
+}
+
+/// Starts this program again for every rank.
+fn start(world: usize) -> Result<(), CommError> {
+    let io = |error: std::io::Error| CommError::io("starting the ranks", &error);
+    let dir = tempfile::tempdir().map_err(io)?;
+    let token = Token::random()?.to_hex();
+    let program = std::env::current_exe().map_err(io)?;
+    let rank = |rank: usize| {
+        std::process::Command::new(&program)
+            .args(std::env::args_os().skip(1))
+            .env("COMM_RENDEZVOUS", format!("unix:{}", dir.path().join("meet").join("s").display()))
+            .env("COMM_TOKEN", &token)
+            .env("COMM_TIMEOUT_SECS", "60")
+            .env("RANK", rank.to_string())
+            .env("WORLD_SIZE", world.to_string())
+            .spawn()
+    };
+    let ranks: Vec<_> = (0..world).map(rank).collect();
+    for (rank, child) in ranks.into_iter().enumerate() {
+        let status = child.and_then(|mut child| child.wait()).map_err(io)?;
+        if !status.success() {
+            return Err(CommError::Io { context: format!("rank {rank}"), message: status.to_string() });
         }
     }
     Ok(())

@@ -1,6 +1,6 @@
 //! The memory a backend works on, as far as tests, benchmarks and examples need to know it.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::alloc::{Layout, alloc, dealloc};
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
@@ -88,6 +88,20 @@ impl HostMemory {
     }
 }
 
+/// Asks for huge pages under the untouched range, before anything is written to it: collectives walk long ranges, whose
+/// ordinary pages would crowd each other out of the caches, and which the kernel reads for other processes page by page.
+fn prefer_huge_pages(ptr: *mut u8, bytes: usize) {
+    const HUGE: usize = 2 << 20;
+    let start = (ptr as usize).next_multiple_of(HUGE);
+    let end = (ptr as usize + bytes) & !(HUGE - 1);
+    if end > start {
+        let first = ptr.wrapping_add(start - ptr as usize);
+        // SAFETY: the pages lie inside a live allocation, and the advice changes nothing that a program can read. A
+        // system that does not take it serves ordinary pages.
+        let _ = unsafe { rustix::mm::madvise(first.cast(), end - start, rustix::mm::Advice::LinuxHugepage) };
+    }
+}
+
 impl DeviceMemory for HostMemory {
     fn kind(&self) -> MemoryKind {
         MemoryKind::Host
@@ -101,13 +115,16 @@ impl DeviceMemory for HostMemory {
         let layout = Layout::from_size_align(bytes.max(1), HOST_ALIGN)
             .map_err(|error| CommError::invalid("bytes", format!("{bytes}: {error}")))?;
         // SAFETY: the layout's size is at least 1.
-        let ptr = unsafe { alloc_zeroed(layout) };
+        let ptr = unsafe { alloc(layout) };
         if ptr.is_null() {
             return Err(CommError::Io {
                 context: format!("allocating {bytes} bytes of host memory"),
                 message: "out of memory".into(),
             });
         }
+        prefer_huge_pages(ptr, layout.size());
+        // SAFETY: the allocation is as long, and nobody else knows of it.
+        unsafe { ptr.write_bytes(0, layout.size()) };
         self.allocations.lock().unwrap_or_else(PoisonError::into_inner).insert(ptr as u64, layout);
         Ok(DeviceAddr(ptr as u64))
     }
@@ -121,7 +138,7 @@ impl DeviceMemory for HostMemory {
             .ok_or_else(|| {
                 CommError::invalid("addr", format!("{addr:?} was not allocated here or was freed already"))
             })?;
-        // SAFETY: the address came from `alloc_zeroed` with this layout and has just been removed from the table, so
+        // SAFETY: the address came from `alloc` with this layout and has just been removed from the table, so
         // it is freed once; the caller vouches that nothing uses it.
         unsafe { dealloc(addr.0 as *mut u8, layout) };
         Ok(())

@@ -11,7 +11,7 @@ use super::gather::Gather;
 use super::layout::Layout;
 use super::scatter::Scatter;
 use super::usage::Algorithm;
-use super::wait::{Waiting, at_home};
+use super::wait::Waiting;
 use super::{create, memory, p2p};
 use crate::addr::{DeviceAddr, StreamHandle};
 use crate::check;
@@ -415,8 +415,7 @@ unsafe impl DeviceComm for HostBackend {
             },
             deadline: Deadline::after(self.core.timeout),
         };
-        self.core.waiter.failure(&waiting)?;
-        self.core.waiter.host.poll().map_err(|error| at_home(&waiting, error))
+        self.core.waiter.check(&waiting).inspect_err(|error| self.core.noticed(error))
     }
 
     fn abort(&self) {
@@ -445,6 +444,6 @@ unsafe impl DeviceComm for HostBackend {
 
 impl Drop for HostBackend {
     fn drop(&mut self) {
-        self.core.declare(Standing::Departed, None);
+        self.core.leave();
     }
 }

@@ -47,7 +47,7 @@ pub(super) struct Header {
 pub(super) struct RankBlock {
     /// Synchronisation steps that this rank has arrived at.
     pub(super) step: AtomicU64,
-    /// Where it ran when it arrived there.
+    /// One more than the processor that it ran on when it arrived there; zero while that is unknown.
     pub(super) processor: AtomicU32,
     /// Its process, and where this block lies there.
     pub(super) process: AtomicU32,

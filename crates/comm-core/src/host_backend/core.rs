@@ -122,6 +122,23 @@ impl Core {
         }
     }
 
+    /// Ends the communicator with a failure that was noticed outside any call: no operand is in use then.
+    pub(super) fn noticed(&self, error: &CommError) {
+        if error.is_fatal() {
+            lock(&self.failure).get_or_insert_with(|| error.clone());
+            self.declare(Standing::GaveUp, Some(error));
+        }
+    }
+
+    /// Lets go of the communicator. A rank that leaves because another one died says so, lest the others take its
+    /// departure for the failure itself. Never blocks.
+    pub(super) fn leave(&self) {
+        match self.waiter.host.poll() {
+            Err(cause) if cause.is_fatal() => self.declare(Standing::GaveUp, Some(&cause)),
+            _ => self.declare(Standing::Departed, None),
+        }
+    }
+
     pub(super) fn abort(&self) {
         let at = crate::error::CallSite::new(&self.info.name, OpKind::Close, 0);
         self.declare(Standing::Aborted, Some(&CommError::Aborted { at }));

@@ -24,7 +24,7 @@ const SMALL: &str = "host.one_shot_bytes";
 /// Up to here operands go through the staging windows at once, unless peers can read them in place.
 const SMALL_BYTES: usize = 32 << 10;
 /// Up to here they do so even then: one synchronisation costs more than copying this much.
-const TINY_BYTES: usize = 8 << 10;
+const TINY_BYTES: usize = 1 << 10;
 const PROTOCOL: u32 = 1;
 
 /// Makes communicators over host memory, named `host`.
@@ -35,7 +35,7 @@ const PROTOCOL: u32 = 1;
 /// - `host.cross_read`: `off` keeps processes from reading each other's memory through the kernel, which they otherwise
 ///   do for large gathers where the system lets them;
 /// - `host.one_shot_bytes`: operands up to this size go through shared memory at once (at most 131072; 32768 unless
-///   told otherwise, and 8192 where peers can read them in place).
+///   told otherwise, and 1024 where peers can read them in place).
 #[derive(Clone, Copy, Default, Debug)]
 pub struct HostFactory;
 

@@ -9,6 +9,8 @@ use crate::error::Result;
 
 /// Bytes that are read from another process between two looks for trouble.
 const READ: usize = 1 << 20;
+/// From here on one read through the kernel is cheaper than two copies through a staging window.
+const CROSS: usize = 16 << 10;
 
 /// One gathering operation.
 pub(super) struct Gather<'a> {
@@ -32,7 +34,8 @@ impl Gather<'_> {
         let longest = self.lens.iter().copied().max().unwrap_or_default();
         let mut entered = false;
         // Every piece is a system call of its own, which rows of a few bytes would not repay.
-        let cross = op.core.cross && longest > op.core.small && (self.width == 0 || self.width >= 4096);
+        let cross =
+            op.core.cross && longest > op.core.small.min(CROSS) && (self.width == 0 || self.width >= 4096);
         if cross || (longest > op.core.tiny && op.may_be_direct()) {
             let needed = |rank: usize| (self.lens[rank] > 0, false);
             if let Some(peers) =
@@ -96,8 +99,9 @@ impl Gather<'_> {
         for start in (0..len).step_by(READ) {
             let range = (start, (start + READ).min(len));
             // SAFETY: as the caller vouches.
-            unsafe { remote::copy(op.core.control(), &op.waiting, rank, (to, from), range)? };
-            op.core.waiter.failure(&op.waiting)?;
+            let read = unsafe { remote::copy(op.core.control(), &op.waiting, rank, (to, from), range) };
+            // A peer that gave up may have freed its operand already: why it did says more than the failed read.
+            op.core.waiter.failure(&op.waiting).and(read)?;
         }
         Ok(())
     }
