@@ -305,6 +305,21 @@ fn a_unix_socket_is_private_and_gone_once_the_job_has_formed() {
     });
 }
 
+/// A name may be registered only when its host comes up, so it is tried until the deadline; then the error names it.
+#[test]
+fn an_unknown_host_is_tried_until_the_deadline() {
+    within(LIMIT, || {
+        let (meetings, _dir) = meeting(Kind::Tcp, 2, Duration::from_millis(400));
+        let address = RendezvousAddress::Tcp { host: "no such host".into(), port: 5 };
+        let lost = Rendezvous { address, ..meetings[1].clone() };
+        let start = Instant::now();
+        let error = lost.connect().err().expect("it connected");
+        assert!(start.elapsed() >= Duration::from_millis(400), "it gave up after {:?}", start.elapsed());
+        assert!(matches!(error, CommError::InvalidArgument { .. }), "{error:?}");
+        assert!(error.to_string().contains("no such host"), "{error}");
+    });
+}
+
 #[test]
 fn wrong_arguments_are_refused() {
     let (meetings, _dir) = meeting(Kind::Tcp, 2, T);

@@ -86,7 +86,10 @@ impl Rendezvous {
     ///   address belongs to another program or job;
     /// - [`CommError::BadHandshake`] when this rank is not what rank 0 expects: another token, job, world size, or a
     ///   rank that is taken;
-    /// - [`CommError::InvalidArgument`], [`CommError::Io`].
+    /// - [`CommError::InvalidArgument`], for a host name that is not known by the deadline too, and [`CommError::Io`].
+    ///
+    /// The system's resolver is asked for a host name within the call and has timeouts of its own; an address in numbers
+    /// avoids it.
     pub fn connect(&self) -> Result<SocketComm> {
         check_size(self.size)?;
         if self.rank >= self.size {
@@ -141,6 +144,7 @@ impl Rendezvous {
         let mut contact: Option<Instant> = None;
         let bad = |reason: String| CommError::BadHandshake { peer: self.address.to_string(), reason };
         loop {
+            let mut unresolved = None;
             let limit = deadline.remaining().min(HANDSHAKE_LIMIT);
             match transport::dial(&self.address, limit) {
                 Ok(fd) => {
@@ -161,10 +165,11 @@ impl Rendezvous {
                     }
                 }
                 Err(DialError::NotYet) => contact = None,
+                Err(DialError::Unresolved(error)) => (contact, unresolved) = (None, Some(error)),
                 Err(DialError::Hopeless(error)) => return Err(error),
             }
             if deadline.has_passed() {
-                return Err(self.timed_out(vec![0], deadline));
+                return Err(unresolved.unwrap_or_else(|| self.timed_out(vec![0], deadline)));
             }
             std::thread::sleep(pause.min(deadline.remaining()));
             pause = (pause * 2).min(LONGEST_PAUSE);

@@ -118,6 +118,8 @@ impl Drop for Listener {
 pub(super) enum DialError {
     /// Nobody listens there yet, or the queue is full: worth another try.
     NotYet,
+    /// The host's name is not known, or not yet: worth another try, and if none helps this is why.
+    Unresolved(CommError),
     /// Another try would not help.
     Hopeless(CommError),
 }
@@ -126,7 +128,8 @@ pub(super) enum DialError {
 pub(super) fn dial(address: &RendezvousAddress, limit: Duration) -> std::result::Result<OwnedFd, DialError> {
     match address {
         RendezvousAddress::Tcp { host, port } => {
-            let target = resolve(host, *port).map_err(DialError::Hopeless)?;
+            // A name may appear only once its host is up, as those of a cluster's pods do.
+            let target = resolve(host, *port).map_err(DialError::Unresolved)?;
             let stream = TcpStream::connect_timeout(&target, limit.max(Duration::from_millis(1)))
                 .map_err(|_| DialError::NotYet)?;
             stream.set_nonblocking(true).map_err(|_| DialError::NotYet)?;
