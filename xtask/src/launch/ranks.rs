@@ -114,11 +114,13 @@ pub fn start(spec: &LaunchSpec, folder: &Path) -> Result<Ranks> {
             command.env_remove(THREADS_ENV);
         }
         let pin = pins.as_ref().map(|pins| pins[rank]);
-        // SAFETY: between fork and exec only two direct system calls are made, on values copied into the closure: no
+        let parent = rustix::process::getpid();
+        // SAFETY: between fork and exec only direct system calls are made, on values copied into the closure: no
         // allocation, no lock, nothing that another thread of the parent could have left half done.
         unsafe {
             command.pre_exec(move || {
                 set_parent_process_death_signal(Some(Signal::KILL))?;
+                stay_only_under(parent)?;
                 if let Some(pin) = &pin {
                     rustix::thread::sched_setaffinity(None, pin)?;
                 }
@@ -145,6 +147,16 @@ pub fn start(spec: &LaunchSpec, folder: &Path) -> Result<Ranks> {
         });
     }
     Ok(started)
+}
+
+/// Refuses to go on under another parent: one that died before the death signal was set sends none.
+///
+/// Called between fork and exec, so it makes a system call and nothing else.
+fn stay_only_under(parent: Pid) -> std::io::Result<()> {
+    if rustix::process::getppid() == Some(parent) {
+        return Ok(());
+    }
+    Err(rustix::io::Errno::SRCH.into())
 }
 
 fn forward(output: &mut Forwarders, label: &str, stream: impl Read + Send + 'static, spec: &LaunchSpec) {
@@ -223,3 +235,15 @@ fn pins(processes: usize) -> Option<Vec<CpuSet>> {
 
 /// How long a finished job's last lines of output are waited for.
 pub const OUTPUT_PATIENCE: Duration = Duration::from_millis(500);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rank_whose_launcher_died_before_it_could_be_told_does_not_start() {
+        let parent = rustix::process::getppid().unwrap();
+        assert!(stay_only_under(parent).is_ok());
+        assert!(stay_only_under(rustix::process::getpid()).is_err());
+    }
+}
