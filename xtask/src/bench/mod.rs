@@ -149,6 +149,8 @@ const PEER_TOLERANCE: f64 = 3.0;
 pub fn run(args: &BenchArgs) -> Result<()> {
     ensure!(args.reps > 0 && args.iters != Some(0), "--reps and --iters must be at least 1");
     ensure!(args.tolerance.is_none_or(|percent| percent >= 0.0), "--tolerance must not be negative");
+    // Read before anything is measured: a mistyped name must not cost a measurement.
+    let targets = args.check.as_deref().map(targets::Targets::load).transpose()?;
     let torch = args.peer.map(|Peer::Torch| find_torch());
     let found = torch.as_ref().and_then(|torch| torch.as_ref().ok());
     let (mut rows, mut libraries) = (Vec::new(), BTreeMap::new());
@@ -177,9 +179,9 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     }
     let wrong = table::wrong(&rows);
     ensure!(wrong == 0, "{wrong} elements are wrong");
-    if let Some(path) = &args.check {
+    if let Some(targets) = &targets {
         let tolerance = args.tolerance.unwrap_or(0.0);
-        let verdicts = check::compare(&rows, &targets::Targets::load(path)?, &args.against, tolerance)?;
+        let verdicts = check::compare(&rows, targets, &args.against, tolerance)?;
         let (text, missed) = check::report(&verdicts, &args.against);
         println!("{text}");
         ensure!(missed == 0, "{missed} of {} checked times are exceeded", verdicts.len());
@@ -347,6 +349,20 @@ fn hostname() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_targets_file_that_is_not_there_is_noticed_before_anything_is_measured() {
+        #[derive(clap::Parser)]
+        struct Parsed {
+            #[command(flatten)]
+            args: BenchArgs,
+        }
+        // A backend that does not exist: measuring would be the first to say so.
+        let words = ["bench", "--backend", "none", "--check", "/nonexistent/targets.json"];
+        let args = <Parsed as clap::Parser>::try_parse_from(words).unwrap().args;
+        let error = format!("{:#}", run(&args).unwrap_err());
+        assert!(error.contains("/nonexistent/targets.json"), "{error}");
+    }
 
     #[test]
     fn operations_are_named_as_the_library_names_them() {
