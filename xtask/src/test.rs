@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use clap::{Args, Parser};
 
 use crate::gpus;
+use crate::kernels;
 use crate::launch::MULTICAST_OFF;
 use crate::tally::Tally;
 use crate::test_gpus::{self, TestGpusArgs};
@@ -33,6 +34,12 @@ struct Worlds {
 pub fn run(args: &TestArgs) -> Result<()> {
     let mut tally = Tally::default();
     let mut problems = Vec::new();
+    if gpus::visible().is_ok()
+        && let Err(error) = kernels::ensure()
+    {
+        println!("FAIL {error:#}");
+        tally.failed += 1;
+    }
     if !args.no_cargo {
         let (counts, ok) = cargo_test()?;
         tally += counts;

@@ -30,6 +30,7 @@ use crate::backends::{self, Backend};
 use crate::events::Event;
 use crate::gpus;
 use crate::job;
+use crate::kernels;
 use crate::launch::{LaunchSpec, Mode};
 use crate::rank::Job;
 pub use sizes::human;
@@ -297,6 +298,9 @@ fn note(text: &str) {
 
 fn prepare(args: &BenchArgs, backend: Backend) -> Result<(BenchJob, LaunchSpec)> {
     let gpus = if backend.on_gpus { gpus::visible().map_err(anyhow::Error::msg)? } else { Vec::new() };
+    if backend.on_gpus {
+        kernels::ensure()?;
+    }
     let world = args.world.unwrap_or(if backend.on_gpus { gpus.len() } else { 4 });
     let sizes = args.sizes.as_deref().unwrap_or(if backend.on_gpus { "1K..1G" } else { "1K..16M*4" });
     let tokens = match (args.tokens.is_empty(), backend.on_gpus) {

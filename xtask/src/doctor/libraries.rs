@@ -9,6 +9,7 @@ use comm_nccl::NcclLibrary;
 
 use crate::command;
 use crate::doctor::Findings;
+use crate::kernels;
 
 /// The longest that a program is given to tell its version.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -53,22 +54,21 @@ pub fn look(findings: &mut Findings) {
     }
 }
 
+/// The compiler that `cargo xtask kernels` would use, so that the two cannot disagree.
 fn compiler(findings: &mut Findings) {
-    let named = std::env::var_os("NVCC").map(PathBuf::from);
-    let in_home = ["CUDA_HOME", "CUDA_PATH"]
-        .iter()
-        .filter_map(std::env::var_os)
-        .map(|home| PathBuf::from(home).join("bin/nvcc"));
-    let mut candidates: Vec<PathBuf> = named.into_iter().chain(in_home).collect();
-    candidates.extend(["nvcc", "/usr/local/cuda/bin/nvcc"].map(PathBuf::from));
-    for nvcc in candidates {
-        if let Some(text) = output_of(Command::new(&nvcc).arg("--version")) {
-            let version = text.lines().find(|line| line.contains("release")).unwrap_or("").trim().to_owned();
-            findings.fact("nvcc", format!("{} ({version})", nvcc.display()));
+    match kernels::find_nvcc() {
+        Ok(Some(nvcc)) => {
+            findings.fact("nvcc", format!("{} at {}", nvcc.version, nvcc.path.display()));
+            return;
+        }
+        Ok(None) => {
+            findings.fact("nvcc", "not found; `cargo xtask kernels` installs it into the target folder")
+        }
+        Err(error) => {
+            findings.missing("nvcc", format!("{error:#}"), "nvcc: unset NVCC, or name a compiler that works");
             return;
         }
     }
-    findings.fact("nvcc", "not found; `cargo xtask kernels` installs it into the target folder");
     if output_of(Command::new("python3").args(["-m", "pip", "--version"])).is_none() {
         findings.missing(
             "python3 with pip",

@@ -14,13 +14,17 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 
 use anyhow::{Context as _, bail};
-use clap::Args;
+use clap::{Args, Parser};
+use comm_kernels::locate::{KernelSet, VARIABLE};
 use comm_kernels::manifest::{self, Manifest, Module};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use self::arch::Arch;
 use self::compile::Compiler;
 use self::toolchain::Nvcc;
+
+/// The sources, in the workspace.
+const SOURCES: &str = "crates/comm-kernels/cuda";
 
 /// Arguments of `cargo xtask kernels`.
 #[derive(Args, Debug)]
@@ -50,9 +54,7 @@ pub(crate) struct KernelsArgs {
 
 /// Builds (or with `--check` inspects) the kernels.
 pub(crate) fn run(args: &KernelsArgs) -> anyhow::Result<()> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask has no parent folder")?;
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
-    build(args, &root.join("crates/comm-kernels/cuda"), &target)
+    build(args, &workspace().join(SOURCES), &target_folder())
 }
 
 /// The same for the sources in `cuda`, with `target` for the target folder.
@@ -207,12 +209,45 @@ fn report(manifest: &Manifest, verbose: bool) {
     }
 }
 
-/// The compiler and what it calls itself, for `doctor`; `None` when none is installed.
+/// The compiler that [`run`] would use, and what it calls itself; `None` when it would install one.
 ///
 /// Looks only; installs nothing.
-#[allow(dead_code, reason = "for the doctor command")]
-pub(crate) fn find_nvcc(target: &Path) -> anyhow::Result<Option<Nvcc>> {
-    toolchain::find(None, target)
+///
+/// # Errors
+/// When `NVCC` names one that does not work.
+pub(crate) fn find_nvcc() -> anyhow::Result<Option<Nvcc>> {
+    toolchain::find(None, &target_folder())
+}
+
+fn workspace() -> &'static Path {
+    let xtask = Path::new(env!("CARGO_MANIFEST_DIR"));
+    xtask.parent().unwrap_or(xtask)
+}
+
+fn target_folder() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from)
+}
+
+/// Builds the kernels if this program finds none that fit it and was built from a source tree that is still there: so
+/// that what needs them needs no command before it. Elsewhere whoever uses a kernel says what to do.
+///
+/// # Errors
+/// When they cannot be built.
+pub(crate) fn ensure() -> anyhow::Result<()> {
+    let Err(reason) = KernelSet::locate() else { return Ok(()) };
+    if std::env::var_os(VARIABLE).is_some() || !workspace().join(SOURCES).is_dir() {
+        return Ok(());
+    }
+    println!("building the CUDA kernels, because {reason}");
+    let args = Defaults::try_parse_from(["kernels"])?.args;
+    run(&args).context("building the CUDA kernels (`cargo xtask kernels`)")
+}
+
+/// [`KernelsArgs`] as no argument leaves them.
+#[derive(Parser)]
+struct Defaults {
+    #[command(flatten)]
+    args: KernelsArgs,
 }
 
 #[cfg(test)]

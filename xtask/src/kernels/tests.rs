@@ -140,3 +140,12 @@ fn failures_and_fatal_warnings_stop_the_build() {
         assert!(read_manifest(&project.path("target/kernels")).is_none(), "no manifest of half a build");
     }
 }
+
+#[test]
+fn the_defaults_are_those_of_the_command_without_arguments() {
+    let args = Defaults::try_parse_from(["kernels"]).unwrap().args;
+    let archs: Vec<String> = args.arch.iter().map(ToString::to_string).collect();
+    assert_eq!(archs, ["80", "90a", "ptx"]);
+    assert!(!args.force && !args.check && args.out.is_none() && args.nvcc.is_none());
+    assert!(workspace().join(SOURCES).join("fill.cu").is_file());
+}

@@ -17,6 +17,7 @@ use crate::backends::{self, Backend};
 use crate::events::{CaseResult, Event};
 use crate::gpus;
 use crate::job;
+use crate::kernels;
 use crate::launch::{Fault, LaunchReport, Mode};
 use crate::rank::{ConformanceJob, Job};
 use crate::signal;
@@ -111,6 +112,9 @@ pub fn run_tests(args: &TestGpusArgs, tally: &mut Tally) -> Result<()> {
             continue;
         }
         let available = gpus.as_deref().unwrap_or_default();
+        if world.backend.on_gpus {
+            kernels::ensure()?;
+        }
         conformance(args, &world, available, tally)?;
         faults::run(args, &faults, &world, available, tally)?;
         if signal::interrupted() {
