@@ -44,6 +44,8 @@ pub fn run(args: &TestArgs) -> Result<()> {
         let (counts, ok) = cargo_test()?;
         tally += counts;
         if !ok {
+            // What does not compile fails no test of its own.
+            tally.failed = tally.failed.max(1);
             problems.push("cargo test failed");
         }
     }
@@ -56,6 +58,9 @@ pub fn run(args: &TestArgs) -> Result<()> {
         }
     }
     let result = worlds.iter().try_for_each(|world| test_gpus::run_tests(world, &mut tally));
+    if result.is_err() {
+        tally.failed = tally.failed.max(1);
+    }
     println!("{tally}");
     result?;
     ensure!(
@@ -88,8 +93,10 @@ fn cargo_test() -> Result<(Tally, bool)> {
         .with_context(|| format!("starting {}; the tests are built by cargo", cargo.display()))?;
     let mut tally = Tally::default();
     if let Some(stdout) = child.stdout.take() {
-        for line in BufReader::new(stdout).lines() {
+        // Tests may print what is no UTF-8.
+        for line in BufReader::new(stdout).split(b'\n') {
             let line = line.context("reading cargo's output")?;
+            let line = String::from_utf8_lossy(&line);
             println!("{line}");
             tally += Tally::of_harness(&line);
         }

@@ -77,9 +77,19 @@ impl World {
 pub fn run(args: &TestGpusArgs) -> Result<()> {
     let mut tally = Tally::default();
     let result = run_tests(args, &mut tally);
+    if result.is_err() {
+        // What kept the tests from running must show in the counts too: they may be all that is looked at.
+        tally.failed = tally.failed.max(1);
+    }
     println!("{tally}");
     result?;
     ensure!(tally.failed == 0, "{} tests failed", tally.failed);
+    ensure!(
+        tally.passed + tally.skipped > 0,
+        "no test was selected by --filter {:?} and --fault {:?}",
+        args.filter.as_deref().unwrap_or_default(),
+        args.fault.join(",")
+    );
     Ok(())
 }
 
@@ -108,7 +118,7 @@ pub fn run_tests(args: &TestGpusArgs, tally: &mut Tally) -> Result<()> {
     }
     for world in worlds {
         if let Some(reason) = cannot_run(&world, &gpus) {
-            report(tally, &world.name(), &CaseResult::Skipped(reason), None);
+            report(tally, &world.name(), &not_run(args, &world, reason), None);
             continue;
         }
         let available = gpus.as_deref().unwrap_or_default();
@@ -137,6 +147,13 @@ fn cannot_run(world: &World, gpus: &Result<Vec<String>, String>) -> Option<Strin
             backends::nccl_is_there().err().filter(|_| world.backend.name == "nccl").map(|e| format!("{e:#}"))
         }
     }
+}
+
+/// A world that cannot run is a skip, unless the GPUs that `--require-gpus` asked for are enough for it: then the
+/// machine was said to be fit, and what is missing (a library, say) is a failure.
+fn not_run(args: &TestGpusArgs, world: &World, reason: String) -> CaseResult {
+    let required = world.backend.on_gpus && args.require_gpus.is_some_and(|gpus| world.size <= gpus);
+    if required { CaseResult::Failed(reason) } else { CaseResult::Skipped(reason) }
 }
 
 /// One line per test, with the time it took; a failure's reason and a skip's stand beside it.
@@ -225,6 +242,23 @@ mod tests {
         assert!(parse_faults(&["none".into()]).unwrap().unwrap().is_empty());
         assert_eq!(parse_faults(&["kill:1".into(), "stop:0@graph".into()]).unwrap().unwrap().len(), 2);
         assert!(parse_faults(&["explode:1".into()]).is_err());
+    }
+
+    #[test]
+    fn required_gpus_turn_a_skip_into_a_failure() {
+        #[derive(clap::Parser)]
+        struct Parsed {
+            #[command(flatten)]
+            args: TestGpusArgs,
+        }
+        let parse = |words: &[&str]| <Parsed as clap::Parser>::try_parse_from(words).unwrap().args;
+        let of = |name, size| World { backend: backends::find(name).unwrap(), size, mode: Mode::Threads };
+        let why = || "NCCL was not found".to_owned();
+        let (plain, required) = (parse(&["t"]), parse(&["t", "--require-gpus", "4"]));
+        assert_eq!(not_run(&plain, &of("nccl", 4), why()), CaseResult::Skipped(why()));
+        assert_eq!(not_run(&required, &of("nccl", 4), why()), CaseResult::Failed(why()));
+        // More GPUs than were asked for are no promise.
+        assert_eq!(not_run(&required, &of("nccl", 8), why()), CaseResult::Skipped(why()));
     }
 
     #[test]
