@@ -4,6 +4,7 @@
 //! the first to touch the driver calls [`probe`] before, and so should its users.
 
 use std::borrow::Cow;
+use std::error::Error as _;
 use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -37,7 +38,7 @@ fn probe_once() -> Result<()> {
     let mut failures = Vec::new();
     let library = LIBRARIES.iter().find_map(|name| {
         // SAFETY: loading NVIDIA's driver library runs its initialisers, which have no preconditions.
-        unsafe { Library::new(*name) }.map_err(|error| failures.push(error.to_string())).ok()
+        unsafe { Library::new(*name) }.map_err(|error| failures.push(loader_words(&error))).ok()
     });
     let Some(library) = library else {
         return Err(missing(format!(
@@ -71,6 +72,11 @@ fn probe_once() -> Result<()> {
         100 => Err(missing("the driver sees no GPU; check `nvidia-smi` and CUDA_VISIBLE_DEVICES".into())),
         code => Err(missing(format!("cuInit failed with {code}; check `nvidia-smi` and the kernel's log"))),
     }
+}
+
+/// Why the loader refused a library: its own words stand behind the error, which by itself says only that it did.
+fn loader_words(error: &libloading::Error) -> String {
+    error.source().map_or_else(|| error.to_string(), |cause| format!("{error}: {cause}"))
 }
 
 /// The number of GPUs that this process may use.
@@ -160,6 +166,13 @@ mod tests {
             if calls < 3 { never() } else { Ok(()) }
         };
         wait_until_ready("cuStreamQuery", Duration::from_secs(5), third_time).unwrap();
+    }
+
+    #[test]
+    fn a_library_that_does_not_load_is_named_in_the_loader_s_words() {
+        // SAFETY: there is no such file, so nothing is loaded.
+        let error = unsafe { Library::new("libnowhere.so.7") }.err().unwrap();
+        assert!(loader_words(&error).contains("libnowhere.so.7"), "{}", loader_words(&error));
     }
 
     #[test]
