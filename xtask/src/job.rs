@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use crate::events::Message;
 use crate::launch::{LaunchReport, LaunchSpec, Lease, Mode, launch, lease, stderr_sink, worker_program};
 use crate::rank::{JOB_ENV, Job};
+use crate::signal;
 
 /// How long a job waits for GPUs that other jobs hold.
 const LEASE_PATIENCE: Duration = Duration::from_secs(300);
@@ -62,6 +63,7 @@ pub fn launch_job(spec: LaunchSpec, job: &Job, on_event: &mut dyn FnMut(&Message
         .suffix(".json")
         .tempfile()
         .context("creating the job file")?;
+    let _sudden_end = signal::Folder::new(file.path());
     serde_json::to_writer(&file, job).context("writing the job file")?;
     let mut spec = spec;
     spec.env.push((JOB_ENV.to_owned(), OsString::from(file.path())));

@@ -20,6 +20,7 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use crate::events::Message;
+use crate::signal;
 
 pub use fault::{Fault, FaultKind};
 pub use lease::{Lease, lease};
@@ -165,6 +166,7 @@ pub fn launch(spec: &LaunchSpec, on_event: &mut dyn FnMut(&Message)) -> Result<L
         .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o700))
         .tempdir()
         .context("creating the job's folder")?;
+    let _sudden_end = signal::Folder::new(folder.path());
     let before = leaks::Before::look();
     let ranks = ranks::start(spec, folder.path())?;
     supervise::supervise(spec, ranks, &before, folder.path(), on_event)

@@ -16,6 +16,7 @@ use rustix::thread::CpuSet;
 use crate::events::{EVENTS_ENV, Event, EventTail, Message};
 use crate::launch::output::Forwarders;
 use crate::launch::{LaunchSpec, Mode, THREADS_ENV};
+use crate::signal;
 
 /// A started rank (or, for ranks as threads, the process of them all).
 pub struct Rank {
@@ -23,6 +24,8 @@ pub struct Rank {
     pub child: Child,
     /// Its process group.
     pub group: Pid,
+    /// Ends the group when this program ends at once. Forgotten when the rank has been reaped: the number is free then.
+    pub sudden_end: Option<signal::Group>,
     /// Its events.
     pub tail: EventTail,
     /// What it was doing last.
@@ -66,10 +69,14 @@ pub struct Ranks {
 
 impl Drop for Ranks {
     fn drop(&mut self) {
-        for rank in &mut self.ranks {
-            if rank.ended.is_none() {
-                rank.signal(Signal::KILL);
-                let _ = rank.child.try_wait();
+        for rank in self.ranks.iter().filter(|rank| rank.ended.is_none()) {
+            rank.signal(Signal::KILL);
+        }
+        // A killed process ends as soon as the kernel gets to it; until it is waited for it stays as a zombie.
+        let give_up = Instant::now() + REAP_PATIENCE;
+        for rank in self.ranks.iter_mut().filter(|rank| rank.ended.is_none()) {
+            while matches!(rank.child.try_wait(), Ok(None)) && Instant::now() < give_up {
+                std::thread::sleep(Duration::from_millis(2));
             }
         }
     }
@@ -140,6 +147,7 @@ pub fn start(spec: &LaunchSpec, folder: &Path) -> Result<Ranks> {
         started.ranks.push(Rank {
             child,
             group,
+            sudden_end: Some(signal::Group::new(group)),
             tail,
             last_phase: "starting".into(),
             done: false,
@@ -233,6 +241,9 @@ fn pins(processes: usize) -> Option<Vec<CpuSet>> {
     )
 }
 
+/// How long killed ranks are waited for. One that is stuck in the kernel (a driver that hangs) may take for ever.
+const REAP_PATIENCE: Duration = Duration::from_secs(2);
+
 /// How long a finished job's last lines of output are waited for.
 pub const OUTPUT_PATIENCE: Duration = Duration::from_millis(500);
 
@@ -245,5 +256,23 @@ mod tests {
         let parent = rustix::process::getppid().unwrap();
         assert!(stay_only_under(parent).is_ok());
         assert!(stay_only_under(rustix::process::getpid()).is_err());
+    }
+
+    #[test]
+    fn a_list_that_is_dropped_leaves_no_process_behind_and_no_zombie() {
+        let dir = tempfile::tempdir().unwrap();
+        let child = Command::new("sleep").arg("60").process_group(0).spawn().unwrap();
+        let group = Pid::from_child(&child);
+        let rank = Rank {
+            child,
+            group,
+            sudden_end: None,
+            tail: EventTail::create(&dir.path().join("events")).unwrap(),
+            last_phase: String::new(),
+            done: false,
+            ended: None,
+        };
+        drop(Ranks { ranks: vec![rank], output: Forwarders::default() });
+        assert!(!Path::new(&format!("/proc/{}", group.as_raw_nonzero())).exists());
     }
 }

@@ -135,6 +135,7 @@ fn reap(rank: &mut Rank) -> Result<()> {
         && let Some(status) = rank.child.try_wait()?
     {
         rank.ended = Some((status, Instant::now()));
+        rank.sudden_end = None;
     }
     Ok(())
 }
