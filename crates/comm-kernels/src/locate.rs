@@ -6,6 +6,7 @@
 //! error, never passed over.
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 use std::env;
 use std::fmt;
 use std::fs;
@@ -187,13 +188,14 @@ impl Search<'_> {
             // Only a checkout or the target folder of one has `target/kernels`.
             folders.extend(start.ancestors().map(|dir| dir.join("target/kernels")));
         }
+        let mut seen = HashSet::new();
+        folders.retain(|dir| seen.insert(dir.clone()));
         for dir in &folders {
             if let Some(set) = read(dir)? {
                 return Ok(set);
             }
         }
-        let mut searched: Vec<String> = folders.iter().map(|dir| dir.display().to_string()).collect();
-        searched.dedup();
+        let searched: Vec<String> = folders.iter().map(|dir| dir.display().to_string()).collect();
         Err(unusable(format!(
             "none were found: {VARIABLE} is not set, none are embedded, and there is no {FILE_NAME} in {}; \
              {WHAT_TO_DO}",

@@ -58,6 +58,9 @@ fn a_bundle_and_a_checkout_are_searched() {
     let text = complaint(search(None, Some(&exe), Some(&cwd)).run());
     assert!(text.contains("target/debug/deps/kernels") && text.contains("COMM_KERNELS_DIR"), "{text}");
 
+    // Program and current directory lie in one tree; each of its folders is named once.
+    assert_eq!(text.matches(&format!("{}/target/kernels", home.path().display())).count(), 1, "{text}");
+
     write(&home.path().join("target/kernels"), &manifest());
     for (exe, cwd) in [(Some(exe.as_path()), None), (None, Some(cwd.as_path()))] {
         let set = search(None, exe, cwd).run().unwrap();
