@@ -9,7 +9,7 @@ use clap::{Args, Parser};
 use crate::gpus;
 use crate::kernels;
 use crate::launch::MULTICAST_OFF;
-use crate::tally::Tally;
+use crate::tally::{Harness, Tally};
 use crate::test_gpus::{self, TestGpusArgs};
 
 /// Options of `cargo xtask test`.
@@ -85,24 +85,25 @@ fn worlds(args: &[&str]) -> Result<TestGpusArgs> {
 fn cargo_test() -> Result<(Tally, bool)> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut child = Command::new(&cargo)
-        .args(["test", "--workspace", "--all-features", "--no-fail-fast"])
+        .args(["test", "--workspace", "--all-features", "--no-fail-fast", "--", "--show-output"])
         .envs(MULTICAST_OFF)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()
         .with_context(|| format!("starting {}; the tests are built by cargo", cargo.display()))?;
-    let mut tally = Tally::default();
+    let mut harness = Harness::default();
     if let Some(stdout) = child.stdout.take() {
         // Tests may print what is no UTF-8.
         for line in BufReader::new(stdout).split(b'\n') {
             let line = line.context("reading cargo's output")?;
             let line = String::from_utf8_lossy(&line);
-            println!("{line}");
-            tally += Tally::of_harness(&line);
+            if harness.read(&line) {
+                println!("{line}");
+            }
         }
     }
     let status = child.wait().context("waiting for cargo")?;
-    Ok((tally, status.success()))
+    Ok((harness.tally, status.success()))
 }
 
 #[cfg(test)]
