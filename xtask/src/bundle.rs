@@ -17,6 +17,7 @@ use clap::Args;
 use comm_kernels::locate::{KernelSet, Origin};
 
 use crate::bench::human;
+use crate::kernels;
 use crate::launch::MULTICAST_OFF;
 
 /// What a bundle may weigh.
@@ -70,7 +71,8 @@ pub fn run(args: &BundleArgs) -> Result<()> {
     } else {
         copy_kernels(&out.join("kernels"))?;
     }
-    copy_folder(Path::new("bench/targets"), &out.join("targets"))?;
+    // Whatever folder of the workspace the command is given in.
+    copy_folder(&kernels::workspace().join("bench/targets"), &out.join("targets"))?;
     write_script(&out.join("run"))?;
 
     let size = size_of_folder(out)?;
@@ -191,6 +193,14 @@ mod tests {
         let args = BundleArgs { out: dir.path().to_owned(), no_kernels: true };
         assert!(run(&args).unwrap_err().to_string().contains("no bundle"));
         assert!(dir.path().join("precious").exists());
+    }
+
+    #[test]
+    fn the_targets_are_found_from_any_folder() {
+        assert!(kernels::workspace().is_absolute());
+        let dir = tempfile::tempdir().unwrap();
+        copy_folder(&kernels::workspace().join("bench/targets"), dir.path()).unwrap();
+        assert!(dir.path().join("8xh200.json").is_file());
     }
 
     #[test]

@@ -219,7 +219,8 @@ pub(crate) fn find_nvcc() -> anyhow::Result<Option<Nvcc>> {
     toolchain::find(None, &target_folder())
 }
 
-fn workspace() -> &'static Path {
+/// The source tree that this program was built from.
+pub(crate) fn workspace() -> &'static Path {
     let xtask = Path::new(env!("CARGO_MANIFEST_DIR"));
     xtask.parent().unwrap_or(xtask)
 }
