@@ -20,6 +20,13 @@ pub fn visible() -> Result<Vec<String>, String> {
     }
 }
 
+/// The UUIDs of all GPUs by number; none where they are not to be had.
+pub fn uuids() -> Vec<String> {
+    let Ok(nvml) = Nvml::init() else { return Vec::new() };
+    let uuid = |index| nvml.device_by_index(index).and_then(|device| device.uuid());
+    (0..nvml.device_count().unwrap_or(0)).map(|index| uuid(index).unwrap_or_default()).collect()
+}
+
 /// What CUDA would make of the variable: entries up to the first that is no device.
 fn select(count: u32, allowed: Option<&str>) -> Vec<String> {
     let Some(allowed) = allowed else { return (0..count).map(|index| index.to_string()).collect() };

@@ -33,19 +33,37 @@ impl Lease {
 /// # Errors
 /// When there are too few GPUs at all, when they are not free in time, or when the lock files cannot be made.
 pub fn lease(available: &[String], count: usize, patience: Duration) -> Result<Lease> {
-    lease_in(&lock_dir()?, available, count, patience)
+    let uuids = crate::gpus::uuids();
+    let names: Vec<String> = available.iter().map(|gpu| lock_name(gpu, &uuids)).collect();
+    lease_in(&lock_dir()?, available, &names, count, patience)
 }
 
-fn lease_in(dir: &Path, available: &[String], count: usize, patience: Duration) -> Result<Lease> {
+/// What a GPU's lock is called: its UUID, so that jobs which spell the GPU differently (by number, by UUID, by the
+/// beginning of one) still keep out of each other's way. `uuids` are all GPUs', by number.
+fn lock_name(gpu: &str, uuids: &[String]) -> String {
+    let by_number = gpu.parse::<usize>().ok().and_then(|number| uuids.get(number));
+    let found =
+        by_number.or_else(|| uuids.iter().find(|uuid| gpu.starts_with("GPU-") && uuid.starts_with(gpu)));
+    found.filter(|uuid| !uuid.is_empty()).map_or_else(|| gpu.to_owned(), String::clone)
+}
+
+/// `names` are the locks' names, one for each of `available`.
+fn lease_in(
+    dir: &Path,
+    available: &[String],
+    names: &[String],
+    count: usize,
+    patience: Duration,
+) -> Result<Lease> {
     ensure!(available.len() >= count, "{count} GPUs wanted, but this machine has {}", available.len());
     let give_up = Instant::now() + patience;
     loop {
         let mut lease = Lease { gpus: Vec::new(), _locks: Vec::new() };
-        for gpu in available {
+        for (gpu, name) in available.iter().zip(names) {
             if lease.gpus.len() == count {
                 break;
             }
-            if let Some(lock) = try_lock(dir, gpu)? {
+            if let Some(lock) = try_lock(dir, name)? {
                 lease.gpus.push(gpu.clone());
                 lease._locks.push(lock);
             }
@@ -115,20 +133,33 @@ mod tests {
     #[test]
     fn small_worlds_get_different_gpus() {
         let dir = tempfile::tempdir().unwrap();
-        let first = lease_in(dir.path(), &gpus(4), 2, Duration::ZERO).unwrap();
-        let second = lease_in(dir.path(), &gpus(4), 2, Duration::ZERO).unwrap();
+        let lease_in = |count, patience| lease_in(dir.path(), &gpus(4), &gpus(4), count, patience);
+        let first = lease_in(2, Duration::ZERO).unwrap();
+        let second = lease_in(2, Duration::ZERO).unwrap();
         assert_eq!(first.gpus(), ["0", "1"]);
         assert_eq!(second.gpus(), ["2", "3"]);
-        let error = lease_in(dir.path(), &gpus(4), 1, Duration::ZERO).unwrap_err().to_string();
+        let error = lease_in(1, Duration::ZERO).unwrap_err().to_string();
         assert!(error.contains("only 0 of 4"), "{error}");
         drop(first);
-        assert_eq!(lease_in(dir.path(), &gpus(4), 1, Duration::ZERO).unwrap().gpus(), ["0"]);
+        assert_eq!(lease_in(1, Duration::ZERO).unwrap().gpus(), ["0"]);
+    }
+
+    #[test]
+    fn one_gpu_has_one_lock_however_it_is_spelled() {
+        let uuids = ["GPU-aa11".to_owned(), "GPU-bb22".to_owned()];
+        for spelled in ["1", "GPU-bb22", "GPU-bb"] {
+            assert_eq!(lock_name(spelled, &uuids), "GPU-bb22");
+        }
+        // Without NVML, and for parts of a GPU, the spelling is all there is.
+        assert_eq!(lock_name("1", &[]), "1");
+        assert_eq!(lock_name("MIG-7", &uuids), "MIG-7");
     }
 
     #[test]
     fn more_than_the_machine_has_is_refused_at_once() {
         let dir = tempfile::tempdir().unwrap();
-        let error = lease_in(dir.path(), &gpus(1), 2, Duration::from_secs(60)).unwrap_err().to_string();
+        let error =
+            lease_in(dir.path(), &gpus(1), &gpus(1), 2, Duration::from_secs(60)).unwrap_err().to_string();
         assert!(error.contains("this machine has 1"), "{error}");
     }
 }
