@@ -11,7 +11,7 @@ use crate::rank::{JOB_ENV, Job};
 use crate::signal;
 
 /// How long a job waits for GPUs that other jobs hold.
-const LEASE_PATIENCE: Duration = Duration::from_secs(300);
+pub const LEASE_PATIENCE: Duration = Duration::from_secs(300);
 
 /// The name of the hidden command that a rank's process runs.
 pub const WORKER_COMMAND: &str = "rank-worker";

@@ -131,7 +131,7 @@ pub fn run_tests(args: &TestGpusArgs, tally: &mut Tally) -> Result<()> {
             bail!("interrupted");
         }
     }
-    programs::run(args, count, tally)
+    programs::run(args, gpus.as_deref().unwrap_or_default(), tally)
 }
 
 fn cannot_run(world: &World, gpus: &Result<Vec<String>, String>) -> Option<String> {

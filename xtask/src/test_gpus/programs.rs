@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 
 use crate::events::CaseResult;
 use crate::job;
-use crate::launch::{Exit, LaunchSpec, Mode, launch};
+use crate::launch::{Exit, LaunchSpec, Mode, launch, lease};
 use crate::signal;
 use crate::tally::Tally;
 use crate::test_gpus::{TestGpusArgs, report, selected};
@@ -18,13 +18,13 @@ use crate::test_gpus::{TestGpusArgs, report, selected};
 ///
 /// # Errors
 /// When a program cannot be started.
-pub fn run(args: &TestGpusArgs, gpus: usize, tally: &mut Tally) -> Result<()> {
+pub fn run(args: &TestGpusArgs, gpus: &[String], tally: &mut Tally) -> Result<()> {
     for program in programs()? {
         let name = format!("program/{}", program.file_name().unwrap_or_default().to_string_lossy());
         if !selected(args, &name) || signal::interrupted() {
             continue;
         }
-        if gpus == 0 {
+        if gpus.is_empty() {
             report(tally, &name, &CaseResult::Skipped("no GPU is usable".into()), None);
             continue;
         }
@@ -34,7 +34,7 @@ pub fn run(args: &TestGpusArgs, gpus: usize, tally: &mut Tally) -> Result<()> {
     Ok(())
 }
 
-fn one(args: &TestGpusArgs, program: PathBuf, gpus: usize, name: &str, tally: &mut Tally) -> Result<()> {
+fn one(args: &TestGpusArgs, program: PathBuf, gpus: &[String], name: &str, tally: &mut Tally) -> Result<()> {
     let lines = Arc::new(Mutex::new(String::new()));
     let output = {
         let lines = Arc::clone(&lines);
@@ -51,8 +51,11 @@ fn one(args: &TestGpusArgs, program: PathBuf, gpus: usize, name: &str, tally: &m
         program,
         args: vec!["--test-threads=1".into(), "--nocapture".into()],
         // The tests start ranks of their own and must not take themselves for one.
-        env: vec![("COMM_REQUIRE_GPUS".into(), gpus.to_string().into())],
+        env: vec![("COMM_REQUIRE_GPUS".into(), gpus.len().to_string().into())],
         standalone: true,
+        // The tests use as many as there are, so they wait until no other job has one.
+        gpus: gpus.to_vec(),
+        _lease: Some(lease(gpus, gpus.len(), job::LEASE_PATIENCE)?),
         output,
         ..base
     };
