@@ -12,6 +12,7 @@ use super::state::{Base, Hosts, Scratch, Shared, lock};
 use super::track::Tracker;
 use super::watchdog;
 use crate::driver::{self, Current};
+use crate::result::Progress;
 use crate::sys::{self, Config, UniqueId};
 
 /// What NCCL may write to, or read, after the call that was given it has returned.
@@ -163,9 +164,14 @@ impl Shared {
         let call = self.begin(OpKind::Split)?;
         let slot =
             Box::into_raw(Box::new(Slot { comm: std::ptr::null_mut(), config: self.base.options.config() }));
-        // SAFETY: the communicator is live under the lock; the slot is live until NCCL is through with it.
-        call.nccl(|library, comm| unsafe {
-            library.comm_split(comm, color, key, &raw mut (*slot).comm, &raw mut (*slot).config)
+        call.nccl(|library, comm| {
+            // SAFETY: the communicator is live under the lock; the slot is live until NCCL is through with it.
+            let _ = unsafe {
+                library.comm_split(comm, color, key, &raw mut (*slot).comm, &raw mut (*slot).config)
+            }?;
+            // A split on a non-blocking communicator goes on in the background even where the call reports success;
+            // only the parent's state tells when the new handle has been written.
+            Ok(Progress::Running)
         })?;
         // SAFETY: it came from `Box::into_raw`, and the parent is ready again, so NCCL is through with it.
         let slot = unsafe { Box::from_raw(slot) };
