@@ -114,7 +114,10 @@ fn inspect(shared: &Shared, native: &mut Native) -> Result<Progress> {
         // SAFETY: the communicator is live and the lock is held.
         let _ = unsafe { shared.base.library.comm_state(native.comm) }?;
     }
-    native.tracker.as_mut().map_or(Ok(Progress::Idle), |tracker| tracker.check(shared.base.timeout))
+    native.tracker.as_mut().map_or(Ok(Progress::Idle), |tracker| {
+        shared.note_replayed(tracker);
+        tracker.check(shared.base.timeout)
+    })
 }
 
 /// Ends a healthy communicator: lets its work finish, flushes it and gives everything back.
