@@ -1,5 +1,5 @@
-//! Host time of enqueueing an all-reduce through the backend, beside NCCL's own call on a communicator of the same kind
-//! followed by the same wait for NCCL to have enqueued it.
+//! Host time of enqueueing an all-reduce through the backend, beside NCCL's own call: on a blocking communicator, and on a
+//! non-blocking one followed by the wait for NCCL to have enqueued it.
 //!
 //! One rank on one GPU: what is measured is the path on the host, which does not depend on the other ranks.
 
@@ -29,9 +29,9 @@ struct Raw {
 }
 
 impl Raw {
-    fn new(library: Arc<NcclLibrary>) -> Result<Self> {
+    fn new(library: Arc<NcclLibrary>, blocking: i32) -> Result<Self> {
         let mut config = sys::Config::new();
-        config.blocking = 0;
+        config.blocking = blocking;
         let mut comm = std::ptr::null_mut();
         let id = library.unique_id()?;
         // SAFETY: both pointers outlive the wait; the benchmark has made its device current.
@@ -96,12 +96,18 @@ fn compare(c: &mut Criterion) -> Result<()> {
     let factory = NcclFactory::with_library(library.clone());
     let comm: Arc<dyn DeviceComm> = factory.create(&context, &[factory.probe(&context)?])?;
     let at = memory.allocate(COUNT * 4)?;
-    let raw = Raw::new(library)?;
+    let raws = [("raw, blocking", 1), ("raw, non-blocking", 0)]
+        .map(|(name, blocking)| (name, Raw::new(library.clone(), blocking)));
     let stream = memory.stream();
     let mut group = c.benchmark_group("enqueue all_reduce");
-    group.bench_function("raw", |b| {
-        b.iter_custom(|n| timed(n, &memory, || raw.all_reduce(at, stream)));
-    });
+    for (name, raw) in raws {
+        let raw = raw?;
+        group.bench_function(name, |b| {
+            b.iter_custom(|n| timed(n, &memory, || raw.all_reduce(at, stream)));
+        });
+        // SAFETY: the benchmark has waited for the communicator's work and does not use it again.
+        let _ = unsafe { raw.library.comm_abort(raw.comm) }?;
+    }
     group.bench_function("comm-nccl", |b| {
         b.iter_custom(|n| {
             // SAFETY: the buffer holds `COUNT` elements and outlives the benchmark.
@@ -109,8 +115,6 @@ fn compare(c: &mut Criterion) -> Result<()> {
         });
     });
     group.finish();
-    // SAFETY: the benchmark has waited for the communicator's work and does not use it again.
-    let _ = unsafe { raw.library.comm_abort(raw.comm) }?;
     comm.close()
 }
 

@@ -144,7 +144,9 @@ pub(crate) unsafe fn zero(addr: DeviceAddr, bytes: usize) -> Result<()> {
         loop {
             // SAFETY: the stream is live.
             match unsafe { sys::cuStreamQuery(stream) } {
-                sys::CUresult::CUDA_ERROR_NOT_READY if start.elapsed() < ZERO_TIME => std::thread::yield_now(),
+                sys::CUresult::CUDA_ERROR_NOT_READY if start.elapsed() < ZERO_TIME => {
+                    std::thread::yield_now()
+                }
                 code => return check("cuStreamQuery", code),
             }
         }

@@ -42,7 +42,8 @@ impl Limits {
     /// From all ranks' facts, which must not name a GPU twice.
     pub(crate) fn agree(capabilities: &[Capability]) -> Result<Self> {
         let mut owners: BTreeMap<&str, usize> = BTreeMap::new();
-        let mut limits = Self { version: Version::new(u32::MAX, 0, 0), compute: u32::MAX, norm: None, watch_graphs: true };
+        let mut limits =
+            Self { version: Version::new(u32::MAX, 0, 0), compute: u32::MAX, norm: None, watch_graphs: true };
         for (rank, capability) in capabilities.iter().enumerate() {
             let get = |name: &'static str| {
                 capability.facts.get(name).map(String::as_str).ok_or_else(|| {

@@ -77,7 +77,9 @@ fn switch(options: &BTreeMap<String, String>, name: &str, default: bool) -> Resu
         None => Ok(default),
         Some("on") => Ok(true),
         Some("off") => Ok(false),
-        Some(text) => Err(CommError::invalid("options", format!("{name} is {text:?}, but must be on or off"))),
+        Some(text) => {
+            Err(CommError::invalid("options", format!("{name} is {text:?}, but must be on or off")))
+        }
     }
 }
 
