@@ -6,6 +6,7 @@
 mod comm;
 mod create;
 mod diagnose;
+mod exit;
 mod factory;
 mod gather2d;
 mod limits;
