@@ -23,7 +23,8 @@ use super::state::{Shared, lock};
 /// Memory from [`allocate`](DeviceComm::allocate) lives until it is freed or the communicator ends.
 ///
 /// Dropping the handle returns at once: a thread of its own lets enqueued work finish, within the timeout, and ends the
-/// communicator. Before the process exits, [`close`](DeviceComm::close) is the better end, because it waits for that.
+/// communicator. The end of the process waits for that thread, for five seconds at most;
+/// [`close`](DeviceComm::close) waits for it anyway and reports how it went.
 pub struct NcclComm {
     shared: Arc<Shared>,
 }
