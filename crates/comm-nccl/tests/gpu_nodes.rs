@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 use comm_core::{DType, DeviceMemory, HostComm, HostCommExt, ReduceOp, Rendezvous, Token};
 use common::{PATIENT, Rank, connect, world_size};
 
-/// Set in the processes that this test starts.
-const RANK: &str = "RANK";
+/// Set in the processes that the test starts, in which it is one of the ranks.
+const IS_RANK: &str = "COMM_TEST_NODES_RANK";
 /// For all processes together.
 const LIMIT: Duration = Duration::from_secs(90);
 
@@ -33,6 +33,10 @@ impl Drop for Processes {
 
 #[test]
 fn two_nodes_compute_together_over_the_network() {
+    if std::env::var_os(IS_RANK).is_some() {
+        one_rank();
+        return;
+    }
     let Some(gpus) = world_size() else { return };
     let size = gpus.min(4) / 2 * 2;
     let folder = std::env::temp_dir().join(format!("comm-nccl-nodes-{}", std::process::id()));
@@ -41,8 +45,9 @@ fn two_nodes_compute_together_over_the_network() {
     let mut processes = Processes(Vec::new());
     for rank in 0..size {
         let child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "one_rank_of_two_nodes", "--ignored", "--nocapture"])
-            .env(RANK, rank.to_string())
+            .args(["--exact", "two_nodes_compute_together_over_the_network", "--nocapture"])
+            .env(IS_RANK, "1")
+            .env("RANK", rank.to_string())
             .env("LOCAL_RANK", rank.to_string())
             .env("WORLD_SIZE", size.to_string())
             .env("COMM_RENDEZVOUS", format!("unix:{}/rendezvous", folder.display()))
@@ -80,12 +85,7 @@ fn two_nodes_compute_together_over_the_network() {
     std::fs::remove_dir_all(&folder).unwrap();
 }
 
-#[test]
-#[ignore = "one process of the test above"]
-fn one_rank_of_two_nodes() {
-    if std::env::var_os(RANK).is_none() {
-        return;
-    }
+fn one_rank() {
     let host: Arc<dyn HostComm> = Arc::new(Rendezvous::from_env().unwrap().connect().unwrap());
     let rank = connect(host, PATIENT, false).unwrap();
     rank.try_sum().unwrap();
