@@ -22,7 +22,10 @@ pub use device_comm::{AlgorithmUsage, CommInfo, DeviceComm, P2pOp, Registration}
 pub use dtype::{DType, Element, F8E4M3, F8E5M2, ReduceOp};
 pub use error::{CallSite, CommError, Result};
 pub use fused::{Block2d, RmsNormArgs, TwoGroupNormArgs};
-pub use host_comm::{Deadline, HostComm, HostCommExt, HostNumber, HostReduceOp, ThreadComm, run_threads};
+pub use host_comm::{
+    Deadline, HostComm, HostCommExt, HostNumber, HostReduceOp, Rendezvous, RendezvousAddress, SocketComm,
+    ThreadComm, Token, local_rank_from_env, run_threads,
+};
 pub use memory::{DeviceMemory, HostMemory, MemoryKind};
 pub use op::{OpKind, OpQuery, Support};
 pub use registry::{BackendFactory, Capability, CreateContext};

@@ -1,7 +1,21 @@
 //! Communication between the ranks' host sides: how communicators meet, agree and notice a death.
 
+mod address;
+mod call;
+mod environment;
+mod handshake;
+mod hub;
 mod launch;
+mod link;
+mod message;
+mod newcomers;
+mod rendezvous;
+mod rounds;
+mod socket;
 mod thread;
+mod token;
+mod transport;
+mod wire;
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -13,8 +27,13 @@ use serde::{Deserialize, Serialize};
 use crate::error::{CallSite, CommError, Result};
 use crate::op::OpKind;
 
+pub use address::RendezvousAddress;
+pub use environment::local_rank_from_env;
 pub use launch::run_threads;
+pub use rendezvous::Rendezvous;
+pub use socket::SocketComm;
 pub use thread::ThreadComm;
+pub use token::Token;
 
 /// The instant at which a call gives up.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]

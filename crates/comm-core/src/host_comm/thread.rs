@@ -10,6 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::error::{CallSite, CommError, Result};
+use crate::host_comm::call::Call;
 use crate::host_comm::{Deadline, HostComm, check_root};
 use crate::op::OpKind;
 
@@ -23,7 +24,7 @@ struct Contribution {
 }
 
 struct Round {
-    op: OpKind,
+    call: Call,
     opened_by: usize,
     parts: Vec<Option<Contribution>>,
     readers_left: usize,
@@ -35,7 +36,7 @@ enum Status {
     Alive,
     /// Dropped its handle in good order: only a round that still needs it fails.
     Departed,
-    /// Its thread panicked.
+    /// Its thread panicked: every wait ends.
     Died,
     /// Reported a failure or aborted: every wait ends at once.
     Failed(CommError),
@@ -73,7 +74,11 @@ impl Group {
 
     fn mark(&self, rank: usize, status: Status) {
         let mut state = self.lock();
-        if matches!(state.status[rank], Status::Alive) {
+        // The first mark stays, except that a failure that ends every wait outranks a call that failed.
+        if matches!(
+            (&state.status[rank], &status),
+            (Status::Alive, _) | (Status::GaveUp(_), Status::Failed(_))
+        ) {
             state.status[rank] = status;
         }
         drop(state);
@@ -123,7 +128,7 @@ impl ThreadComm {
     /// Contributes to this rank's next round and returns all contributions, in rank order, with the round's number.
     fn exchange(
         &self,
-        op: OpKind,
+        call: Call,
         part: Contribution,
         deadline: Deadline,
     ) -> Result<(u64, Vec<Contribution>)> {
@@ -133,7 +138,7 @@ impl ThreadComm {
         }
         let seq = calls.seq;
         calls.seq += 1;
-        let result = self.round(op, seq, part, deadline);
+        let result = self.round(call, seq, part, deadline);
         if let Err(error) = &result {
             calls.broken = Some(error.clone());
             if !matches!(error, CommError::Aborted { .. }) {
@@ -145,25 +150,26 @@ impl ThreadComm {
 
     fn round(
         &self,
-        op: OpKind,
+        call: Call,
         seq: u64,
         part: Contribution,
         deadline: Deadline,
     ) -> Result<Vec<Contribution>> {
+        let op = call.op;
         let group = &*self.group;
         let mut state = group.lock();
         let round = state.rounds.entry(seq).or_insert_with(|| Round {
-            op,
+            call,
             opened_by: self.rank,
             parts: vec![None; group.size],
             readers_left: group.size,
         });
-        if round.op != op {
+        if round.call != call {
             return Err(CommError::Mismatch {
                 at: self.site(op, seq),
                 rank: round.opened_by,
-                expected: op.to_string(),
-                found: round.op.to_string(),
+                expected: call.to_string(),
+                found: round.call.to_string(),
             });
         }
         round.parts[self.rank] = Some(part);
@@ -202,21 +208,35 @@ impl ThreadComm {
             });
         }
         let needed = missing(state, seq);
-        for (rank, status) in state.status.iter().enumerate() {
-            match status {
-                Status::Failed(cause) => {
-                    return Err(CommError::PeerFailed { at: at(), rank, cause: Box::new(cause.clone()) });
-                }
-                Status::GaveUp(cause) if needed.contains(&rank) => {
-                    return Err(CommError::PeerFailed { at: at(), rank, cause: Box::new(cause.clone()) });
-                }
-                Status::Departed | Status::Died if needed.contains(&rank) => {
-                    return Err(CommError::PeerDied { at: at(), rank });
-                }
-                _ => {}
-            }
-        }
-        Ok(())
+        let peer_failed = |rank, cause: &CommError| CommError::PeerFailed {
+            at: at(),
+            rank,
+            cause: Box::new(cause.clone()),
+        };
+        // The likeliest root of the trouble goes first: a failure that ends every wait, a death, a rank that gave up and
+        // can say why; then a rank that left, as others do once they have seen a failure.
+        // A dead rank that has contributed ends the wait for others too: every survivor is to learn of it now.
+        let died = || {
+            let dead = state.status.iter().position(|status| matches!(status, Status::Died));
+            dead.filter(|_| !needed.is_empty())
+        };
+        let departed = |rank: &&usize| matches!(state.status[**rank], Status::Departed);
+        let gone = |rank: &usize| CommError::PeerDied { at: at(), rank: *rank };
+        let failed = state.status.iter().enumerate().find_map(|(rank, status)| match status {
+            Status::Failed(cause) => Some(peer_failed(rank, cause)),
+            _ => None,
+        });
+        let gave_up = || {
+            needed.iter().find_map(|&rank| match &state.status[rank] {
+                Status::GaveUp(cause) => Some(peer_failed(rank, cause)),
+                _ => None,
+            })
+        };
+        failed
+            .or_else(|| died().as_ref().map(gone))
+            .or_else(gave_up)
+            .or_else(|| needed.iter().find(departed).map(gone))
+            .map_or(Ok(()), Err)
     }
 }
 
@@ -249,7 +269,7 @@ impl HostComm for ThreadComm {
 
     fn split(&self, color: Option<u32>, key: i64, deadline: Deadline) -> Result<Option<Arc<dyn HostComm>>> {
         let part = Contribution { color, key, ..Contribution::default() };
-        let (seq, parts) = self.exchange(OpKind::Split, part, deadline)?;
+        let (seq, parts) = self.exchange(Call::new(OpKind::Split), part, deadline)?;
         let Some(color) = color else { return Ok(None) };
         let mut members: Vec<(i64, usize)> = parts
             .iter()
@@ -273,20 +293,20 @@ impl HostComm for ThreadComm {
     }
 
     fn barrier(&self, deadline: Deadline) -> Result<()> {
-        self.exchange(OpKind::HostBarrier, Contribution::default(), deadline).map(drop)
+        self.exchange(Call::new(OpKind::HostBarrier), Contribution::default(), deadline).map(drop)
     }
 
     fn broadcast_bytes(&self, bytes: &[u8], root: usize, deadline: Deadline) -> Result<Vec<u8>> {
         check_root(root, self.size())?;
         let bytes = if self.rank == root { Arc::from(bytes) } else { Arc::default() };
         let part = Contribution { bytes, ..Contribution::default() };
-        let (_, parts) = self.exchange(OpKind::HostBroadcast, part, deadline)?;
+        let (_, parts) = self.exchange(Call { op: OpKind::HostBroadcast, root }, part, deadline)?;
         Ok(parts[root].bytes.to_vec())
     }
 
     fn all_gather_bytes(&self, bytes: &[u8], deadline: Deadline) -> Result<Vec<Vec<u8>>> {
         let part = Contribution { bytes: Arc::from(bytes), ..Contribution::default() };
-        let (_, parts) = self.exchange(OpKind::HostAllGather, part, deadline)?;
+        let (_, parts) = self.exchange(Call::new(OpKind::HostAllGather), part, deadline)?;
         Ok(parts.iter().map(|part| part.bytes.to_vec()).collect())
     }
 
@@ -300,23 +320,23 @@ impl HostComm for ThreadComm {
         };
         let fds = fds.iter().map(|fd| duplicate(*fd)).collect::<Result<Arc<[_]>>>()?;
         let part = Contribution { fds, ..Contribution::default() };
-        let (_, parts) = self.exchange(OpKind::HostExchangeFds, part, deadline)?;
+        let (_, parts) = self.exchange(Call::new(OpKind::HostExchangeFds), part, deadline)?;
         parts.iter().map(|part| part.fds.iter().map(|fd| duplicate(fd.as_fd())).collect()).collect()
     }
 
     fn poll(&self) -> Result<()> {
         let state = self.group.lock();
         let at = || self.site(OpKind::Poll, 0);
-        for (rank, status) in state.status.iter().enumerate() {
-            match status {
-                Status::Died => return Err(CommError::PeerDied { at: at(), rank }),
-                Status::Failed(cause) | Status::GaveUp(cause) if rank == self.rank => {
-                    return Err(cause.clone());
-                }
-                Status::Failed(cause) | Status::GaveUp(cause) => {
-                    return Err(CommError::PeerFailed { at: at(), rank, cause: Box::new(cause.clone()) });
-                }
-                Status::Alive | Status::Departed => {}
+        if let Status::Failed(cause) | Status::GaveUp(cause) = &state.status[self.rank] {
+            return Err(cause.clone());
+        }
+        let status = || state.status.iter().enumerate();
+        if let Some((rank, _)) = status().find(|(_, status)| matches!(status, Status::Died)) {
+            return Err(CommError::PeerDied { at: at(), rank });
+        }
+        for (rank, status) in status() {
+            if let Status::Failed(cause) | Status::GaveUp(cause) = status {
+                return Err(CommError::PeerFailed { at: at(), rank, cause: Box::new(cause.clone()) });
             }
         }
         Ok(())
