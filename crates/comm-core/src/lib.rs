@@ -8,12 +8,16 @@
 
 mod addr;
 pub mod check;
+pub mod compose;
 mod device_comm;
 mod dtype;
 mod error;
 mod fused;
+#[cfg(feature = "host-backend")]
+mod host_backend;
 mod host_comm;
 mod memory;
+pub mod norm;
 mod op;
 mod registry;
 
@@ -22,6 +26,8 @@ pub use device_comm::{AlgorithmUsage, CommInfo, DeviceComm, P2pOp, Registration}
 pub use dtype::{DType, Element, F8E4M3, F8E5M2, ReduceOp};
 pub use error::{CallSite, CommError, Result};
 pub use fused::{Block2d, RmsNormArgs, TwoGroupNormArgs};
+#[cfg(feature = "host-backend")]
+pub use host_backend::{HostBackend, HostFactory};
 pub use host_comm::{
     Deadline, HostComm, HostCommExt, HostNumber, HostReduceOp, Rendezvous, RendezvousAddress, SocketComm,
     ThreadComm, Token, local_rank_from_env, run_threads,
