@@ -136,6 +136,12 @@ pub unsafe trait DeviceComm: Send + Sync {
         self.info().size
     }
 
+    /// The communicators that this one distributes its calls among; empty for a backend of its own. An operation that
+    /// takes a second communicator finds its backend's part of that one here.
+    fn tiers(&self) -> &[Arc<dyn DeviceComm>] {
+        &[]
+    }
+
     /// Splits into groups of the ranks that pass the same `color`, ordered by `key` and then by rank here. Ranks that
     /// pass `None` join no group and get `None`. Collective; blocks until all ranks have called it.
     fn split(&self, color: Option<u32>, key: i32) -> Result<Option<Arc<dyn DeviceComm>>> {

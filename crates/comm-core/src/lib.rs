@@ -9,6 +9,8 @@
 mod addr;
 pub mod check;
 pub mod compose;
+#[cfg(feature = "conformance")]
+pub mod conformance;
 mod device_comm;
 mod dtype;
 mod error;
@@ -20,6 +22,8 @@ mod memory;
 pub mod norm;
 mod op;
 mod registry;
+mod tiered;
+mod typed;
 
 pub use addr::{DeviceAddr, StreamHandle};
 pub use device_comm::{AlgorithmUsage, CommInfo, DeviceComm, P2pOp, Registration};
@@ -34,4 +38,8 @@ pub use host_comm::{
 };
 pub use memory::{DeviceMemory, HostMemory, MemoryKind};
 pub use op::{OpKind, OpQuery, Support};
-pub use registry::{BackendFactory, Capability, CreateContext};
+pub use registry::{BackendFactory, Capability, CreateContext, Registry, create_with};
+pub use tiered::{SkippedTier, TieredComm};
+#[cfg(feature = "cudarc")]
+pub use typed::CudaSliceExt;
+pub use typed::HostSliceExt;

@@ -121,7 +121,11 @@ pub struct OpQuery {
     pub dtype: DType,
     /// The reduction, for operations where [`OpKind::reduces`] holds.
     pub reduce: Option<ReduceOp>,
-    /// The element count as the operation's method takes it (the largest of the counts for a V operation).
+    /// The element count as the operation's method takes it. A V operation's is the largest of its counts, a group's the
+    /// largest of its transfers', a two-dimensional block's its height times its width, and the fused norm's its tokens
+    /// times its hidden size. The two-group norm's is the hidden size alone, since ranks of different groups know
+    /// different token counts and must come to one answer. Allocate and register count bytes; a barrier, a split and
+    /// the like ask with zero.
     pub count: usize,
 }
 

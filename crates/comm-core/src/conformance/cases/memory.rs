@@ -1,0 +1,119 @@
+//! Allocation and registration: cycles of them, with operands inside.
+
+use super::super::buffers::Region;
+use super::super::case::Case;
+use super::super::data::{self, Fill};
+use super::super::reference::{self, Equality};
+use super::super::runner::Runner;
+use crate::device_comm::Registration;
+use crate::dtype::{DType, ReduceOp};
+use crate::error::{CommError, Result};
+use crate::op::{OpKind, OpQuery};
+
+const SIZES: [usize; 5] = [256, 1 << 12, 100_000, 1 << 20, 4096];
+
+pub(super) fn run(runner: &mut Runner<'_>) {
+    runner.case(OpKind::Allocate, "allocate/cycles", allocate);
+    runner.case(OpKind::Free, "free/unknown", free_unknown);
+    runner.case(OpKind::Register, "register/cycles", register);
+}
+
+/// An all-reduce on operands that lie anywhere in the blocks.
+fn call(case: &mut Case<'_, '_>, from: Region, to: Region) -> Result<()> {
+    let (dtype, op) = (DType::F32, ReduceOp::Sum);
+    let (seed, world, count) = (case.next_seed(), case.world, from.len / dtype.size());
+    if !case.comm.supports(&OpQuery::new(OpKind::AllReduce, dtype, count).with_reduce(op)).is_supported() {
+        return Ok(());
+    }
+    case.calls += 1;
+    let input = data::filled(Fill::Sum, dtype, world, seed, case.rank, 0..count);
+    case.arena.put(&from, &input)?;
+    case.arena.poison(&to)?;
+    // SAFETY: both operands hold `count` elements in live memory that only this call uses.
+    unsafe { case.comm.all_reduce(from.addr(), to.addr(), count, dtype, op, case.stream()) }?;
+    let got = case.fetch(&to, "recv")?;
+    let expected = reference::reduced(Fill::Sum, dtype, op, world, seed, 0..count);
+    case.expect(dtype, &expected, &got, Equality::Value);
+    Ok(())
+}
+
+fn allocate(case: &mut Case<'_, '_>) -> Result<()> {
+    for (turn, len) in SIZES.into_iter().enumerate() {
+        let offset = turn * 12;
+        let room = Region::room(offset, len);
+        if !case.supported(&OpQuery::new(OpKind::Allocate, DType::U8, room)) {
+            return Ok(());
+        }
+        case.at = format!("allocate of {room} bytes, cycle {turn}");
+        let (from, to) = (case.comm.allocate(room)?, case.comm.allocate(room)?);
+        case.calls += 2;
+        if !from.is_aligned_to(256) || !to.is_aligned_to(256) {
+            case.fail(format!("{from:?} or {to:?} is not aligned to 256"));
+        }
+        for _ in 0..2 {
+            call(case, Region::inside(from, offset, len / 4 * 4), Region::inside(to, offset, len / 4 * 4))?;
+        }
+        case.arena.memory().synchronize()?;
+        // SAFETY: the calls have completed here, and the agreement on results came after them on the other ranks: a
+        // free is collective.
+        unsafe { case.comm.free(from) }?;
+        // SAFETY: as above.
+        unsafe { case.comm.free(to) }?;
+    }
+    Ok(())
+}
+
+fn free_unknown(case: &mut Case<'_, '_>) -> Result<()> {
+    if !case.supported(&OpQuery::new(OpKind::Allocate, DType::U8, 256)) {
+        return Ok(());
+    }
+    case.at = "free of an address that was not allocated".into();
+    let region = case.arena.lay(0, 0, 64)?;
+    // SAFETY: no work uses it; that it is no allocation of the communicator is what is tried.
+    let result = unsafe { case.comm.free(region.addr()) };
+    case.expect_error("free", "InvalidArgument or StaleHandle", result, refused)
+}
+
+const fn refused(error: &CommError) -> bool {
+    matches!(error, CommError::InvalidArgument { .. } | CommError::StaleHandle { .. })
+}
+
+fn register(case: &mut Case<'_, '_>) -> Result<()> {
+    let mut last: Option<Registration> = None;
+    for (turn, len) in SIZES.into_iter().enumerate() {
+        // The blocks hold operands at several places, so that interior addresses are used too.
+        let room = Region::room(8, 2 * len);
+        if !case.supported(&OpQuery::new(OpKind::Register, DType::U8, room)) {
+            return Ok(());
+        }
+        case.at = format!("register of {room} bytes, cycle {turn}");
+        let memory = case.arena.memory();
+        let (from, to) = (memory.allocate(room)?, memory.allocate(room)?);
+        // SAFETY: both blocks are freed after their deregistration.
+        let registered = unsafe { [case.comm.register(from, room)?, case.comm.register(to, room)?] };
+        case.calls += 2;
+        for (at, bytes) in [(8, len), (len / 4 * 4, len / 2)] {
+            call(case, Region::inside(from, at, bytes / 4 * 4), Region::inside(to, at, bytes / 4 * 4))?;
+        }
+        memory.synchronize()?;
+        if let Some(old) = last.as_ref().filter(|old| registered.contains(old)) {
+            case.fail(format!("registration {old:?} was handed out twice"));
+        }
+        for registration in &registered {
+            // SAFETY: the calls have completed.
+            unsafe { case.comm.deregister(registration) }?;
+        }
+        // SAFETY: as above; that it is no longer registered is what is tried.
+        let again = unsafe { case.comm.deregister(&registered[0]) };
+        case.expect_error("a second deregister", "StaleHandle or InvalidArgument", again, refused)?;
+        call(case, Region::inside(from, 8, len / 4 * 4), Region::inside(to, 8, len / 4 * 4))?;
+        memory.synchronize()?;
+        // SAFETY: nothing uses the blocks any more; peers have finished with them when the call has completed.
+        unsafe { memory.free(from) }?;
+        // SAFETY: as above.
+        unsafe { memory.free(to) }?;
+        let [first, _] = registered;
+        last = Some(first);
+    }
+    Ok(())
+}

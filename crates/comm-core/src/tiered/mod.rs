@@ -1,0 +1,108 @@
+//! One communicator over several backends: each call goes to the first backend, in order of preference, that supports
+//! it.
+//!
+//! Owns the choice and nothing else. The choice depends only on what `supports` depends on, which all ranks share, so
+//! all ranks make the same one; it never depends on what a rank observes.
+
+mod memory;
+mod ops;
+
+use std::sync::Arc;
+
+use crate::device_comm::{CommInfo, DeviceComm};
+use crate::dtype::DType;
+use crate::error::{CommError, Result};
+use crate::op::{OpKind, OpQuery, Support};
+
+use memory::TierMemory;
+
+/// A backend that a tiered communicator does without, and why.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct SkippedTier {
+    /// The backend's name.
+    pub backend: String,
+    /// The probe's failure: the same on all ranks.
+    pub reason: CommError,
+}
+
+/// A communicator that distributes its calls over an ordered list of communicators of the same ranks. Made by
+/// [`Registry::create_tiered`](crate::Registry::create_tiered).
+///
+/// Sends, receives and groups all go to one tier, the first that carries out all three, since a send may be matched by
+/// a receive in a group. Usage counters read `backend:algorithm`.
+pub struct TieredComm {
+    info: CommInfo,
+    tiers: Vec<Arc<dyn DeviceComm>>,
+    skipped: Vec<SkippedTier>,
+    /// The tier of point-to-point transfers.
+    p2p: Option<usize>,
+    memory: TierMemory,
+}
+
+impl std::fmt::Debug for TieredComm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let names: Vec<_> = self.tiers.iter().map(|tier| &tier.info().backend).collect();
+        f.debug_struct("TieredComm").field("info", &self.info).field("tiers", &names).finish()
+    }
+}
+
+impl TieredComm {
+    /// A communicator over `tiers`, the preferred first. Local: the tiers of all ranks must have been made together.
+    ///
+    /// # Errors
+    /// [`CommError::InvalidArgument`] when there is no tier, or they differ in rank, size or memory.
+    pub fn new(tiers: Vec<Arc<dyn DeviceComm>>, skipped: Vec<SkippedTier>) -> Result<Self> {
+        let Some(first) = tiers.first() else {
+            return Err(CommError::invalid("tiers", "a tiered communicator needs at least one backend"));
+        };
+        let info = CommInfo { backend: "tiered".into(), ..first.info().clone() };
+        for tier in &tiers {
+            let other = tier.info();
+            if (other.rank, other.size, other.memory) != (info.rank, info.size, info.memory) {
+                return Err(CommError::invalid(
+                    "tiers",
+                    format!("{other:?} is not of the rank, size and memory of {:?}", first.info()),
+                ));
+            }
+        }
+        let admits = |kinds: &[OpKind]| {
+            tiers.iter().position(|tier| {
+                kinds.iter().all(|&kind| tier.supports(&OpQuery::new(kind, DType::U8, 1)).is_supported())
+            })
+        };
+        let p2p = admits(&[OpKind::Send, OpKind::Recv, OpKind::Group])
+            .or_else(|| admits(&[OpKind::Send, OpKind::Recv]));
+        Ok(Self { info, tiers, skipped, p2p, memory: TierMemory::default() })
+    }
+
+    /// The backends that were asked for and left out, with the reason.
+    #[must_use]
+    pub fn skipped(&self) -> &[SkippedTier] {
+        &self.skipped
+    }
+
+    /// The backend that a call would go to, if any supports it.
+    #[must_use]
+    pub fn backend_for(&self, query: &OpQuery) -> Option<&str> {
+        self.tier(query).ok().map(|tier| &*tier.info().backend)
+    }
+
+    /// The tiers that a query is put to, in order.
+    fn candidates(&self, kind: OpKind) -> &[Arc<dyn DeviceComm>] {
+        match (kind, self.p2p) {
+            (OpKind::Send | OpKind::Recv | OpKind::Group, Some(tier)) => &self.tiers[tier..=tier],
+            _ => &self.tiers,
+        }
+    }
+
+    fn tier(&self, query: &OpQuery) -> Result<&Arc<dyn DeviceComm>> {
+        let mut reasons = Vec::new();
+        for tier in self.candidates(query.kind) {
+            match tier.supports(query) {
+                Support::Yes => return Ok(tier),
+                Support::No { reason } => reasons.push(format!("{}: {reason}", tier.info().backend)),
+            }
+        }
+        Err(CommError::unsupported(query.kind, self.info.backend.clone(), reasons.join("; ")))
+    }
+}

@@ -1,0 +1,292 @@
+//! The tiered communicator's operations: pick the tier, pass the call on.
+
+use std::sync::Arc;
+
+use super::TieredComm;
+use crate::addr::{DeviceAddr, StreamHandle};
+use crate::device_comm::{AlgorithmUsage, CommInfo, DeviceComm, P2pOp, Registration};
+use crate::dtype::{DType, ReduceOp};
+use crate::error::{CommError, Result};
+use crate::fused::{Block2d, RmsNormArgs, TwoGroupNormArgs};
+use crate::op::{OpKind, OpQuery, Support};
+
+fn largest(counts: &[usize]) -> usize {
+    counts.iter().copied().max().unwrap_or(0)
+}
+
+// SAFETY: every operation is a tier's own, with the caller's arguments unchanged; `supports` combines answers that are
+// equal on all ranks by a rule that depends on nothing else.
+unsafe impl DeviceComm for TieredComm {
+    fn info(&self) -> &CommInfo {
+        &self.info
+    }
+
+    fn tiers(&self) -> &[Arc<dyn DeviceComm>] {
+        &self.tiers
+    }
+
+    fn split(&self, color: Option<u32>, key: i32) -> Result<Option<Arc<dyn DeviceComm>>> {
+        let query = OpQuery::new(OpKind::Split, DType::U8, 0);
+        self.tier(&query)?;
+        let mut children = Vec::with_capacity(self.tiers.len());
+        for tier in self.tiers.iter().filter(|tier| tier.supports(&query).is_supported()) {
+            children.extend(tier.split(color, key)?);
+        }
+        if children.is_empty() {
+            return Ok(None);
+        }
+        Ok(Some(Arc::new(Self::new(children, self.skipped.clone())?)))
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<DeviceAddr> {
+        let refusal =
+            |()| self.tier(&OpQuery::new(OpKind::Allocate, DType::U8, bytes)).map(|_| DeviceAddr::NULL);
+        self.memory.allocate(&self.tiers, bytes)?.map_or_else(|| refusal(()), Ok)
+    }
+
+    unsafe fn free(&self, addr: DeviceAddr) -> Result<()> {
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { self.memory.free(&self.tiers, addr) }
+    }
+
+    unsafe fn register(&self, addr: DeviceAddr, bytes: usize) -> Result<Registration> {
+        // SAFETY: the caller's promise is the callee's.
+        let registration = unsafe { self.memory.register(&self.tiers, addr, bytes) }?;
+        registration.ok_or_else(|| {
+            CommError::unsupported(OpKind::Register, self.info.backend.clone(), "no tier registers memory")
+        })
+    }
+
+    unsafe fn deregister(&self, registration: &Registration) -> Result<()> {
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { self.memory.deregister(&self.tiers, registration) }
+    }
+
+    fn supports(&self, query: &OpQuery) -> Support {
+        match self.tier(query) {
+            Ok(_) => Support::Yes,
+            Err(CommError::Unsupported { reason, .. }) => Support::No { reason },
+            Err(error) => Support::no(error.to_string()),
+        }
+    }
+
+    fn usage(&self) -> Vec<AlgorithmUsage> {
+        let of_tier = |tier: &Arc<dyn DeviceComm>| {
+            let backend = tier.info().backend.clone();
+            let named = move |usage: AlgorithmUsage| AlgorithmUsage {
+                algorithm: format!("{backend}:{}", usage.algorithm).into(),
+                ..usage
+            };
+            tier.usage().into_iter().map(named)
+        };
+        self.tiers.iter().flat_map(of_tier).collect()
+    }
+
+    unsafe fn all_reduce(
+        &self,
+        send: DeviceAddr,
+        recv: DeviceAddr,
+        count: usize,
+        dtype: DType,
+        op: ReduceOp,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let tier = self.tier(&OpQuery::new(OpKind::AllReduce, dtype, count).with_reduce(op))?;
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { tier.all_reduce(send, recv, count, dtype, op, stream) }
+    }
+
+    unsafe fn all_gather(
+        &self,
+        send: DeviceAddr,
+        recv: DeviceAddr,
+        count: usize,
+        dtype: DType,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let tier = self.tier(&OpQuery::new(OpKind::AllGather, dtype, count))?;
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { tier.all_gather(send, recv, count, dtype, stream) }
+    }
+
+    unsafe fn all_gather_v(
+        &self,
+        send: DeviceAddr,
+        recv: DeviceAddr,
+        counts: &[usize],
+        dtype: DType,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let tier = self.tier(&OpQuery::new(OpKind::AllGatherV, dtype, largest(counts)))?;
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { tier.all_gather_v(send, recv, counts, dtype, stream) }
+    }
+
+    unsafe fn reduce_scatter(
+        &self,
+        send: DeviceAddr,
+        recv: DeviceAddr,
+        count: usize,
+        dtype: DType,
+        op: ReduceOp,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let tier = self.tier(&OpQuery::new(OpKind::ReduceScatter, dtype, count).with_reduce(op))?;
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { tier.reduce_scatter(send, recv, count, dtype, op, stream) }
+    }
+
+    unsafe fn reduce_scatter_v(
+        &self,
+        send: DeviceAddr,
+        recv: DeviceAddr,
+        counts: &[usize],
+        dtype: DType,
+        op: ReduceOp,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let query = OpQuery::new(OpKind::ReduceScatterV, dtype, largest(counts)).with_reduce(op);
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { self.tier(&query)?.reduce_scatter_v(send, recv, counts, dtype, op, stream) }
+    }
+
+    unsafe fn broadcast(
+        &self,
+        send: DeviceAddr,
+        recv: DeviceAddr,
+        count: usize,
+        dtype: DType,
+        root: usize,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let tier = self.tier(&OpQuery::new(OpKind::Broadcast, dtype, count))?;
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { tier.broadcast(send, recv, count, dtype, root, stream) }
+    }
+
+    unsafe fn reduce(
+        &self,
+        send: DeviceAddr,
+        recv: DeviceAddr,
+        count: usize,
+        dtype: DType,
+        op: ReduceOp,
+        root: usize,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let tier = self.tier(&OpQuery::new(OpKind::Reduce, dtype, count).with_reduce(op))?;
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { tier.reduce(send, recv, count, dtype, op, root, stream) }
+    }
+
+    unsafe fn all_to_all(
+        &self,
+        send: DeviceAddr,
+        recv: DeviceAddr,
+        count: usize,
+        dtype: DType,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let tier = self.tier(&OpQuery::new(OpKind::AllToAll, dtype, count))?;
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { tier.all_to_all(send, recv, count, dtype, stream) }
+    }
+
+    unsafe fn send(
+        &self,
+        addr: DeviceAddr,
+        count: usize,
+        dtype: DType,
+        peer: usize,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let tier = self.tier(&OpQuery::new(OpKind::Send, dtype, count))?;
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { tier.send(addr, count, dtype, peer, stream) }
+    }
+
+    unsafe fn recv(
+        &self,
+        addr: DeviceAddr,
+        count: usize,
+        dtype: DType,
+        peer: usize,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let tier = self.tier(&OpQuery::new(OpKind::Recv, dtype, count))?;
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { tier.recv(addr, count, dtype, peer, stream) }
+    }
+
+    unsafe fn group(&self, ops: &[P2pOp], stream: StreamHandle) -> Result<()> {
+        // The ranks' transfers differ, so the choice must not look at them.
+        let tier = self.tier(&OpQuery::new(OpKind::Group, DType::U8, 1))?;
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { tier.group(ops, stream) }
+    }
+
+    unsafe fn barrier(&self, stream: StreamHandle) -> Result<()> {
+        let tier = self.tier(&OpQuery::new(OpKind::Barrier, DType::U8, 0))?;
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { tier.barrier(stream) }
+    }
+
+    unsafe fn all_gather_2d(
+        &self,
+        send: DeviceAddr,
+        recv: DeviceAddr,
+        block: &Block2d,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let count = block.height.saturating_mul(block.width);
+        let tier = self.tier(&OpQuery::new(OpKind::AllGather2d, block.dtype, count))?;
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { tier.all_gather_2d(send, recv, block, stream) }
+    }
+
+    unsafe fn all_reduce_rmsnorm(&self, args: &RmsNormArgs, stream: StreamHandle) -> Result<()> {
+        let count = args.tokens.saturating_mul(args.hidden);
+        let tier = self.tier(&OpQuery::new(OpKind::AllReduceRmsNorm, args.dtype, count))?;
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { tier.all_reduce_rmsnorm(args, stream) }
+    }
+
+    unsafe fn all_reduce_rmsnorm_two_group(
+        &self,
+        gather: &dyn DeviceComm,
+        args: &TwoGroupNormArgs<'_>,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let query = OpQuery::new(OpKind::AllReduceRmsNormTwoGroup, args.dtype, args.hidden);
+        self.tier(&query)?;
+        for tier in self.tiers.iter().filter(|tier| tier.supports(&query).is_supported()) {
+            let same_backend = |other: &&dyn DeviceComm| other.info().backend == tier.info().backend;
+            let partner = if gather.tiers().is_empty() {
+                Some(gather).filter(same_backend)
+            } else {
+                gather.tiers().iter().map(|other| &**other).find(same_backend)
+            };
+            if let Some(partner) = partner {
+                // SAFETY: the caller's promise is the callee's.
+                return unsafe { tier.all_reduce_rmsnorm_two_group(partner, args, stream) };
+            }
+        }
+        Err(CommError::invalid(
+            "gather",
+            "has no backend in common with the reduce group's that supports this",
+        ))
+    }
+
+    fn poll(&self) -> Result<()> {
+        self.tiers.iter().try_for_each(|tier| tier.poll())
+    }
+
+    fn abort(&self) {
+        self.tiers.iter().for_each(|tier| tier.abort());
+    }
+
+    fn close(&self) -> Result<()> {
+        // All tiers are closed, whatever becomes of the first.
+        self.tiers.iter().map(|tier| tier.close()).fold(Ok(()), Result::and)
+    }
+}

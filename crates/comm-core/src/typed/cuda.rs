@@ -1,0 +1,247 @@
+//! Collectives on cudarc's device slices.
+
+use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut, DeviceSlice};
+
+use super::lengths;
+use crate::addr::{DeviceAddr, StreamHandle};
+use crate::device_comm::DeviceComm;
+use crate::dtype::{Element, ReduceOp};
+use crate::error::{CommError, Result};
+use crate::memory::MemoryKind;
+
+/// Collectives on cudarc's slices and views, enqueued on a stream of the communicator's device.
+///
+/// What an engine writes in a tensor-parallel layer:
+///
+/// ```no_run
+/// use std::sync::Arc;
+/// use comm_core::{CommError, CudaSliceExt, DeviceComm, ReduceOp};
+/// use cudarc::driver::{CudaSlice, CudaStream};
+///
+/// struct RowParallel {
+///     comm: Arc<dyn DeviceComm>,
+/// }
+///
+/// impl RowParallel {
+///     fn finish(&self, partial: &mut CudaSlice<half::bf16>, stream: &CudaStream) -> Result<(), CommError> {
+///         self.comm.all_reduce_cuda_in_place(partial, ReduceOp::Sum, stream)
+///     }
+/// }
+/// ```
+///
+/// A call returns once the work is enqueued. cudarc's events order it with other uses of the slices, and a slice that is
+/// dropped is freed only after the work; a program that has switched cudarc's event tracking off has taken that on
+/// itself.
+///
+/// # Errors
+/// Every method returns [`CommError::InvalidArgument`] for slices of the wrong length, and for slices, a stream or a
+/// communicator of different devices, and otherwise what the operation of [`DeviceComm`] returns.
+#[allow(clippy::missing_errors_doc, reason = "the trait's Errors section holds for every method")]
+pub trait CudaSliceExt: DeviceComm {
+    /// `recv = reduce over ranks of send`. Both have the same length, on all ranks.
+    fn all_reduce_cuda<T: Element>(
+        &self,
+        send: &impl DevicePtr<T>,
+        recv: &mut impl DevicePtrMut<T>,
+        op: ReduceOp,
+        stream: &CudaStream,
+    ) -> Result<()> {
+        let count = send.len();
+        lengths::exact("recv", recv.len(), count)?;
+        let handle = handle(self, stream, [of(send), of(recv)])?;
+        let (from, _read) = send.device_ptr(stream);
+        let (to, _written) = recv.device_ptr_mut(stream);
+        // SAFETY: see `handle`; `recv` is borrowed exclusively, so the ranges are disjoint, and both hold `count`.
+        unsafe { self.all_reduce(DeviceAddr(from), DeviceAddr(to), count, T::DTYPE, op, handle) }
+    }
+
+    /// `data = reduce over ranks of data`.
+    fn all_reduce_cuda_in_place<T: Element>(
+        &self,
+        data: &mut impl DevicePtrMut<T>,
+        op: ReduceOp,
+        stream: &CudaStream,
+    ) -> Result<()> {
+        let count = data.len();
+        let handle = handle(self, stream, [of(data)])?;
+        let (at, _written) = data.device_ptr_mut(stream);
+        // SAFETY: see `handle`; the range is borrowed exclusively and holds `count` elements.
+        unsafe { self.all_reduce(DeviceAddr(at), DeviceAddr(at), count, T::DTYPE, op, handle) }
+    }
+
+    /// `recv` = all ranks' `send` end to end; `recv` is `size` times as long as `send`.
+    fn all_gather_cuda<T: Element>(
+        &self,
+        send: &impl DevicePtr<T>,
+        recv: &mut impl DevicePtrMut<T>,
+        stream: &CudaStream,
+    ) -> Result<()> {
+        let count = send.len();
+        lengths::parts(self.info(), "recv", recv.len(), count)?;
+        let handle = handle(self, stream, [of(send), of(recv)])?;
+        let (from, _read) = send.device_ptr(stream);
+        let (to, _written) = recv.device_ptr_mut(stream);
+        // SAFETY: see `handle`; the ranges are disjoint and `recv` holds `size` parts.
+        unsafe { self.all_gather(DeviceAddr(from), DeviceAddr(to), count, T::DTYPE, handle) }
+    }
+
+    /// An all-gather to which rank `r` contributes `counts[r]` elements.
+    fn all_gather_v_cuda<T: Element>(
+        &self,
+        send: &impl DevicePtr<T>,
+        recv: &mut impl DevicePtrMut<T>,
+        counts: &[usize],
+        stream: &CudaStream,
+    ) -> Result<()> {
+        lengths::uneven(self.info(), counts, ("send", send.len()), ("recv", recv.len()))?;
+        let handle = handle(self, stream, [of(send), of(recv)])?;
+        let (from, _read) = send.device_ptr(stream);
+        let (to, _written) = recv.device_ptr_mut(stream);
+        // SAFETY: see `handle`; the ranges are disjoint and as long as `counts` says.
+        unsafe { self.all_gather_v(DeviceAddr(from), DeviceAddr(to), counts, T::DTYPE, handle) }
+    }
+
+    /// `recv` = this rank's part of the reduced `send`, which is `size` times as long.
+    fn reduce_scatter_cuda<T: Element>(
+        &self,
+        send: &impl DevicePtr<T>,
+        recv: &mut impl DevicePtrMut<T>,
+        op: ReduceOp,
+        stream: &CudaStream,
+    ) -> Result<()> {
+        let count = recv.len();
+        lengths::parts(self.info(), "send", send.len(), count)?;
+        let handle = handle(self, stream, [of(send), of(recv)])?;
+        let (from, _read) = send.device_ptr(stream);
+        let (to, _written) = recv.device_ptr_mut(stream);
+        // SAFETY: see `handle`; the ranges are disjoint and `send` holds `size` parts.
+        unsafe { self.reduce_scatter(DeviceAddr(from), DeviceAddr(to), count, T::DTYPE, op, handle) }
+    }
+
+    /// A reduce-scatter of which rank `r` receives `counts[r]` elements.
+    fn reduce_scatter_v_cuda<T: Element>(
+        &self,
+        send: &impl DevicePtr<T>,
+        recv: &mut impl DevicePtrMut<T>,
+        counts: &[usize],
+        op: ReduceOp,
+        stream: &CudaStream,
+    ) -> Result<()> {
+        lengths::uneven(self.info(), counts, ("recv", recv.len()), ("send", send.len()))?;
+        let handle = handle(self, stream, [of(send), of(recv)])?;
+        let (from, _read) = send.device_ptr(stream);
+        let (to, _written) = recv.device_ptr_mut(stream);
+        // SAFETY: see `handle`; the ranges are disjoint and as long as `counts` says.
+        unsafe { self.reduce_scatter_v(DeviceAddr(from), DeviceAddr(to), counts, T::DTYPE, op, handle) }
+    }
+
+    /// `data` = `root`'s `data`.
+    fn broadcast_cuda<T: Element>(
+        &self,
+        data: &mut impl DevicePtrMut<T>,
+        root: usize,
+        stream: &CudaStream,
+    ) -> Result<()> {
+        let count = data.len();
+        let handle = handle(self, stream, [of(data)])?;
+        let (at, _written) = data.device_ptr_mut(stream);
+        // SAFETY: see `handle`; the range is borrowed exclusively and holds `count` elements.
+        unsafe { self.broadcast(DeviceAddr(at), DeviceAddr(at), count, T::DTYPE, root, handle) }
+    }
+
+    /// `data = reduce over ranks of data` on `root`; the other ranks' `data` is undefined afterwards.
+    fn reduce_cuda<T: Element>(
+        &self,
+        data: &mut impl DevicePtrMut<T>,
+        op: ReduceOp,
+        root: usize,
+        stream: &CudaStream,
+    ) -> Result<()> {
+        let count = data.len();
+        let handle = handle(self, stream, [of(data)])?;
+        let (at, _written) = data.device_ptr_mut(stream);
+        // SAFETY: see `handle`; the range is borrowed exclusively and holds `count` elements.
+        unsafe { self.reduce(DeviceAddr(at), DeviceAddr(at), count, T::DTYPE, op, root, handle) }
+    }
+
+    /// Part `r` of `send` goes to rank `r`; part `r` of `recv` comes from rank `r`. Equal lengths, `size` equal parts.
+    fn all_to_all_cuda<T: Element>(
+        &self,
+        send: &impl DevicePtr<T>,
+        recv: &mut impl DevicePtrMut<T>,
+        stream: &CudaStream,
+    ) -> Result<()> {
+        let part = lengths::part(self.info(), "send", send.len())?;
+        lengths::exact("recv", recv.len(), send.len())?;
+        let handle = handle(self, stream, [of(send), of(recv)])?;
+        let (from, _read) = send.device_ptr(stream);
+        let (to, _written) = recv.device_ptr_mut(stream);
+        // SAFETY: see `handle`; the ranges are disjoint and hold `size` parts.
+        unsafe { self.all_to_all(DeviceAddr(from), DeviceAddr(to), part, T::DTYPE, handle) }
+    }
+
+    /// Sends `data` to `peer`, which receives as many elements.
+    fn send_cuda<T: Element>(
+        &self,
+        data: &impl DevicePtr<T>,
+        peer: usize,
+        stream: &CudaStream,
+    ) -> Result<()> {
+        let count = data.len();
+        let handle = handle(self, stream, [of(data)])?;
+        let (at, _read) = data.device_ptr(stream);
+        // SAFETY: see `handle`; the range holds `count` elements.
+        unsafe { self.send(DeviceAddr(at), count, T::DTYPE, peer, handle) }
+    }
+
+    /// Receives as many elements from `peer` as `data` holds.
+    fn recv_cuda<T: Element>(
+        &self,
+        data: &mut impl DevicePtrMut<T>,
+        peer: usize,
+        stream: &CudaStream,
+    ) -> Result<()> {
+        let count = data.len();
+        let handle = handle(self, stream, [of(data)])?;
+        let (at, _written) = data.device_ptr_mut(stream);
+        // SAFETY: see `handle`; the range is borrowed exclusively and holds `count` elements.
+        unsafe { self.recv(DeviceAddr(at), count, T::DTYPE, peer, handle) }
+    }
+}
+
+impl<C: DeviceComm + ?Sized> CudaSliceExt for C {}
+
+/// The ordinal of the device that a slice lies on.
+fn of<T>(slice: &impl DeviceSlice<T>) -> usize {
+    slice.stream().context().ordinal()
+}
+
+/// The stream's handle, once the stream, the slices and the communicator are known to be of one device.
+///
+/// With that, what remains of the operations' safety contract is kept by cudarc: `device_ptr` makes the stream wait for
+/// earlier uses, and the guard it returns, dropped after the work is enqueued, records the event that later uses and the
+/// slice's own release wait for.
+fn handle<C: DeviceComm + ?Sized, const N: usize>(
+    comm: &C,
+    stream: &CudaStream,
+    slices: [usize; N],
+) -> Result<StreamHandle> {
+    let info = comm.info();
+    let MemoryKind::Cuda { ordinal } = info.memory else {
+        return Err(CommError::invalid(
+            "slice",
+            format!("communicator {:?} works on the host's memory, not on a CUDA device's", info.name),
+        ));
+    };
+    let other = |what: &str, found: usize| {
+        format!("the {what} is of CUDA device {found}, communicator {:?} of device {ordinal}", info.name)
+    };
+    let found = stream.context().ordinal();
+    if found != ordinal {
+        return Err(CommError::invalid("stream", other("stream", found)));
+    }
+    if let Some(found) = slices.into_iter().find(|&found| found != ordinal) {
+        return Err(CommError::invalid("slice", other("slice", found)));
+    }
+    Ok(StreamHandle(stream.cu_stream() as u64))
+}

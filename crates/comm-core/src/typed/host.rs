@@ -1,0 +1,164 @@
+//! Collectives on slices of host memory.
+
+use super::lengths;
+use crate::addr::{DeviceAddr, StreamHandle};
+use crate::device_comm::DeviceComm;
+use crate::dtype::{Element, ReduceOp};
+use crate::error::{CommError, Result};
+use crate::memory::MemoryKind;
+
+/// Collectives on slices, for communicators over host memory. The results are there when a call returns.
+///
+/// ```no_run
+/// use comm_core::{CommError, DeviceComm, HostSliceExt, ReduceOp};
+/// fn sum_gradients(comm: &dyn DeviceComm, gradients: &mut [f32]) -> Result<(), CommError> {
+///     comm.all_reduce_slice_in_place(gradients, ReduceOp::Avg)
+/// }
+/// ```
+///
+/// # Errors
+/// Every method returns [`CommError::InvalidArgument`] for slices of the wrong length and for a communicator over other
+/// memory, and otherwise what the operation of [`DeviceComm`] returns.
+#[allow(clippy::missing_errors_doc, reason = "the trait's Errors section holds for every method")]
+pub trait HostSliceExt: DeviceComm {
+    /// `recv = reduce over ranks of send`. Both have the same length, on all ranks.
+    fn all_reduce_slice<T: Element>(&self, send: &[T], recv: &mut [T], op: ReduceOp) -> Result<()> {
+        on_host(self)?;
+        lengths::exact("recv", recv.len(), send.len())?;
+        let (from, to) = (DeviceAddr::of_slice(send), DeviceAddr::of_slice_mut(recv));
+        // SAFETY: both ranges are borrowed for the call, which completes on host memory before it returns, and the
+        // exclusive borrow cannot overlap the other.
+        unsafe { self.all_reduce(from, to, send.len(), T::DTYPE, op, StreamHandle::NULL) }
+    }
+
+    /// `data = reduce over ranks of data`.
+    fn all_reduce_slice_in_place<T: Element>(&self, data: &mut [T], op: ReduceOp) -> Result<()> {
+        on_host(self)?;
+        let at = DeviceAddr::of_slice_mut(data);
+        // SAFETY: the range is borrowed exclusively for the call.
+        unsafe { self.all_reduce(at, at, data.len(), T::DTYPE, op, StreamHandle::NULL) }
+    }
+
+    /// `recv` = all ranks' `send` end to end; `recv` is `size` times as long as `send`.
+    fn all_gather_slice<T: Element>(&self, send: &[T], recv: &mut [T]) -> Result<()> {
+        on_host(self)?;
+        lengths::parts(self.info(), "recv", recv.len(), send.len())?;
+        let (from, to) = (DeviceAddr::of_slice(send), DeviceAddr::of_slice_mut(recv));
+        // SAFETY: both ranges are borrowed for the call, disjoint, and as long as the call takes them to be.
+        unsafe { self.all_gather(from, to, send.len(), T::DTYPE, StreamHandle::NULL) }
+    }
+
+    /// An all-gather of the parts that already lie in place: this rank's is the `rank`-th of `size` equal parts.
+    fn all_gather_slice_in_place<T: Element>(&self, data: &mut [T]) -> Result<()> {
+        on_host(self)?;
+        let part = lengths::part(self.info(), "data", data.len())?;
+        let to = DeviceAddr::of_slice_mut(data);
+        let from = to.offset((self.rank() * part * T::DTYPE.size()) as u64);
+        // SAFETY: the range is borrowed exclusively for the call and holds `size` parts, of which `from` is this rank's.
+        unsafe { self.all_gather(from, to, part, T::DTYPE, StreamHandle::NULL) }
+    }
+
+    /// An all-gather to which rank `r` contributes `counts[r]` elements.
+    fn all_gather_v_slice<T: Element>(&self, send: &[T], recv: &mut [T], counts: &[usize]) -> Result<()> {
+        on_host(self)?;
+        lengths::uneven(self.info(), counts, ("send", send.len()), ("recv", recv.len()))?;
+        let (from, to) = (DeviceAddr::of_slice(send), DeviceAddr::of_slice_mut(recv));
+        // SAFETY: both ranges are borrowed for the call, disjoint, and as long as `counts` says.
+        unsafe { self.all_gather_v(from, to, counts, T::DTYPE, StreamHandle::NULL) }
+    }
+
+    /// `recv` = this rank's part of the reduced `send`, which is `size` times as long.
+    fn reduce_scatter_slice<T: Element>(&self, send: &[T], recv: &mut [T], op: ReduceOp) -> Result<()> {
+        on_host(self)?;
+        lengths::parts(self.info(), "send", send.len(), recv.len())?;
+        let (from, to) = (DeviceAddr::of_slice(send), DeviceAddr::of_slice_mut(recv));
+        // SAFETY: both ranges are borrowed for the call, disjoint, and as long as the call takes them to be.
+        unsafe { self.reduce_scatter(from, to, recv.len(), T::DTYPE, op, StreamHandle::NULL) }
+    }
+
+    /// A reduce-scatter of which rank `r` receives `counts[r]` elements.
+    fn reduce_scatter_v_slice<T: Element>(
+        &self,
+        send: &[T],
+        recv: &mut [T],
+        counts: &[usize],
+        op: ReduceOp,
+    ) -> Result<()> {
+        on_host(self)?;
+        lengths::uneven(self.info(), counts, ("recv", recv.len()), ("send", send.len()))?;
+        let (from, to) = (DeviceAddr::of_slice(send), DeviceAddr::of_slice_mut(recv));
+        // SAFETY: both ranges are borrowed for the call, disjoint, and as long as `counts` says.
+        unsafe { self.reduce_scatter_v(from, to, counts, T::DTYPE, op, StreamHandle::NULL) }
+    }
+
+    /// `data` = `root`'s `data`.
+    fn broadcast_slice<T: Element>(&self, data: &mut [T], root: usize) -> Result<()> {
+        on_host(self)?;
+        let at = DeviceAddr::of_slice_mut(data);
+        // SAFETY: the range is borrowed exclusively for the call.
+        unsafe { self.broadcast(at, at, data.len(), T::DTYPE, root, StreamHandle::NULL) }
+    }
+
+    /// `recv = reduce over ranks of send` on `root`, which passes `Some`; the others may pass `None`.
+    fn reduce_slice<T: Element>(
+        &self,
+        send: &[T],
+        recv: Option<&mut [T]>,
+        op: ReduceOp,
+        root: usize,
+    ) -> Result<()> {
+        on_host(self)?;
+        let to = match recv {
+            Some(recv) => {
+                lengths::exact("recv", recv.len(), send.len())?;
+                DeviceAddr::of_slice_mut(recv)
+            }
+            None if self.rank() == root => {
+                return Err(CommError::invalid("recv", "the root of a reduce must pass a slice"));
+            }
+            None => DeviceAddr::NULL,
+        };
+        let from = DeviceAddr::of_slice(send);
+        // SAFETY: both ranges are borrowed for the call and disjoint; the null address is on a rank that does not
+        // receive.
+        unsafe { self.reduce(from, to, send.len(), T::DTYPE, op, root, StreamHandle::NULL) }
+    }
+
+    /// Part `r` of `send` goes to rank `r`; part `r` of `recv` comes from rank `r`. Equal lengths, `size` equal parts.
+    fn all_to_all_slice<T: Element>(&self, send: &[T], recv: &mut [T]) -> Result<()> {
+        on_host(self)?;
+        let part = lengths::part(self.info(), "send", send.len())?;
+        lengths::exact("recv", recv.len(), send.len())?;
+        let (from, to) = (DeviceAddr::of_slice(send), DeviceAddr::of_slice_mut(recv));
+        // SAFETY: both ranges are borrowed for the call, disjoint, and hold `size` parts.
+        unsafe { self.all_to_all(from, to, part, T::DTYPE, StreamHandle::NULL) }
+    }
+
+    /// Sends `data` to `peer`, which receives as many elements.
+    fn send_slice<T: Element>(&self, data: &[T], peer: usize) -> Result<()> {
+        on_host(self)?;
+        let at = DeviceAddr::of_slice(data);
+        // SAFETY: the range is borrowed for the call.
+        unsafe { self.send(at, data.len(), T::DTYPE, peer, StreamHandle::NULL) }
+    }
+
+    /// Receives as many elements from `peer` as `data` holds.
+    fn recv_slice<T: Element>(&self, data: &mut [T], peer: usize) -> Result<()> {
+        on_host(self)?;
+        let at = DeviceAddr::of_slice_mut(data);
+        // SAFETY: the range is borrowed exclusively for the call.
+        unsafe { self.recv(at, data.len(), T::DTYPE, peer, StreamHandle::NULL) }
+    }
+}
+
+impl<C: DeviceComm + ?Sized> HostSliceExt for C {}
+
+fn on_host<C: DeviceComm + ?Sized>(comm: &C) -> Result<()> {
+    match comm.info().memory {
+        MemoryKind::Host => Ok(()),
+        other => Err(CommError::invalid(
+            "slice",
+            format!("communicator {:?} works on {other:?} memory, not on the host's", comm.info().name),
+        )),
+    }
+}
