@@ -1,2 +1,29 @@
-//! Placeholder.
+//! CUDA kernels and, beside each, its typed launcher; how compiled kernels are found and loaded; and the CUDA side of
+//! comm-core's [`DeviceMemory`](comm_core::DeviceMemory).
+//!
+//! - [`Kernels`]: the launchers. Every launch is asynchronous and can be captured in a CUDA graph: it allocates
+//!   nothing and waits for nothing.
+//! - [`pattern`]: the data that [`Kernels::fill`] and [`Kernels::verify`] make and check, on the host. No CUDA needed.
+//! - [`mod@reference`]: what the kernels should compute, slowly, on the host; for tests.
+//! - [`CudaMemory`], [`CapturedGraph`], [`EventTimer`]: memory, graphs and time for tests, benchmarks and examples.
+//! - [`driver`]: whether there is a driver; call [`driver::probe`] before anything else that touches CUDA.
+//! - [`locate`] and [`manifest`]: where compiled kernels come from. They are built by `cargo xtask kernels`; without
+//!   them this crate compiles, and using a kernel says what to do.
+//!
+//! This crate holds no policy: which kernel is used when, and on what grounds, is decided by its users.
+
 #![deny(missing_docs)]
+
+pub mod driver;
+mod graph;
+mod kernels;
+pub mod locate;
+pub mod manifest;
+mod memory;
+pub mod module;
+pub mod pattern;
+pub mod reference;
+
+pub use graph::{CapturedGraph, EventTimer};
+pub use kernels::{Kernels, MAX_REDUCE_INPUTS};
+pub use memory::CudaMemory;

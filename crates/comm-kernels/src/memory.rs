@@ -1,0 +1,171 @@
+//! A CUDA device as comm-core's [`DeviceMemory`].
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use comm_core::{CommError, DeviceAddr, DeviceMemory, MemoryKind, Result, StreamHandle};
+use cudarc::driver::{CudaContext, CudaStream, result, sys};
+
+use crate::driver;
+use crate::graph::CapturedGraph;
+
+/// How long [`DeviceMemory::synchronize`] and the copies wait unless told otherwise.
+const TIMEOUT: Duration = Duration::from_secs(120);
+
+/// The memory of one CUDA device, and a stream of its own (not the default stream).
+///
+/// Allocations are plain `cuMemAlloc` ones: aligned to 256 at least, and fit to be shared with other processes.
+/// Dropping it gives back what is still allocated if the stream is idle; while work is running, that would mean to
+/// wait, so then the memory stays until the context goes.
+pub struct CudaMemory {
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    timeout: Duration,
+    allocations: Mutex<HashMap<u64, usize>>,
+}
+
+impl fmt::Debug for CudaMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CudaMemory").field("ordinal", &self.context.ordinal()).finish_non_exhaustive()
+    }
+}
+
+impl CudaMemory {
+    /// Device `ordinal` of this process, in its primary context.
+    ///
+    /// # Errors
+    /// [`CommError::Library`] without a driver, [`CommError::InvalidArgument`] when there is no such device,
+    /// [`CommError::Cuda`] otherwise.
+    pub fn new(ordinal: usize) -> Result<Self> {
+        let devices = driver::device_count()?;
+        if ordinal >= devices {
+            return Err(CommError::invalid("ordinal", format!("{ordinal}, but there are {devices} devices")));
+        }
+        let context = CudaContext::new(ordinal).map_err(driver::failed("cuDevicePrimaryCtxRetain"))?;
+        let stream = context.new_stream().map_err(driver::failed("cuStreamCreate"))?;
+        Ok(Self { context, stream, timeout: TIMEOUT, allocations: Mutex::default() })
+    }
+
+    /// The longest that a copy or [`synchronize`](DeviceMemory::synchronize) waits; 120 seconds at first.
+    #[must_use]
+    pub const fn with_timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    /// The device's primary context.
+    #[must_use]
+    pub const fn context(&self) -> &Arc<CudaContext> {
+        &self.context
+    }
+
+    /// The stream that [`stream`](DeviceMemory::stream) names.
+    #[must_use]
+    pub const fn cuda_stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    /// Captures what `launches` issues on this stream into a graph, instead of running it.
+    ///
+    /// Only this thread's calls are restricted while capturing: it must not allocate, synchronise or copy.
+    ///
+    /// # Errors
+    /// What `launches` returned, or [`CommError::Cuda`] when it did what cannot be captured.
+    pub fn capture(&self, launches: impl FnOnce() -> Result<()>) -> Result<CapturedGraph> {
+        CapturedGraph::capture(&self.stream, launches)
+    }
+
+    fn bind(&self) -> Result<()> {
+        self.context.bind_to_thread().map_err(driver::failed("cuCtxSetCurrent"))
+    }
+
+    fn query(&self) -> Result<(), result::DriverError> {
+        // SAFETY: the stream is alive, this object owns it.
+        unsafe { sys::cuStreamQuery(self.stream.cu_stream()) }.result()
+    }
+}
+
+impl DeviceMemory for CudaMemory {
+    fn kind(&self) -> MemoryKind {
+        MemoryKind::Cuda { ordinal: self.context.ordinal() }
+    }
+
+    fn stream(&self) -> StreamHandle {
+        StreamHandle(self.stream.cu_stream() as u64)
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<DeviceAddr> {
+        self.bind()?;
+        // SAFETY: the memory is handed out as an address only, whose users must not read what they have not written.
+        let addr = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(driver::failed("cuMemAlloc"))?;
+        self.allocations.lock().unwrap_or_else(PoisonError::into_inner).insert(addr, bytes);
+        Ok(DeviceAddr(addr))
+    }
+
+    unsafe fn free(&self, addr: DeviceAddr) -> Result<()> {
+        self.bind()?;
+        if self.allocations.lock().unwrap_or_else(PoisonError::into_inner).remove(&addr.0).is_none() {
+            return Err(CommError::invalid(
+                "addr",
+                format!("{addr:?} was not allocated here or was freed already"),
+            ));
+        }
+        // SAFETY: the address came from `malloc_sync` and has just left the table, so it is freed once; the caller
+        // vouches that nothing uses it.
+        unsafe { result::free_sync(addr.0) }.map_err(driver::failed("cuMemFree"))
+    }
+
+    unsafe fn upload(&self, dst: DeviceAddr, bytes: &[u8]) -> Result<()> {
+        // Waiting first keeps the wait bounded: the copy itself would wait for the stream without limit.
+        self.synchronize()?;
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: the caller vouches for the destination; the source is borrowed until the copy is complete, below.
+        unsafe { result::memcpy_htod_async(dst.0, bytes, self.stream.cu_stream()) }
+            .map_err(driver::failed("cuMemcpyHtoDAsync"))?;
+        self.synchronize()
+    }
+
+    unsafe fn download(&self, bytes: &mut [u8], src: DeviceAddr) -> Result<()> {
+        self.synchronize()?;
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: the caller vouches for the source; the destination is borrowed until the copy is complete. From
+        // pageable memory the call itself returns only then (CUDA Driver API, "API synchronization behavior").
+        unsafe { result::memcpy_dtoh_async(bytes, src.0, self.stream.cu_stream()) }
+            .map_err(driver::failed("cuMemcpyDtoHAsync"))?;
+        self.synchronize()
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        self.bind()?;
+        driver::wait_until_ready("cuStreamQuery", self.timeout, || self.query())
+    }
+}
+
+impl Drop for CudaMemory {
+    fn drop(&mut self) {
+        let allocations = std::mem::take(self.allocations.get_mut().unwrap_or_else(PoisonError::into_inner));
+        if allocations.is_empty() {
+            return;
+        }
+        if self.bind().is_err() || self.query().is_err() {
+            tracing::warn!(
+                allocations = allocations.len(),
+                bytes = allocations.values().sum::<usize>(),
+                "device memory was not freed: work is still running on its stream, or has failed"
+            );
+            return;
+        }
+        for addr in allocations.into_keys() {
+            // SAFETY: a live allocation of this object, freed once; its stream, on which it was used, is idle.
+            if let Err(failure) = unsafe { result::free_sync(addr) } {
+                tracing::warn!(?failure, "cuMemFree failed");
+            }
+        }
+    }
+}

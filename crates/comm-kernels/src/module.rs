@@ -1,0 +1,150 @@
+//! Loading compiled modules by the driver API: the one place that does.
+//!
+//! A module is loaded once per context and belongs to the context from then on: it is never unloaded by hand, because
+//! that would wait for running kernels, and goes when the context goes.
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use comm_core::{CommError, Result, StreamHandle};
+use cudarc::driver::{CudaContext, result, sys};
+
+use crate::driver;
+use crate::locate::KernelSet;
+
+/// A loaded module. Copies name the same module.
+#[derive(Clone, Copy, Debug)]
+pub struct Module {
+    raw: sys::CUmodule,
+    name: &'static str,
+}
+
+// SAFETY: a CUmodule is a handle into the driver, which may be used from any thread (CUDA Driver API, "Difference
+// between the driver and runtime APIs": contexts and what belongs to them are not bound to a thread).
+unsafe impl Send for Module {}
+// SAFETY: as above; the driver serialises access.
+unsafe impl Sync for Module {}
+
+/// A kernel of a loaded module.
+#[derive(Clone, Copy, Debug)]
+pub struct Function {
+    raw: sys::CUfunction,
+    name: &'static str,
+}
+
+// SAFETY: a CUfunction is a handle into the driver, usable from any thread, like its module.
+unsafe impl Send for Function {}
+// SAFETY: as above.
+unsafe impl Sync for Function {}
+
+/// The modules of one context, by its id: ids are never used twice, so an entry of a context that is gone is inert.
+type Loaded = HashMap<(u64, &'static str), Module>;
+
+static LOADED: Mutex<Option<Loaded>> = Mutex::new(None);
+
+/// The driver's number for a context, different for every context of the process's life.
+pub(crate) fn context_id(context: &Arc<CudaContext>) -> Result<u64> {
+    driver::probe()?;
+    let mut id = 0;
+    // SAFETY: the context is alive, its owner is borrowed; `id` is a valid place for the result.
+    unsafe { sys::cuCtxGetId(context.cu_ctx(), &raw mut id) }
+        .result()
+        .map_err(driver::failed("cuCtxGetId"))?;
+    Ok(id)
+}
+
+impl Module {
+    /// The module called `name` in `context`, loaded now if it was not before.
+    ///
+    /// # Errors
+    /// [`CommError::Library`] when the module cannot be found or does not fit, or has no code for this GPU;
+    /// [`CommError::Cuda`] otherwise.
+    pub fn load(context: &Arc<CudaContext>, name: &'static str) -> Result<Self> {
+        let id = context_id(context)?;
+        let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+        let loaded = loaded.get_or_insert_default();
+        if let Some(&module) = loaded.get(&(id, name)) {
+            return Ok(module);
+        }
+        let set = KernelSet::locate()?;
+        let image = set.image(name)?;
+        context.bind_to_thread().map_err(driver::failed("cuCtxSetCurrent"))?;
+        // SAFETY: the image is a complete fat binary: its hash is the one that the build wrote down. It is aligned
+        // and outlives the call; the driver copies what it keeps.
+        let raw = unsafe { result::module::load_data(image.as_ptr()) }.map_err(|failure| match failure.0 {
+            sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU
+            | sys::CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION => CommError::Library {
+                library: "CUDA kernels".into(),
+                reason: format!(
+                    "module {name:?} at {} was compiled for {} and does not run on this GPU; run `cargo xtask \
+                     kernels --arch` with its architecture",
+                    set.origin(),
+                    set.manifest().archs.join(", ")
+                ),
+            },
+            code => driver::error("cuModuleLoadData", code),
+        })?;
+        tracing::debug!(module = name, origin = %set.origin(), bytes = image.len(), "loaded a kernel module");
+        let module = Self { raw, name };
+        loaded.insert((id, name), module);
+        Ok(module)
+    }
+
+    /// The kernel called `name`.
+    ///
+    /// # Errors
+    /// [`CommError::Library`] when the module has no such kernel; [`CommError::Cuda`] otherwise.
+    pub fn function(&self, name: &'static str) -> Result<Function> {
+        let symbol = CString::new(name).map_err(|_| CommError::invalid("name", format!("{name:?}")))?;
+        // SAFETY: the module was loaded and is never unloaded by hand.
+        let raw =
+            unsafe { result::module::get_function(self.raw, symbol) }.map_err(|failure| match failure.0 {
+                sys::CUresult::CUDA_ERROR_NOT_FOUND => CommError::Library {
+                    library: "CUDA kernels".into(),
+                    reason: format!("module {:?} has no kernel {name:?}", self.name),
+                },
+                code => driver::error("cuModuleGetFunction", code),
+            })?;
+        Ok(Function { raw, name })
+    }
+}
+
+impl Function {
+    /// Its name in the module.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// Launches on `stream`: `grid` blocks in x, `block` threads in x and y. The context is current afterwards.
+    ///
+    /// # Errors
+    /// [`CommError::Cuda`].
+    ///
+    /// # Safety
+    /// `parameters` point to values of the kernel's parameter types, in order, all of them. What the kernel does with
+    /// them is sound: see the kernel. `stream` is a live stream of `context`, which is the function's.
+    pub unsafe fn launch(
+        &self,
+        context: &Arc<CudaContext>,
+        grid: u32,
+        block: (u32, u32),
+        stream: StreamHandle,
+        parameters: &mut [*mut c_void],
+    ) -> Result<()> {
+        context.bind_to_thread().map_err(driver::failed("cuCtxSetCurrent"))?;
+        // SAFETY: the function belongs to a module that stays loaded; the caller vouches for the rest.
+        unsafe {
+            result::launch_kernel(
+                self.raw,
+                (grid, 1, 1),
+                (block.0, block.1, 1),
+                0,
+                stream.0 as sys::CUstream,
+                parameters,
+            )
+        }
+        .map_err(driver::failed("cuLaunchKernel"))
+    }
+}

@@ -1,0 +1,132 @@
+//! Device memory, graph capture and event timing.
+
+#![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
+#![allow(
+    clippy::undocumented_unsafe_blocks,
+    reason = "all buffers are of the right size and outlive the work"
+)]
+
+mod common;
+
+use std::time::Duration;
+
+use comm_core::{CommError, DType, DeviceAddr, DeviceMemory, MemoryKind};
+use comm_kernels::pattern::{Expected, Mismatches, Pattern};
+use comm_kernels::{CudaMemory, EventTimer, Kernels};
+
+#[test]
+fn memory_keeps_what_is_written() {
+    let Some(device) = common::device() else { return };
+    let memory = &device.memory;
+    assert_eq!(memory.kind(), MemoryKind::Cuda { ordinal: 0 });
+    assert_ne!(memory.stream().0, 0, "not the default stream");
+    for bytes in [0, 1, 1000, 1 << 20] {
+        let addr = memory.allocate(bytes).unwrap();
+        assert!(addr.is_aligned_to(256) && !addr.is_null());
+        let data: Vec<u8> = (0..bytes).map(|i| (i * 7 % 251) as u8).collect();
+        let mut back = vec![0; bytes];
+        unsafe {
+            memory.upload(addr, &data).unwrap();
+            memory.download(&mut back, addr).unwrap();
+            memory.free(addr).unwrap();
+            assert!(memory.free(addr).is_err(), "freed twice");
+        }
+        assert!(data == back);
+    }
+    assert!(unsafe { memory.free(DeviceAddr(0x1234)) }.is_err());
+}
+
+#[test]
+fn what_cannot_be_had_is_an_error() {
+    let Some(device) = common::device() else { return };
+    assert!(matches!(CudaMemory::new(1000), Err(CommError::InvalidArgument { .. })));
+    let error = device.memory.allocate(1 << 50).unwrap_err();
+    assert!(
+        matches!(&error, CommError::Cuda { message, .. } if message.contains("OUT_OF_MEMORY")),
+        "{error}"
+    );
+    let addr = device.memory.allocate(256).unwrap();
+    device.memory.synchronize().unwrap();
+    unsafe { device.memory.free(addr) }.unwrap();
+}
+
+#[test]
+fn kernels_are_loaded_once_and_used_from_many_threads() {
+    let Some(device) = common::device() else { return };
+    std::thread::scope(|scope| {
+        for rank in 0..4 {
+            let device = &device;
+            scope.spawn(move || {
+                let memory = CudaMemory::new(0).unwrap();
+                let kernels = Kernels::load(memory.context()).unwrap();
+                assert_eq!(memory.context().cu_ctx(), device.memory.context().cu_ctx());
+                let (data, result) = (memory.allocate(40_000).unwrap(), memory.allocate(16).unwrap());
+                let (pattern, stream) = (Pattern::new(1, None, 4), memory.stream());
+                let mut words = [0; 16];
+                unsafe {
+                    kernels.fill(data, 10_000, DType::F32, &pattern, rank, 0, stream).unwrap();
+                    kernels.verify_reset(result, stream).unwrap();
+                    let expected = Expected::Sent(rank);
+                    kernels
+                        .verify(data, 10_000, DType::F32, &pattern, expected, 0, 0, result, stream)
+                        .unwrap();
+                    memory.download(&mut words, result).unwrap();
+                }
+                assert_eq!(words[..8], [0; 8]);
+            });
+        }
+    });
+}
+
+#[test]
+fn a_captured_graph_runs_when_it_is_replayed_and_not_before() {
+    let Some(device) = common::device() else { return };
+    let (memory, kernels, stream) = (&device.memory, &device.kernels, device.stream());
+    let (data, result) = (device.buffer(40_000, 0), device.buffer(16, 0));
+    let pattern = Pattern::new(8, None, 1);
+    let verify = || unsafe {
+        kernels.verify_reset(result.addr(), stream)?;
+        let expected = Expected::Sent(0);
+        kernels.verify(data.addr(), 10_000, DType::F32, &pattern, expected, 0, 0, result.addr(), stream)
+    };
+    let mut fill = memory
+        .capture(|| unsafe { kernels.fill(data.addr(), 10_000, DType::F32, &pattern, 0, 0, stream) })
+        .unwrap();
+    let mut both = memory.capture(verify).unwrap();
+    assert_eq!((fill.nodes().unwrap(), both.nodes().unwrap()), (1, 2));
+
+    unsafe { both.launch(stream) }.unwrap();
+    assert_eq!(device.mismatches(&result).wrong, 10_000, "filled before the replay");
+    let mut timer = EventTimer::new(memory.context(), Duration::from_secs(10)).unwrap();
+    unsafe {
+        fill.upload(stream).unwrap();
+        timer.start(stream).unwrap();
+        for _ in 0..10 {
+            fill.launch(stream).unwrap();
+            both.launch(stream).unwrap();
+        }
+        timer.stop(stream).unwrap();
+    }
+    let elapsed = timer.elapsed().unwrap();
+    assert!(elapsed > Duration::ZERO && elapsed < Duration::from_secs(1), "{elapsed:?}");
+    assert_eq!(device.mismatches(&result), Mismatches::default());
+    drop(both);
+    memory.synchronize().unwrap();
+}
+
+#[test]
+fn a_failed_capture_leaves_the_stream_usable() {
+    let Some(device) = common::device() else { return };
+    let (memory, stream, data) = (&device.memory, device.stream(), device.buffer(4000, 0));
+    let pattern = Pattern::new(8, None, 1);
+    let fill = || unsafe { device.kernels.fill(data.addr(), 1000, DType::F32, &pattern, 0, 0, stream) };
+    let refused = memory.capture(|| {
+        fill()?;
+        Err(CommError::invalid("test", "on purpose"))
+    });
+    assert!(matches!(refused, Err(CommError::InvalidArgument { .. })));
+    let forbidden = memory.capture(|| memory.synchronize());
+    assert!(matches!(forbidden, Err(CommError::Cuda { .. })));
+    fill().unwrap();
+    memory.synchronize().unwrap();
+}

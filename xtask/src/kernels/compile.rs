@@ -1,0 +1,176 @@
+//! Compiling one module, and knowing when that is not needed.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, bail};
+use comm_kernels::manifest::{self, Module};
+
+use super::arch::Arch;
+use super::ptxas;
+use super::toolchain::Nvcc;
+
+/// How modules are compiled in one run.
+pub(crate) struct Compiler<'a> {
+    nvcc: &'a Nvcc,
+    flags: Vec<String>,
+    cuda: PathBuf,
+    out: PathBuf,
+    verbose: bool,
+}
+
+impl<'a> Compiler<'a> {
+    pub(crate) fn new(
+        nvcc: &'a Nvcc,
+        archs: &[Arch],
+        cuda: &Path,
+        out: &Path,
+        verbose: bool,
+    ) -> anyhow::Result<Self> {
+        let mut flags: Vec<String> = ["--fatbin", "-std=c++17", "-O3", "-DNDEBUG", "-Xptxas=-v"]
+            .map(str::to_owned)
+            .into_iter()
+            .chain(archs.iter().map(Arch::gencode))
+            .collect();
+        if nvcc.compresses() {
+            flags.push("--compress-mode=size".to_owned());
+        }
+        Ok(Self {
+            nvcc,
+            flags,
+            cuda: fs::canonicalize(cuda).with_context(|| format!("finding {}", cuda.display()))?,
+            out: fs::canonicalize(out).with_context(|| format!("finding {}", out.display()))?,
+            verbose,
+        })
+    }
+
+    /// Compiles `source` unless `old` is still what the compilation would give. Says whether it compiled.
+    pub(crate) fn build(
+        &self,
+        name: &str,
+        source: &Path,
+        old: Option<&Module>,
+    ) -> anyhow::Result<(Module, bool)> {
+        let dependencies_file = self.out.join(format!("{name}.d"));
+        if let Some(old) = old
+            && let Ok(text) = fs::read_to_string(&dependencies_file)
+            && self.inputs_sha256(&text).is_ok_and(|inputs| inputs == old.inputs_sha256)
+            && is_intact(&self.out, old)
+        {
+            return Ok((old.clone(), false));
+        }
+
+        let scratch = tempfile::tempdir_in(&self.out).context("creating a scratch folder")?;
+        let (fatbin, depfile) = (scratch.path().join("module.fatbin"), scratch.path().join("module.d"));
+        let mut command = Command::new(&self.nvcc.path);
+        command.args(&self.flags).arg("-I").arg(&self.cuda);
+        command.arg("-MD").arg("-MF").arg(&depfile).arg("-o").arg(&fatbin);
+        // The source by its bare name, so that no path of this machine gets into the output.
+        command.arg(source.file_name().context("a source without a name")?).current_dir(&self.cuda);
+        if self.verbose {
+            println!("{command:?}");
+        }
+        let output = command.output().with_context(|| format!("running {}", self.nvcc.path.display()))?;
+        let text =
+            format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        if !output.status.success() {
+            bail!("nvcc failed on {} ({}):\n{text}", source.display(), output.status);
+        }
+        if let Some(line) = ptxas::fatal_warning(&text) {
+            bail!("{}: a warning that must not pass:\n{line}", source.display());
+        }
+        for line in text.lines().filter(|line| line.contains("warning")) {
+            println!("{line}");
+        }
+
+        let bytes = fs::read(&fatbin).with_context(|| format!("nvcc left no {}", fatbin.display()))?;
+        let dependencies = fs::read_to_string(&depfile)
+            .with_context(|| format!("nvcc left no dependency file for {}", source.display()))?;
+        let module = Module {
+            file: format!("{name}.fatbin"),
+            sha256: manifest::sha256(&bytes),
+            inputs_sha256: self.inputs_sha256(&dependencies)?,
+            kernels: ptxas::parse(&text),
+        };
+        write_atomically(&self.out.join(&module.file), &bytes)?;
+        write_atomically(&dependencies_file, dependencies.as_bytes())?;
+        Ok((module, true))
+    }
+
+    /// The hash of what the output depends on: compiler, flags, and the project's own files among the dependencies.
+    /// The toolkit's headers are covered by the compiler's version.
+    fn inputs_sha256(&self, dependencies: &str) -> anyhow::Result<String> {
+        let mut files = BTreeMap::new();
+        for path in parse_depfile(dependencies) {
+            let full = self.cuda.join(path);
+            let Ok(full) = fs::canonicalize(&full) else { bail!("{} is gone", full.display()) };
+            if let Ok(relative) = full.strip_prefix(&self.cuda) {
+                let content = fs::read(&full).with_context(|| format!("reading {}", full.display()))?;
+                files.insert(relative.to_path_buf(), manifest::sha256(&content));
+            }
+        }
+        let key = (&self.nvcc.version, &self.flags, files);
+        Ok(manifest::sha256(&serde_json::to_vec(&key)?))
+    }
+}
+
+/// Whether the module's file is there and is what the manifest says.
+pub(crate) fn is_intact(out: &Path, module: &Module) -> bool {
+    fs::read(out.join(&module.file)).is_ok_and(|bytes| manifest::sha256(&bytes) == module.sha256)
+}
+
+/// Writes a file so that readers see the old content or the new one, and nothing between.
+pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
+    let dir = path.parent().context("a file without a folder")?;
+    let write = || -> anyhow::Result<()> {
+        let mut file = tempfile::NamedTempFile::new_in(dir)?;
+        file.write_all(bytes)?;
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::PermissionsExt as _;
+            file.as_file().set_permissions(fs::Permissions::from_mode(0o644))?;
+        }
+        file.persist(path)?;
+        Ok(())
+    };
+    write().with_context(|| format!("writing {}", path.display()))
+}
+
+/// The prerequisites of a make rule: what follows the colon, with line continuations and escaped spaces.
+fn parse_depfile(text: &str) -> Vec<PathBuf> {
+    let Some((_, prerequisites)) = text.split_once(": ") else { return Vec::new() };
+    let mut paths = Vec::new();
+    let mut word = String::new();
+    let mut characters = prerequisites.chars().peekable();
+    while let Some(character) = characters.next() {
+        match character {
+            '\\' if characters.peek() == Some(&'\n') => {}
+            '\\' if characters.peek() == Some(&' ') => word.extend(characters.next()),
+            c if c.is_whitespace() => {
+                if !word.is_empty() {
+                    paths.push(PathBuf::from(std::mem::take(&mut word)));
+                }
+            }
+            c => word.push(c),
+        }
+    }
+    if !word.is_empty() {
+        paths.push(PathBuf::from(word));
+    }
+    paths
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dependency_files_are_read() {
+        let text = "module.fatbin : fill.cu \\\n    /opt/a\\ b/cuda_fp8.h \\\n    dtype.cuh\n";
+        let paths = parse_depfile(text);
+        assert_eq!(paths, ["fill.cu", "/opt/a b/cuda_fp8.h", "dtype.cuh"].map(PathBuf::from));
+    }
+}

@@ -1,0 +1,219 @@
+//! `cargo xtask kernels`: every `.cu` file of comm-kernels to one fat binary, and a manifest beside them.
+//!
+//! Owns what is built and when it is up to date. Never loads or runs a kernel.
+
+mod arch;
+mod compile;
+mod ptxas;
+mod toolchain;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+
+use anyhow::{Context as _, bail};
+use clap::Args;
+use comm_kernels::manifest::{self, Manifest, Module};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use self::arch::Arch;
+use self::compile::Compiler;
+use self::toolchain::Nvcc;
+
+/// Arguments of `cargo xtask kernels`.
+#[derive(Args, Debug)]
+pub(crate) struct KernelsArgs {
+    /// Architectures to compile for; `ptx` adds PTX for GPUs that have no machine code of their own here.
+    #[arg(long, value_delimiter = ',', default_value = "80,90a,ptx")]
+    arch: Vec<Arch>,
+    /// Compile also what is up to date.
+    #[arg(long)]
+    force: bool,
+    /// The compiler to use, instead of the first one found.
+    #[arg(long, value_name = "PATH")]
+    nvcc: Option<PathBuf>,
+    /// Where the compiled kernels go [default: kernels in the target folder].
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Files to compile at the same time [default: one per CPU].
+    #[arg(long, short)]
+    jobs: Option<usize>,
+    /// Compile nothing: fail if something is missing or out of date.
+    #[arg(long, conflicts_with = "force")]
+    check: bool,
+    /// Show the compiler's command lines and each kernel's use of registers and memory.
+    #[arg(long, short)]
+    verbose: bool,
+}
+
+/// Builds (or with `--check` inspects) the kernels.
+pub(crate) fn run(args: &KernelsArgs) -> anyhow::Result<()> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask has no parent folder")?;
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
+    build(args, &root.join("crates/comm-kernels/cuda"), &target)
+}
+
+/// The same for the sources in `cuda`, with `target` for the target folder.
+fn build(args: &KernelsArgs, cuda: &Path, target: &Path) -> anyhow::Result<()> {
+    let out = args.out.clone().unwrap_or_else(|| target.join("kernels"));
+    let fingerprint =
+        manifest::sources_sha256(cuda).with_context(|| format!("reading {}", cuda.display()))?;
+    let mut archs = args.arch.clone();
+    archs.sort();
+    archs.dedup();
+    let arch_names: Vec<String> = archs.iter().map(ToString::to_string).collect();
+    let previous = read_manifest(&out);
+
+    if args.check {
+        return check(&out, previous.as_ref(), &fingerprint, &arch_names);
+    }
+    let nvcc = match toolchain::find(args.nvcc.as_deref(), target)? {
+        Some(nvcc) => nvcc,
+        None => toolchain::install(target)?,
+    };
+    println!("nvcc {} at {}", nvcc.version, nvcc.path.display());
+    fs::create_dir_all(&out).with_context(|| format!("creating {}", out.display()))?;
+    let compiler = Compiler::new(&nvcc, &archs, cuda, &out, args.verbose)?;
+    let modules = build_all(args, &compiler, cuda, previous.as_ref())?;
+    let manifest = Manifest {
+        schema: manifest::SCHEMA,
+        sources_sha256: fingerprint,
+        nvcc: nvcc.version.clone(),
+        archs: arch_names,
+        modules,
+    };
+    if previous.as_ref() != Some(&manifest) {
+        let mut text = serde_json::to_vec_pretty(&manifest)?;
+        text.push(b'\n');
+        compile::write_atomically(&out.join(manifest::FILE_NAME), &text)?;
+    }
+    remove_strays(&out, previous.as_ref(), &manifest)?;
+    report(&manifest, args.verbose);
+    println!("kernels and manifest are in {}", out.display());
+    Ok(())
+}
+
+fn read_manifest(out: &Path) -> Option<Manifest> {
+    let manifest: Manifest = serde_json::from_slice(&fs::read(out.join(manifest::FILE_NAME)).ok()?).ok()?;
+    (manifest.schema == manifest::SCHEMA).then_some(manifest)
+}
+
+fn check(out: &Path, manifest: Option<&Manifest>, fingerprint: &str, archs: &[String]) -> anyhow::Result<()> {
+    let Some(manifest) = manifest else {
+        bail!("there are no kernels in {}; run `cargo xtask kernels`", out.display());
+    };
+    if manifest.sources_sha256 != fingerprint {
+        bail!("the kernels in {} were built from other sources; run `cargo xtask kernels`", out.display());
+    }
+    if let Some(missing) = archs.iter().find(|arch| !manifest.archs.contains(arch)) {
+        bail!("the kernels in {} lack architecture {missing}", out.display());
+    }
+    for (name, module) in &manifest.modules {
+        if !compile::is_intact(out, module) {
+            bail!("module {name} in {} is missing or altered; run `cargo xtask kernels`", out.display());
+        }
+    }
+    println!("{} modules in {} are up to date", manifest.modules.len(), out.display());
+    Ok(())
+}
+
+/// Compiles what is not up to date, several files at a time. The first failure ends the build, after the compilations
+/// in flight.
+fn build_all(
+    args: &KernelsArgs,
+    compiler: &Compiler<'_>,
+    cuda: &Path,
+    previous: Option<&Manifest>,
+) -> anyhow::Result<BTreeMap<String, Module>> {
+    let sources = manifest::sources(cuda)?;
+    let sources: VecDeque<PathBuf> =
+        sources.into_iter().filter(|path| path.extension().is_some_and(|e| e == "cu")).collect();
+    if sources.is_empty() {
+        bail!("there is no .cu file in {}", cuda.display());
+    }
+    let cpus = thread::available_parallelism().map_or(1, usize::from);
+    let jobs = args.jobs.unwrap_or(cpus).clamp(1, sources.len());
+    let progress = ProgressBar::new(sources.len() as u64);
+    progress.set_style(ProgressStyle::with_template("{bar:24} {pos}/{len} {wide_msg}")?);
+    let queue = Mutex::new(sources);
+    let done = Mutex::new((BTreeMap::new(), None::<anyhow::Error>));
+    thread::scope(|scope| {
+        for _ in 0..jobs {
+            scope.spawn(|| {
+                loop {
+                    if done.lock().unwrap_or_else(PoisonError::into_inner).1.is_some() {
+                        return;
+                    }
+                    let Some(source) = queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+                    else {
+                        return;
+                    };
+                    let name = source.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+                    progress.set_message(name.clone());
+                    let old = previous.and_then(|m| m.modules.get(&name)).filter(|_| !args.force);
+                    let result = compiler.build(&name, &source, old);
+                    let mut done = done.lock().unwrap_or_else(PoisonError::into_inner);
+                    match result {
+                        Ok((module, compiled)) => {
+                            let note = if compiled { "compiled" } else { "up to date" };
+                            if progress.is_hidden() {
+                                println!("{name}: {note}");
+                            } else {
+                                progress.println(format!("{name}: {note}"));
+                            }
+                            done.0.insert(name, module);
+                        }
+                        Err(error) => {
+                            done.1.get_or_insert(error);
+                        }
+                    }
+                    progress.inc(1);
+                }
+            });
+        }
+    });
+    progress.finish_and_clear();
+    let (modules, error) = done.into_inner().unwrap_or_else(PoisonError::into_inner);
+    error.map_or(Ok(modules), Err)
+}
+
+/// Removes modules whose source is gone.
+fn remove_strays(out: &Path, previous: Option<&Manifest>, now: &Manifest) -> anyhow::Result<()> {
+    let Some(previous) = previous else { return Ok(()) };
+    for (name, module) in &previous.modules {
+        let path = out.join(&module.file);
+        if !now.modules.contains_key(name) && path.is_file() {
+            fs::remove_file(&path).with_context(|| format!("removing {}", path.display()))?;
+        }
+    }
+    Ok(())
+}
+
+fn report(manifest: &Manifest, verbose: bool) {
+    for (name, module) in &manifest.modules {
+        for (kernel, archs) in &module.kernels {
+            for (arch, used) in archs {
+                let spills = used.spill_stores + used.spill_loads;
+                if verbose || spills > 0 {
+                    println!(
+                        "{name}/{kernel} {arch}: {} registers, {} B shared, {} B stack, {spills} B spilled",
+                        used.registers, used.shared, used.stack
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// The compiler and what it calls itself, for `doctor`; `None` when none is installed.
+///
+/// Looks only; installs nothing.
+#[allow(dead_code, reason = "for the doctor command")]
+pub(crate) fn find_nvcc(target: &Path) -> anyhow::Result<Option<Nvcc>> {
+    toolchain::find(None, target)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,192 @@
+//! Finding NVIDIA's compiler, and installing it from PyPI where there is none.
+//!
+//! What it installs goes into the target folder and nowhere else.
+
+use std::env;
+use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// What the compiler needs, pinned to versions that are known to work together.
+const WHEELS: [&str; 5] = [
+    "nvidia-cuda-nvcc==13.0.88",
+    "nvidia-nvvm==13.0.88",
+    "nvidia-cuda-crt==13.0.88",
+    "nvidia-cuda-runtime==13.0.96",
+    "nvidia-cuda-cccl==13.0.85",
+];
+
+/// Where the wheels put the compiler.
+const INSTALLED: &str = "cuda-toolchain/nvidia/cu13/bin/nvcc";
+
+/// A compiler that answered.
+#[derive(Clone, Debug)]
+pub(crate) struct Nvcc {
+    /// The program.
+    pub(crate) path: PathBuf,
+    /// Its release, as it prints it, for example `13.0.88`.
+    pub(crate) version: String,
+}
+
+impl Nvcc {
+    /// Asks the compiler at `path` who it is.
+    fn probe(path: &Path) -> anyhow::Result<Self> {
+        let output = Command::new(path)
+            .arg("--version")
+            .output()
+            .with_context(|| format!("running {} --version", path.display()))?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let version = text.split(", V").nth(1).and_then(|rest| rest.split_whitespace().next());
+        match version {
+            Some(version) if output.status.success() => {
+                Ok(Self { path: path.to_path_buf(), version: version.to_owned() })
+            }
+            _ => bail!("{} is not a working nvcc ({})", path.display(), output.status),
+        }
+    }
+
+    /// Whether it knows `--compress-mode`, which came with 12.8.
+    pub(crate) fn compresses(&self) -> bool {
+        let mut parts = self.version.split('.').map(|part| part.parse::<u32>().unwrap_or(0));
+        (parts.next(), parts.next()) >= (Some(12), Some(8))
+    }
+}
+
+/// The compiler to use: the one given, or the first in the usual places. `None` when there is none anywhere.
+///
+/// # Errors
+/// When one was named, by argument or by `NVCC`, and does not work.
+pub(crate) fn find(given: Option<&Path>, target: &Path) -> anyhow::Result<Option<Nvcc>> {
+    if let Some(path) = given {
+        return Nvcc::probe(path).map(Some);
+    }
+    if let Some(path) = env::var_os("NVCC").filter(|path| !path.is_empty()) {
+        return Nvcc::probe(Path::new(&path)).context("NVCC is set").map(Some);
+    }
+    Ok(candidates(target).into_iter().filter(|path| path.is_file()).find_map(|path| Nvcc::probe(&path).ok()))
+}
+
+fn candidates(target: &Path) -> Vec<PathBuf> {
+    let mut paths: Vec<PathBuf> = ["CUDA_HOME", "CUDA_PATH"]
+        .into_iter()
+        .filter_map(env::var_os)
+        .map(|root| Path::new(&root).join("bin/nvcc"))
+        .collect();
+    if let Some(path) = env::var_os("PATH") {
+        paths.extend(env::split_paths(&path).map(|dir| dir.join("nvcc")));
+    }
+    let mut toolkits: Vec<PathBuf> = fs::read_dir("/usr/local")
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|p| p.file_name().is_some_and(|name| name.to_string_lossy().starts_with("cuda")))
+        .collect();
+    // `cuda`, the link to the installation in use, sorts before the versioned folders.
+    toolkits.sort();
+    paths.extend(toolkits.into_iter().map(|dir| dir.join("bin/nvcc")));
+    paths.push(target.join(INSTALLED));
+    paths
+}
+
+/// Installs the pinned compiler into the target folder: about 270 MB.
+///
+/// # Errors
+/// When Python, pip or a C++ compiler is missing, or pip fails.
+pub(crate) fn install(target: &Path) -> anyhow::Result<Nvcc> {
+    require(
+        &["python3", "-m", "pip", "--version"],
+        "python3 with pip is needed to install NVIDIA's compiler (Debian: `apt install python3-pip`); or install the \
+         CUDA toolkit, or name a compiler by --nvcc",
+    )?;
+    require(
+        &["g++", "--version"],
+        "nvcc needs a C++ compiler: install g++ (Debian: `apt install g++`) and have it on PATH",
+    )?;
+    println!("no nvcc found; installing NVIDIA's from PyPI into {}", target.join("cuda-toolchain").display());
+    fs::create_dir_all(target).with_context(|| format!("creating {}", target.display()))?;
+    // Installed beside its place and then moved, so that an interrupted installation is never taken for a whole one.
+    let scratch = tempfile::Builder::new().prefix("cuda-toolchain-").tempdir_in(target)?;
+    pip_install(scratch.path())?;
+    let place = target.join("cuda-toolchain");
+    if place.exists() {
+        fs::remove_dir_all(&place).with_context(|| format!("removing {}", place.display()))?;
+    }
+    fs::rename(scratch.keep(), &place).with_context(|| format!("moving to {}", place.display()))?;
+    Nvcc::probe(&target.join(INSTALLED)).context("the compiler that was just installed")
+}
+
+fn require(command: &[&str], what_to_do: &str) -> anyhow::Result<()> {
+    let works = Command::new(command[0])
+        .args(&command[1..])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success());
+    if !works {
+        bail!("`{}` does not work: {what_to_do}", command.join(" "));
+    }
+    Ok(())
+}
+
+fn pip_install(into: &Path) -> anyhow::Result<()> {
+    let spinner = ProgressBar::new_spinner();
+    spinner.set_style(ProgressStyle::with_template("{spinner} {elapsed} {wide_msg}")?);
+    spinner.enable_steady_tick(Duration::from_millis(100));
+    let mut child = Command::new("python3")
+        .args(["-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar=off"])
+        .args(["--timeout=30", "--retries=3", "--no-compile", "--no-deps", "--target"])
+        .arg(into)
+        .args(WHEELS)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context("starting pip")?;
+    let mut errors = child.stderr.take().context("pip without standard error")?;
+    let reader = std::thread::spawn(move || {
+        let mut text = String::new();
+        let _ = std::io::Read::read_to_string(&mut errors, &mut text);
+        text
+    });
+    if let Some(output) = child.stdout.take() {
+        for line in BufReader::new(output).lines().map_while(Result::ok) {
+            let words = ["Collecting", "Downloading", "Installing", "Successfully"];
+            if words.iter().any(|word| line.trim_start().starts_with(word)) {
+                if spinner.is_hidden() {
+                    println!("{}", line.trim());
+                }
+                spinner.set_message(line.trim().to_owned());
+            }
+        }
+    }
+    let status = child.wait().context("waiting for pip")?;
+    spinner.finish_and_clear();
+    if !status.success() {
+        let text = reader.join().unwrap_or_default();
+        bail!("pip could not install {} ({status}):\n{text}", WHEELS.join(" "));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn compression_is_known_by_version() {
+        let nvcc = |version: &str| Nvcc { path: PathBuf::new(), version: version.to_owned() };
+        assert!(nvcc("13.0.88").compresses() && nvcc("12.8.61").compresses());
+        assert!(!nvcc("12.4.131").compresses() && !nvcc("11.8.89").compresses());
+    }
+
+    #[test]
+    fn a_named_compiler_that_does_not_work_is_an_error() {
+        assert!(find(Some(Path::new("/nonexistent/nvcc")), Path::new("/nonexistent")).is_err());
+        assert!(find(Some(Path::new("/bin/true")), Path::new("/nonexistent")).is_err());
+    }
+}
