@@ -37,7 +37,7 @@ enum FlagKind : uint32_t { kEnter = 0, kExit = 1, kChunk = 2, kToken = 3 };
 // One hop by packets. Rank r's `bytes` bytes at `send` come to `recv + r * bytes` everywhere; in place is allowed.
 //
 // A pushes round r in iteration r - 1, after it has B's packets of r - 2, which B pushed in iteration r - 3, after it
-// had read those of r - 4. Between kernels: reduce.cuh.
+// had read those of r - 4. Between kernels, and why the second push waits for the first receipt: reduce.cuh.
 template <int kWorld>
 __device__ __forceinline__ void all_gather_packets(const Link& link, const char* send, char* recv, size_t bytes) {
     using Data = Words<Packet::kWords>;
@@ -67,22 +67,17 @@ __device__ __forceinline__ void all_gather_packets(const Link& link, const char*
     push(0);
     injected_stall(link);
     for (uint32_t k = 0; k < rounds; k++) {
-        if (k + 1 < rounds) push(k + 1);
+        if (k > 0 && k + 1 < rounds) push(k + 1);
         const size_t pack = thread + k * threads;
         const uint32_t n = cut.bytes(0, pack);
-        if (n == 0) continue;
-        Data v[kWorld];
-        waiter.until_arrived(link, first + k, [&] {
-            uint32_t missing = 0;
+        if (n != 0) {
+            Data v[kWorld];
+            receive_all<Packet, kWorld>(link, waiter, first + k, kGather, thread, ((1u << kWorld) - 1) & ~(1u << rank), v);
 #pragma unroll
             for (int s = 0; s < kWorld; s++)
-                if (s != rank)
-                    if (!Packet::receive(slot<kWorld>(link, rank, first + k, kGather, s, thread), v[s], first + k)) missing |= 1u << s;
-            return missing;
-        });
-#pragma unroll
-        for (int s = 0; s < kWorld; s++)
-            if (s != rank) write_pack<1>(recv + cut.offset(s, pack), v[s], n, align_out);
+                if (s != rank) write_pack<1>(recv + cut.offset(s, pack), v[s], n, align_out);
+        }
+        if (k == 0 && rounds > 1) push(1);
     }
 }
 
@@ -112,7 +107,19 @@ __device__ __forceinline__ void broadcast_packets(const Link& link, const char* 
     if (rank == root) {
         for (uint32_t k = 0; k < rounds; k++) {
             const size_t pack = thread + k * threads;
+            if (moves_wide<3>(align_in & align_out) && pack < cut.whole_packs(kParts)) {
+                Data v[kParts];
 #pragma unroll
+                for (int i = 0; i < kParts; i++) v[i] = read_wide<3>(send + cut.offset(i, pack));
+#pragma unroll
+                for (int i = 0; i < kWorld - 1; i++)
+                    Packet::send(slot<kWorld>(link, relay(i), first + k, kScatter, rank, thread), v[kParts == 1 ? 0 : i], first + k);
+                if (recv != send) {
+#pragma unroll
+                    for (int i = 0; i < kParts; i++) write_wide(recv + cut.offset(i, pack), v[i]);
+                }
+                continue;
+            }
             for (int i = 0; i < kWorld - 1; i++) {
                 const int slice = kParts == 1 ? 0 : i;
                 const uint32_t n = cut.bytes(slice, pack);
@@ -132,7 +139,9 @@ __device__ __forceinline__ void broadcast_packets(const Link& link, const char* 
             if (n != 0) {
                 Data v;
                 waiter.until_arrived(link, first + k, [&] {
-                    return Packet::receive(slot<kWorld>(link, rank, first + k, kScatter, root, thread), v, first + k) ? 0u : 1u << root;
+                    const uint4 raw = load_pack(slot<kWorld>(link, rank, first + k, kScatter, root, thread));
+                    v = Packet::payload(raw);
+                    return Packet::arrived(raw, first + k) ? 0u : 1u << root;
                 });
                 if (kParts > 1) {
 #pragma unroll
@@ -144,20 +153,17 @@ __device__ __forceinline__ void broadcast_packets(const Link& link, const char* 
                 write_pack<1>(recv + cut.offset(slice, pack), v, n, align_out);
             }
             if (kParts == 1) continue;
+            uint32_t sources = 0;
+#pragma unroll
+            for (int i = 0; i < kWorld - 1; i++)
+                if (i != mine && cut.bytes(i, pack) != 0) sources |= 1u << relay(i);
             Data v[kWorld];
-            waiter.until_arrived(link, first + k, [&] {
-                uint32_t missing = 0;
+            receive_all<Packet, kWorld>(link, waiter, first + k, kGather, thread, sources, v);
 #pragma unroll
-                for (int i = 0; i < kWorld - 1; i++)
-                    if (i != mine && cut.bytes(i, pack) != 0)
-                        if (!Packet::receive(slot<kWorld>(link, rank, first + k, kGather, relay(i), thread), v[i], first + k))
-                            missing |= 1u << relay(i);
-                return missing;
-            });
-#pragma unroll
-            for (int i = 0; i < kWorld - 1; i++) {
-                const uint32_t m = i == mine ? 0 : cut.bytes(i, pack);
-                if (m != 0) write_pack<1>(recv + cut.offset(i, pack), v[i], m, align_out);
+            for (int s = 0; s < kWorld; s++) {
+                if (!(sources >> s & 1)) continue;
+                const int i = s - root - 1 < 0 ? s - root - 1 + kWorld : s - root - 1;
+                write_pack<1>(recv + cut.offset(i, pack), v[s], cut.bytes(i, pack), align_out);
             }
         }
     }
@@ -179,20 +185,23 @@ __device__ __forceinline__ void warp_copy(char* to, const char* from, size_t byt
     }
     size_t i = lane;
     const size_t packs = bytes / 16;
-    for (; i + 96 < packs; i += 128) {
-        Words<4> v[4];
+    for (; i + 224 < packs; i += 256) {
+        Words<4> v[8];
 #pragma unroll
-        for (int u = 0; u < 4; u++) v[u] = read_pack<1, 4>(from + (i + 32 * u) * 16, 16, 16);
+        for (int u = 0; u < 8; u++) v[u] = read_wide<4>(from + (i + 32 * u) * 16);
 #pragma unroll
-        for (int u = 0; u < 4; u++) write_pack<1>(to + (i + 32 * u) * 16, v[u], 16, 16);
+        for (int u = 0; u < 8; u++) store_pack(to + (i + 32 * u) * 16, v[u].w[0], v[u].w[1], v[u].w[2], v[u].w[3]);
     }
-    for (; i < packs; i += 32) write_pack<1>(to + i * 16, read_pack<1, 4>(from + i * 16, 16, 16), 16, 16);
+    for (; i < packs; i += 32) write_wide(to + i * 16, read_wide<4>(from + i * 16));
     const uint32_t tail = bytes % 16;
     if (lane == 0 && tail != 0) write_pack<1>(to + packs * 16, read_pack<1, 4>(from + packs * 16, tail, 16), tail, 16);
 }
 
 // Chunks that the warps deal out over the peers: fine enough that every peer is written to all the time.
-constexpr size_t kDirectChunk = 2048;
+#ifndef DCHUNK
+#define DCHUNK 4096
+#endif
+constexpr size_t kDirectChunk = DCHUNK;
 
 // One hop by stores into the peers' `recv`. Entry: a peer's buffer may be written once that peer has entered. Exit: a
 // rank leaves once everybody's stores to it are visible.
@@ -210,12 +219,16 @@ __device__ __forceinline__ void all_gather_direct(const Link& link, const char* 
     const uint32_t align = common_alignment(bits);
     const size_t warp = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32, warps = size_t(gridDim.x) * blockDim.x / 32;
     const size_t chunks = (bytes + kDirectChunk - 1) / kDirectChunk;
-    for (size_t i = warp; i < chunks * kWorld; i += warps) {
-        const int d = i % kWorld;
-        const size_t begin = i / kWorld * kDirectChunk, n = min(kDirectChunk, bytes - begin);
+    for (size_t i = warp; i < chunks * (kWorld - 1); i += warps) {
+        const int d = 1 + i % (kWorld - 1);
+        const size_t begin = i / (kWorld - 1) * kDirectChunk;
         const int to = int(link.rank) + d >= kWorld ? int(link.rank) + d - kWorld : int(link.rank) + d;
-        char* dst = recv.at[to] + link.rank * bytes + begin;
-        if (dst != send + begin) warp_copy(dst, send + begin, n, align);
+        warp_copy(recv.at[to] + link.rank * bytes + begin, send + begin, min(kDirectChunk, bytes - begin), align);
+    }
+    char* const own = recv.at[link.rank] + link.rank * bytes;
+    if (own != send) {
+        for (size_t i = warp; i < chunks; i += warps)
+            warp_copy(own + i * kDirectChunk, send + i * kDirectChunk, min(kDirectChunk, bytes - i * kDirectChunk), align);
     }
     meet<kWorld>(link, waiter, kExit, round, true);
 }

@@ -162,14 +162,7 @@ __device__ __forceinline__ void norm_one_shot(const Link& link, const NormArgs<T
     if (bytes != 0) {
         typename R::Data v[kWorld];
         r.collect(round, kScatter, r.thread, r.others(), v);
-        Accumulator<T, 4> acc;
-#pragma unroll
-        for (int s = 0; s < kWorld; s++) {
-            const auto x = s == int(link.rank) ? own : v[s];
-            if (s == 0) acc.set(x);
-            else acc.add(x);
-        }
-        sum = rows.with_residual(acc, residual, bias);
+        sum = rows.with_residual(r.add_up(v, own), residual, bias);
         rows.store(args.residual_out, row + column, sum, bytes);
         squares = rows.square(sum);
     }
@@ -189,6 +182,8 @@ __device__ __forceinline__ void norm_two_shot(const Link& link, const NormArgs<T
     R r{link, R::Cut::cut(rows.pitch(), kWorld), nullptr, rows.align, size_t(blockIdx.x) * blockDim.x + threadIdx.x,
         size_t(gridDim.x) * blockDim.x, {}};
     const size_t pack = threadIdx.x;
+    // All slices equal, whole and aligned: the usual shapes. The same for all threads, as the branch holds CTA barriers.
+    const bool even = moves_wide<4>(rows.align) && r.cut.whole_packs(kWorld) == r.cut.packs();
     const uint32_t rounds = uint32_t((args.tokens + gridDim.x - 1) / gridDim.x);
     const uint32_t first = claim_rounds(link, rounds);
     auto token = [&](uint32_t k) { return size_t(k) * gridDim.x + blockIdx.x; };
@@ -200,27 +195,50 @@ __device__ __forceinline__ void norm_two_shot(const Link& link, const NormArgs<T
     auto finish = [&](uint32_t k) {
         if (token(k) >= args.tokens) return;
         const size_t row = token(k) * rows.pitch();
-        uint32_t sources = 0;
+        typename R::Data v[kWorld];
+        float squares = 0.0f;
+        if (even) {
+            const bool mine = pack < r.cut.packs();
+            typename R::Data weight[kWorld];
+            if (mine) {
+                // The row's weights are fetched while the packs are under way.
 #pragma unroll
+                for (int s = 0; s < kWorld; s++)
+                    weight[s] = read_wide<4>(reinterpret_cast<const char*>(args.weight) + r.cut.offset(s, pack));
+                const auto own = read_wide<4>(reinterpret_cast<const char*>(args.residual_out) + row + r.cut.offset(link.rank, pack));
+                r.collect(first + k, kGather, r.thread, r.others(), v);
+#pragma unroll
+                for (int s = 0; s < kWorld; s++) {
+                    if (s == int(link.rank)) v[s] = own;
+                    else write_wide(reinterpret_cast<char*>(args.residual_out) + row + r.cut.offset(s, pack), v[s]);
+                    squares += rows.square(v[s]);
+                }
+            }
+            const float scale = rows.scale(cta_sum(squares, shared));
+            if (mine) {
+#pragma unroll
+                for (int s = 0; s < kWorld; s++)
+                    rows.normed(v[s], weight[s], scale, row, r.cut.offset(s, pack), R::Cut::kBytes);
+            }
+            return;
+        }
+        uint32_t sources = 0;
         for (int s = 0; s < kWorld; s++)
             if (s != int(link.rank) && r.cut.bytes(s, pack) != 0) sources |= 1u << s;
-        typename R::Data v[kWorld];
         r.collect(first + k, kGather, r.thread, sources, v);
-        float squares = 0.0f;
-#pragma unroll
         for (int s = 0; s < kWorld; s++) {
             const uint32_t bytes = r.cut.bytes(s, pack);
             if (bytes == 0) continue;
-            if (s == int(link.rank)) v[s] = rows.load(args.residual_out, row + r.cut.offset(s, pack), bytes);
-            else rows.store(args.residual_out, row + r.cut.offset(s, pack), v[s], bytes);
-            squares += rows.square(v[s]);
+            const size_t at = row + r.cut.offset(s, pack);
+            const auto x = s == int(link.rank) ? rows.load(args.residual_out, at, bytes) : v[s];
+            if (s != int(link.rank)) rows.store(args.residual_out, at, x, bytes);
+            squares += rows.square(x);
         }
         const float scale = rows.scale(cta_sum(squares, shared));
-#pragma unroll
         for (int s = 0; s < kWorld; s++) {
             const uint32_t bytes = r.cut.bytes(s, pack);
             const size_t column = r.cut.offset(s, pack);
-            if (bytes != 0) rows.normed(v[s], rows.load(args.weight, column, bytes), scale, row, column, bytes);
+            if (bytes != 0) rows.normed(rows.load(args.residual_out, row + column, bytes), rows.load(args.weight, column, bytes), scale, row, column, bytes);
         }
     };
     scatter(0);

@@ -108,6 +108,36 @@ __device__ __forceinline__ Words<kWords> read_pack(const char* from, uint32_t by
     return v;
 }
 
+// Whether whole packs of `kWords` words at this alignment are moved by their widest instructions.
+template <int kWords>
+__device__ __forceinline__ bool moves_wide(uint32_t align) {
+    return align >= (kWords == 4 ? 16 : 4);
+}
+
+// A whole, well-aligned pack, without branches, so that several such loads overlap.
+template <int kWords>
+__device__ __forceinline__ Words<kWords> read_wide(const char* from) {
+    Words<kWords> v;
+    if constexpr (kWords == 4) {
+        const uint4 p = *reinterpret_cast<const uint4*>(from);
+        v.w[0] = p.x, v.w[1] = p.y, v.w[2] = p.z, v.w[3] = p.w;
+    } else {
+#pragma unroll
+        for (int i = 0; i < kWords; i++) v.w[i] = reinterpret_cast<const uint32_t*>(from)[i];
+    }
+    return v;
+}
+
+template <int kWords>
+__device__ __forceinline__ void write_wide(char* to, const Words<kWords>& v) {
+    if constexpr (kWords == 4) {
+        *reinterpret_cast<uint4*>(to) = make_uint4(v.w[0], v.w[1], v.w[2], v.w[3]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < kWords; i++) reinterpret_cast<uint32_t*>(to)[i] = v.w[i];
+    }
+}
+
 // The counterpart of `read_pack`: writes the first `bytes` bytes and nothing beyond.
 template <int kUnit, int kWords>
 __device__ __forceinline__ void write_pack(char* to, const Words<kWords>& v, uint32_t bytes, uint32_t align) {
@@ -148,6 +178,11 @@ struct Slices {
         return left < kBytes ? uint32_t(left) : kBytes;
     }
     __device__ __forceinline__ size_t offset(int s, size_t j) const { return s * stride + j * kBytes; }
+    // Packs that are whole in every slice: those below this index need no length checks.
+    __device__ __forceinline__ size_t whole_packs(int slices) const {
+        const size_t before_last = (slices - 1) * stride;
+        return before_last >= total ? 0 : min(stride, total - before_last) / kBytes;
+    }
     // Packs of the longest slice.
     __device__ __forceinline__ size_t packs() const { return (min(stride, total) + kBytes - 1) / kBytes; }
 

@@ -15,10 +15,11 @@
 // had finished iteration r - 4 as far as `reduce(r - 4)`, which reads and restores the slot. A's gather pack of round r
 // is pushed after A has B's scatter pack of r, which B pushed in its iteration r - 1, after `gather(r - 3)`.
 //
-// Between kernels: A starts a kernel whose first round is r when its last kernel has ended. That one received
-// something from every rank in each of its rounds, so B had started it, so all of B's kernels before it had ended. If
-// it used three rounds or fewer, round r - 4 belongs to those. If it used more, B's last push to A, of round r - 1,
-// came after B's `reduce(r - 3)` and `gather(r - 4)` by the argument above.
+// Between kernels: A starts a kernel whose first round is r when its last kernel has ended. In that one it received
+// something from every rank, so B had started it, so all of B's kernels before it had ended. A thread may have no pack
+// in that kernel's last round; what it received in the round before shows that B's thread had finished `reduce(r - 4)`.
+// That covers the first push. The second, of round r + 1, is made only after `reduce(r)`: B's pack of r shows that all
+// of B's earlier kernels have ended.
 //
 // Restoring the mark (Lamport): the restoring store must not land after the next data. It precedes, in B's program
 // order, the push by which A learns of it; the system fence at the head of each later iteration, or the end of B's
@@ -52,38 +53,52 @@ struct Reducer {
         return read_pack<sizeof(T), Wire::kWords>(send + cut.offset(slice, pack), bytes, send_align);
     }
 
-    // Sends this thread's pack of each other rank's slice to that rank. All loads are issued before the first store.
+    // Whether pack `pack` is whole in every slice and can be read by the widest loads.
+    __device__ __forceinline__ bool wide(size_t pack) const {
+        return moves_wide<Wire::kWords>(send_align) && pack < cut.whole_packs(kWorld);
+    }
+
+    // Sends this thread's pack of each other rank's slice to that rank. In the common case all loads are issued before
+    // the first store; the ends of the buffer and odd alignments go one by one.
     __device__ __forceinline__ void scatter(uint32_t round, size_t pack) {
-        Data v[kWorld - 1];
+        if (wide(pack)) {
+            Data v[kWorld - 1];
 #pragma unroll
-        for (int d = 1; d < kWorld; d++) {
-            const int to = wrapped(int(link.rank) + d);
-            const uint32_t bytes = cut.bytes(to, pack);
-            if (bytes != 0) v[d - 1] = read(to, pack, bytes);
-        }
+            for (int d = 1; d < kWorld; d++)
+                v[d - 1] = read_wide<Wire::kWords>(send + cut.offset(wrapped(int(link.rank) + d), pack));
 #pragma unroll
-        for (int d = 1; d < kWorld; d++) {
-            const int to = wrapped(int(link.rank) + d);
-            if (cut.bytes(to, pack) != 0) Wire::send(slot<kWorld>(link, to, round, kScatter, link.rank, thread), v[d - 1], round);
+            for (int d = 1; d < kWorld; d++)
+                Wire::send(slot<kWorld>(link, wrapped(int(link.rank) + d), round, kScatter, link.rank, thread), v[d - 1], round);
+        } else {
+            for (int d = 1; d < kWorld; d++) {
+                const int to = wrapped(int(link.rank) + d);
+                const uint32_t bytes = cut.bytes(to, pack);
+                if (bytes != 0) Wire::send(slot<kWorld>(link, to, round, kScatter, link.rank, thread), read(to, pack, bytes), round);
+            }
         }
     }
 
     // Waits for all ranks' copies of one pack in stage `stage` at slot `at` and restores the slots.
     // `sources`: bit s set if rank s sends one.
     __device__ __forceinline__ void collect(uint32_t round, Stage stage, size_t at, uint32_t sources, Data (&v)[kWorld]) {
-        waiter.until_arrived(link, round, [&] {
-            uint32_t missing = 0;
-#pragma unroll
-            for (int s = 0; s < kWorld; s++)
-                if (sources >> s & 1)
-                    if (!Wire::receive(slot<kWorld>(link, link.rank, round, stage, s, at), v[s], round)) missing |= 1u << s;
-            return missing;
-        });
+        receive_all<Wire, kWorld>(link, waiter, round, stage, at, sources, v);
         if (Wire::kRestores) {
 #pragma unroll
             for (int s = 0; s < kWorld; s++)
                 if (sources >> s & 1) Wire::restore(slot<kWorld>(link, link.rank, round, stage, s, at));
         }
+    }
+
+    // Adds up a pack in rank order, this rank's own from `own`.
+    __device__ __forceinline__ Accumulator<T, Wire::kWords> add_up(const Data (&v)[kWorld], const Data& own) const {
+        Accumulator<T, Wire::kWords> acc;
+#pragma unroll
+        for (int s = 0; s < kWorld; s++) {
+            const Data x = s == int(link.rank) ? own : v[s];
+            if (s == 0) acc.set(x);
+            else acc.add(x);
+        }
+        return acc;
     }
 
     __device__ __forceinline__ uint32_t others() const { return ((1u << kWorld) - 1) & ~(1u << link.rank); }
@@ -93,14 +108,7 @@ struct Reducer {
         const Data own = read(link.rank, pack, bytes);
         Data v[kWorld];
         collect(round, kScatter, thread, others(), v);
-        Accumulator<T, Wire::kWords> acc;
-#pragma unroll
-        for (int s = 0; s < kWorld; s++) {
-            const Data x = s == int(link.rank) ? own : v[s];
-            if (s == 0) acc.set(x);
-            else acc.add(x);
-        }
-        return acc;
+        return add_up(v, own);
     }
 
     // Sends a pack of this rank's slice to every other rank's gather slots.
@@ -135,14 +143,7 @@ __device__ __forceinline__ void all_reduce_one_shot(const Link& link, const T* s
         const auto own = r.read(0, p, bytes);
         typename R::Data v[kWorld];
         r.collect(round, kScatter, p, r.others(), v);
-        Accumulator<T, Wire::kWords> acc;
-#pragma unroll
-        for (int s = 0; s < kWorld; s++) {
-            const auto x = s == int(link.rank) ? own : v[s];
-            if (s == 0) acc.set(x);
-            else acc.add(x);
-        }
-        write_pack<sizeof(T)>(reinterpret_cast<char*>(recv) + p * R::Cut::kBytes, acc.rounded(), bytes, align_out);
+        write_pack<sizeof(T)>(reinterpret_cast<char*>(recv) + p * R::Cut::kBytes, r.add_up(v, own).rounded(), bytes, align_out);
     }
 }
 
@@ -159,14 +160,21 @@ __device__ __forceinline__ void all_reduce_two_shot(const Link& link, const T* s
         common_alignment(address(send)), size_t(blockIdx.x) * blockDim.x + threadIdx.x, size_t(gridDim.x) * blockDim.x, {}};
     const uint32_t rounds = uint32_t((r.cut.packs() + r.threads - 1) / r.threads);
     const uint32_t first = claim_rounds(link, rounds);
+    const size_t whole = moves_wide<Wire::kWords>(align_out) ? r.cut.whole_packs(kWorld) : 0;
 
     auto gather = [&](uint32_t k) {
         const size_t pack = r.thread + k * r.threads;
-        uint32_t sources = 0;
+        typename R::Data v[kWorld];
+        if (pack < whole) {
+            r.collect(first + k, kGather, r.thread, r.others(), v);
 #pragma unroll
+            for (int s = 0; s < kWorld; s++)
+                if (s != int(link.rank)) write_wide(out + r.cut.offset(s, pack), v[s]);
+            return;
+        }
+        uint32_t sources = 0;
         for (int s = 0; s < kWorld; s++)
             if (s != int(link.rank) && r.cut.bytes(s, pack) != 0) sources |= 1u << s;
-        typename R::Data v[kWorld];
         r.collect(first + k, kGather, r.thread, sources, v);
 #pragma unroll
         for (int s = 0; s < kWorld; s++)
@@ -178,13 +186,14 @@ __device__ __forceinline__ void all_reduce_two_shot(const Link& link, const T* s
     for (uint32_t k = 0; k < rounds; k++) {
         if (Wire::kRestores && k > 0) fence_system();
         const size_t pack = r.thread + k * r.threads;
-        if (k + 1 < rounds) r.scatter(first + k + 1, pack + r.threads);
+        if (k > 0 && k + 1 < rounds) r.scatter(first + k + 1, pack + r.threads);
         const uint32_t bytes = r.cut.bytes(link.rank, pack);
         if (bytes != 0) {
             const auto v = r.sum(first + k, pack, bytes).rounded();
             r.publish(first + k, v);
             write_pack<sizeof(T)>(out + r.cut.offset(link.rank, pack), v, bytes, align_out);
         }
+        if (k == 0 && rounds > 1) r.scatter(first + 1, pack + r.threads);
         if (k > 0) gather(k - 1);
     }
     gather(rounds - 1);
@@ -208,12 +217,13 @@ __device__ __forceinline__ void reduce_scatter(const Link& link, const T* send, 
     for (uint32_t k = 0; k < rounds; k++) {
         if (Wire::kRestores && k > 0) fence_system();
         const size_t pack = r.thread + k * r.threads;
-        if (k + 1 < rounds) r.scatter(first + k + 1, pack + r.threads);
+        if (k > 0 && k + 1 < rounds) r.scatter(first + k + 1, pack + r.threads);
         const uint32_t bytes = r.cut.bytes(link.rank, pack);
         if (bytes != 0) {
             const auto v = r.sum(first + k, pack, bytes).rounded();
             write_pack<sizeof(T)>(reinterpret_cast<char*>(recv) + pack * R::Cut::kBytes, v, bytes, align_out);
         }
+        if (k == 0 && rounds > 1) r.scatter(first + 1, pack + r.threads);
     }
 }
 

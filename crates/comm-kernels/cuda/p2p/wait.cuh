@@ -3,7 +3,7 @@
 // Owns: bounded spinning, the give-up decision, the error record. Never decides what arrival looks like: the caller's
 // `missing` says which ranks' data is not there yet.
 #pragma once
-#include "link.cuh"
+#include "wire.cuh"
 
 namespace p2p {
 
@@ -66,6 +66,28 @@ struct Waiter {
         }
     }
 };
+
+// Waits for the packs of stage `stage` at slot `at` from the ranks in `sources` (bit s: rank s) and returns them.
+//
+// One poll loads the slots of all ranks, wanted or not, before it looks at any: the loads must overlap, and a branch
+// around each would make them wait for one another.
+template <class Wire, int kWorld>
+__device__ __forceinline__ void receive_all(const Link& link, Waiter& waiter, uint32_t round, Stage stage, size_t at,
+                                            uint32_t sources, Words<Wire::kWords> (&v)[kWorld]) {
+    const char* const first = slot<kWorld>(link, link.rank, round, stage, 0, at);
+    const size_t pitch = size_t(link.slot_packs) * kPackBytes;
+    uint4 raw[kWorld];
+    waiter.until_arrived(link, round, [&] {
+#pragma unroll
+        for (int s = 0; s < kWorld; s++) raw[s] = load_pack(first + s * pitch);
+        uint32_t missing = 0;
+#pragma unroll
+        for (int s = 0; s < kWorld; s++) missing |= Wire::arrived(raw[s], round) ? 0u : 1u << s;
+        return missing & sources;
+    });
+#pragma unroll
+    for (int s = 0; s < kWorld; s++) v[s] = Wire::payload(raw[s]);
+}
 
 // Tests only: makes this rank late between its sends and its first wait.
 __device__ __forceinline__ void injected_stall(const Link& link) {

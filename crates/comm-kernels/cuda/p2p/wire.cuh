@@ -54,12 +54,11 @@ struct Lamport {
         store_pack(to, unmarked(v.w[0]), unmarked(v.w[1]), unmarked(v.w[2]), unmarked(v.w[3]));
     }
 
-    // Loads the pack; false if it has not arrived whole.
-    __device__ __forceinline__ static bool receive(const char* from, Words<4>& v, uint32_t) {
-        const uint4 p = load_pack(from);
-        v.w[0] = p.x, v.w[1] = p.y, v.w[2] = p.z, v.w[3] = p.w;
+    // Whether a loaded pack had arrived whole.
+    __device__ __forceinline__ static bool arrived(const uint4& p, uint32_t) {
         return p.x != kMark && p.y != kMark && p.z != kMark && p.w != kMark;
     }
+    __device__ __forceinline__ static Words<4> payload(const uint4& p) { return {{p.x, p.y, p.z, p.w}}; }
 
     __device__ __forceinline__ static void restore(char* at) { store_pack(at, kMark, kMark, kMark, kMark); }
 };
@@ -72,11 +71,8 @@ struct Packet {
         store_pack(to, v.w[0], v.w[1], v.w[2], round);
     }
 
-    __device__ __forceinline__ static bool receive(const char* from, Words<3>& v, uint32_t round) {
-        const uint4 p = load_pack(from);
-        v.w[0] = p.x, v.w[1] = p.y, v.w[2] = p.z;
-        return p.w == round;
-    }
+    __device__ __forceinline__ static bool arrived(const uint4& p, uint32_t round) { return p.w == round; }
+    __device__ __forceinline__ static Words<3> payload(const uint4& p) { return {{p.x, p.y, p.z}}; }
 
     __device__ __forceinline__ static void restore(char*) {}
 };
