@@ -56,6 +56,7 @@ fn small(options: &BTreeMap<String, String>) -> Result<(usize, usize)> {
     text.parse::<usize>()
         .ok()
         .filter(|&bytes| bytes <= 128 << 10)
+        .map(|bytes| (bytes, bytes))
         .ok_or_else(|| CommError::invalid(SMALL, format!("{text:?} is not a number of bytes up to 131072")))
 }
 
