@@ -219,16 +219,14 @@ __device__ __forceinline__ void all_gather_direct(const Link& link, const char* 
     const uint32_t align = common_alignment(bits);
     const size_t warp = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32, warps = size_t(gridDim.x) * blockDim.x / 32;
     const size_t chunks = (bytes + kDirectChunk - 1) / kDirectChunk;
-    for (size_t i = warp; i < chunks * (kWorld - 1); i += warps) {
-        const int d = 1 + i % (kWorld - 1);
-        const size_t begin = i / (kWorld - 1) * kDirectChunk;
+    // Chunk by chunk all ranks' turns, this rank's own buffer included, so that the local copy runs beside the others.
+    // Turns rotate from pass to pass: with a whole number of groups per pass a warp would keep one target for ever.
+    for (size_t i = warp; i < chunks * kWorld; i += warps) {
+        const size_t chunk = i / kWorld, pass = chunk * kWorld / warps, begin = chunk * kDirectChunk;
+        const int d = int((i + pass) % kWorld);
         const int to = int(link.rank) + d >= kWorld ? int(link.rank) + d - kWorld : int(link.rank) + d;
-        warp_copy(recv.at[to] + link.rank * bytes + begin, send + begin, min(kDirectChunk, bytes - begin), align);
-    }
-    char* const own = recv.at[link.rank] + link.rank * bytes;
-    if (own != send) {
-        for (size_t i = warp; i < chunks; i += warps)
-            warp_copy(own + i * kDirectChunk, send + i * kDirectChunk, min(kDirectChunk, bytes - i * kDirectChunk), align);
+        char* const dst = recv.at[to] + link.rank * bytes + begin;
+        if (dst != send + begin) warp_copy(dst, send + begin, min(kDirectChunk, bytes - begin), align);
     }
     meet<kWorld>(link, waiter, kExit, round, true);
 }

@@ -81,10 +81,10 @@ __device__ __forceinline__ float cluster_sum(float x, float* shared) {
 }
 
 // Rows of one fused op as packs of a slice cut.
-template <class T, int kWorld>
+template <class T, class Wire>
 struct NormRow {
-    using Data = Words<Lamport::kWords>;
-    using Acc = Accumulator<T, Lamport::kWords>;
+    using Data = Words<Wire::kWords>;
+    using Acc = Accumulator<T, Wire::kWords>;
     const NormArgs<T>& a;
     uint32_t align;  // of all operands and of the row pitch
 
@@ -94,7 +94,7 @@ struct NormRow {
     }
     __device__ __forceinline__ size_t pitch() const { return size_t(a.hidden) * sizeof(T); }
     __device__ __forceinline__ Data load(const T* base, size_t at, uint32_t bytes) const {
-        return read_pack<sizeof(T), 4>(reinterpret_cast<const char*>(base) + at, bytes, align);
+        return read_pack<sizeof(T), Wire::kWords>(reinterpret_cast<const char*>(base) + at, bytes, align);
     }
     __device__ __forceinline__ void store(T* base, size_t at, const Data& v, uint32_t bytes) const {
         write_pack<sizeof(T)>(reinterpret_cast<char*>(base) + at, v, bytes, align);
@@ -128,14 +128,14 @@ struct NormRow {
 };
 
 // One hop. A cluster handles one row, a thread one pack of it. Grid = tokens * cluster size.
-template <class T, int kWorld>
+template <class T, int kWorld, class Wire>
 __device__ __forceinline__ void norm_one_shot(const Link& link, const NormArgs<T>& args) {
-    using R = Reducer<T, kWorld, Lamport>;
+    using R = Reducer<T, kWorld, Wire>;
     __shared__ float shared[40];
     cluster_enter();
     allow_successor();
     wait_for_predecessor();
-    const NormRow<T, kWorld> rows(args);
+    const NormRow<T, Wire> rows(args);
     R r{link, typename R::Cut{rows.pitch(), rows.pitch()}, reinterpret_cast<const char*>(args.input), rows.align,
         size_t(blockIdx.x) * blockDim.x + threadIdx.x, size_t(gridDim.x) * blockDim.x, {}};
     const uint32_t ctas = cluster_ctas();
@@ -148,7 +148,7 @@ __device__ __forceinline__ void norm_one_shot(const Link& link, const NormArgs<T
     if (bytes != 0) {
 #pragma unroll
         for (int d = 1; d < kWorld; d++)
-            Lamport::send(slot<kWorld>(link, R::wrapped(int(link.rank) + d), round, kScatter, link.rank, r.thread), own, round);
+            Wire::send(slot<kWorld>(link, R::wrapped(int(link.rank) + d), round, kScatter, link.rank, r.thread), own, round);
     }
     injected_stall(link);
     // Fetched while the packs are under way.
@@ -178,7 +178,7 @@ __device__ __forceinline__ void norm_two_shot(const Link& link, const NormArgs<T
     __shared__ float shared[32];
     allow_successor();
     wait_for_predecessor();
-    const NormRow<T, kWorld> rows(args);
+    const NormRow<T, Lamport> rows(args);
     R r{link, R::Cut::cut(rows.pitch(), kWorld), nullptr, rows.align, size_t(blockIdx.x) * blockDim.x + threadIdx.x,
         size_t(gridDim.x) * blockDim.x, {}};
     const size_t pack = threadIdx.x;

@@ -1,0 +1,162 @@
+// All-reduce and reduce-scatter for large buffers: chunks staged in cells, announced by one flag per CTA and chunk.
+//
+// Owns: the cell layout and the schedule. Against self-announcing packs (reduce.cuh) a chunk costs two CTA barriers and
+// a release, and in return nothing polls, nothing is restored, and the all-reduce's second hop goes straight into the
+// peers' result buffers, which therefore must be mapped here.
+//
+// # Cells
+// `link.scratch` of the cells' channel: the flags, then cells of kCellBytes: [cta][4 buffers][source]. CTA b of a rank
+// exchanges with the CTAs b of the others only.
+//
+// # Why a cell is never overwritten before it was read
+// Chunk r (numbered by rounds, across kernels) goes to buffer r mod 4. A's CTA b stores chunk r in iteration r - 1, when
+// it has finished `reduce(r - 2)`. For that it saw B's flag of r - 2, which B's CTA b raised in iteration r - 3, after
+// a CTA barrier behind its `reduce(r - 4)`, which read the cells. Every CTA takes part in every round of its kernel,
+// with data or without, so the argument runs on across kernels: A's last kernel ended with B's flag of its last round
+// K - 1, raised after `reduce(K - 3)`, and the next kernel's first two chunks, K and K + 1, replace K - 4 and K - 3. A
+// CTA that the kernel in between did not have is covered too: that kernel, of whatever kind, received something from B,
+// so B had started it and ended all before.
+//
+// # Why the result buffers may be written
+// A writes into B's result after B's first flag: B's kernel has started, so what ran before on B's stream has ended.
+// A ends after B's exit flag, a release behind a CTA barrier behind B's last store: A's result is complete then.
+// In place: a pack of a result is written by thread t of the slice's owner after that rank's thread t has sent it.
+#pragma once
+#include "gather.cuh"
+#include "reduce.cuh"
+
+namespace p2p {
+
+constexpr uint32_t kCellBytes = 8192;  // 512 threads of one pack
+
+__host__ __device__ constexpr size_t cells_bytes(uint32_t world, uint32_t ctas) {
+    return kFlagBytes + size_t(ctas) * kBuffers * world * kCellBytes;
+}
+
+template <int kWorld>
+__device__ __forceinline__ char* cell(const Link& link, int owner, uint32_t round, int src) {
+    return link.scratch[owner] + kFlagBytes +
+           ((size_t(blockIdx.x) * kBuffers + round % kBuffers) * kWorld + src) * kCellBytes + threadIdx.x * kPackBytes;
+}
+
+// `kGatherToo`: an all-reduce, else a reduce-scatter. `cut` describes `send`; `to.at[r]` is where slice `link.rank`
+// lies in rank r's result; `align` divides all addresses and strides.
+template <class T, int kWorld, bool kGatherToo>
+__device__ __forceinline__ void reduce_by_cells(const Link& link, const char* send, const Slices<4>& cut, char* const (&to)[kWorld], uint32_t align) {
+    using Data = Words<4>;
+    const int rank = link.rank;
+    const size_t threads = size_t(gridDim.x) * blockDim.x, thread = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    const uint32_t rounds = uint32_t((cut.packs() + threads - 1) / threads);
+    // The exit of an all-reduce has a number of its own. A reduce-scatter's rounds must follow on one another without gap.
+    const uint32_t first = claim_rounds(link, kGatherToo ? rounds + 1 : rounds);
+    const size_t whole = moves_wide<4>(align) ? cut.whole_packs(kWorld) : 0;
+    auto peer = [&](int d) { return rank + d >= kWorld ? rank + d - kWorld : rank + d; };
+    Waiter waiter;
+
+    auto push = [&](uint32_t k) {
+        const size_t pack = thread + k * threads;
+        if (pack < whole) {
+            Data v[kWorld - 1];
+#pragma unroll
+            for (int d = 1; d < kWorld; d++) v[d - 1] = read_wide<4>(send + cut.offset(peer(d), pack));
+#pragma unroll
+            for (int d = 1; d < kWorld; d++)
+                store_pack(cell<kWorld>(link, peer(d), first + k, rank), v[d - 1].w[0], v[d - 1].w[1], v[d - 1].w[2], v[d - 1].w[3]);
+        } else {
+            for (int d = 1; d < kWorld; d++) {
+                const uint32_t bytes = cut.bytes(peer(d), pack);
+                if (bytes == 0) continue;
+                const Data v = read_pack<sizeof(T), 4>(send + cut.offset(peer(d), pack), bytes, align);
+                store_pack(cell<kWorld>(link, peer(d), first + k, rank), v.w[0], v.w[1], v.w[2], v.w[3]);
+            }
+        }
+    };
+    // Behind a CTA barrier: tells the peers' CTAs that round k's chunk is there, and waits for theirs of round `wait`.
+    const int other = threadIdx.x;
+    const bool signals = other < kWorld && other != rank;
+    auto raise = [&](uint32_t k) {
+        if (signals) Flag::raise_after_writes(flag(link, other, blockIdx.x, kChunk, rank), first + k);
+    };
+    auto await = [&](uint32_t k) {
+        if (signals) {
+            const uint32_t* ours = flag(link, rank, blockIdx.x, kChunk, other);
+            waiter.until_arrived(link, first + k, [&] { return Flag::raised(ours, first + k) ? 0u : 1u << other; });
+        }
+    };
+    auto reduce = [&](uint32_t k) {
+        const size_t pack = thread + k * threads;
+        const uint32_t bytes = cut.bytes(rank, pack);
+        if (bytes == 0) return;
+        const bool wide = moves_wide<4>(align) && bytes == kPackBytes;
+        const char* own_at = send + cut.offset(rank, pack);
+        const Data own = wide ? read_wide<4>(own_at) : read_pack<sizeof(T), 4>(own_at, bytes, align);
+        uint4 raw[kWorld];
+#pragma unroll
+        for (int s = 0; s < kWorld; s++) raw[s] = load_pack(cell<kWorld>(link, rank, first + k, s));
+        Accumulator<T, 4> acc;
+#pragma unroll
+        for (int s = 0; s < kWorld; s++) {
+            const Data x = s == rank ? own : Lamport::payload(raw[s]);
+            if (s == 0) acc.set(x);
+            else acc.add(x);
+        }
+        const Data v = acc.rounded();
+        const size_t at = pack * kPackBytes;
+        if (wide) {
+#pragma unroll
+            for (int d = 1; d < kWorld; d++)
+                if (kGatherToo) store_pack(to[peer(d)] + at, v.w[0], v.w[1], v.w[2], v.w[3]);
+            write_wide(to[rank] + at, v);
+        } else {
+            for (int d = kGatherToo ? 0 : kWorld; d < kWorld; d++) write_pack<sizeof(T)>(to[peer(d)] + at, v, bytes, align);
+            if (!kGatherToo) write_pack<sizeof(T)>(to[rank] + at, v, bytes, align);
+        }
+    };
+
+    push(0);
+    __syncthreads();
+    raise(0);
+    injected_stall(link);
+    for (uint32_t k = 0; k < rounds; k++) {
+        if (k + 1 < rounds) {
+            push(k + 1);
+            __syncthreads();
+            raise(k + 1);
+        }
+        await(k);
+        __syncthreads();
+        reduce(k);
+    }
+    if (kGatherToo) meet<kWorld>(link, waiter, kExit, first + rounds, true);
+}
+
+// `recv.at[r]`: rank r's result, as mapped here.
+template <class T, int kWorld>
+__device__ __forceinline__ void all_reduce_cells(const Link& link, const T* send, const Peers& recv, size_t count) {
+    allow_successor();
+    wait_for_predecessor();
+    const auto cut = Slices<4>::cut(count * sizeof(T), kWorld);
+    uint64_t bits = address(send);
+    char* to[kWorld];
+#pragma unroll
+    for (int r = 0; r < kWorld; r++) {
+        to[r] = recv.at[r] + link.rank * cut.stride;
+        bits |= address(recv.at[r]);
+    }
+    reduce_by_cells<T, kWorld, true>(link, reinterpret_cast<const char*>(send), cut, to, common_alignment(bits));
+}
+
+// `count`: elements each rank receives. In place (`recv == send + rank * count`) is allowed.
+template <class T, int kWorld>
+__device__ __forceinline__ void reduce_scatter_cells(const Link& link, const T* send, T* recv, size_t count) {
+    allow_successor();
+    wait_for_predecessor();
+    const size_t stride = count * sizeof(T);
+    char* to[kWorld];
+#pragma unroll
+    for (int r = 0; r < kWorld; r++) to[r] = reinterpret_cast<char*>(recv);
+    reduce_by_cells<T, kWorld, false>(link, reinterpret_cast<const char*>(send), Slices<4>{stride, stride * kWorld}, to,
+                                      common_alignment(address(send) | address(recv) | stride));
+}
+
+}  // namespace p2p
