@@ -1,18 +1,74 @@
-//! The workspace's own commands: `cargo xtask kernels`.
+//! The workspace's own commands: `cargo xtask <command>`.
+//!
+//! The same program is what a bundle carries to a machine without a source tree, so nothing here depends on where it was
+//! built, except for the commands that build.
 
+#![allow(unreachable_pub, reason = "a program has no outside")]
+
+mod backends;
+mod bench;
+mod bundle;
+mod cuda_device;
+mod device;
+mod doctor;
+mod events;
+mod gpus;
+mod job;
 mod kernels;
+mod launch;
+mod rank;
+mod signal;
+mod tally;
+mod test;
+mod test_gpus;
+
+use std::process::ExitCode;
 
 use clap::Parser;
 
+/// Kernel builds, tests, benchmarks and multi-GPU orchestration.
 #[derive(Parser)]
-#[command(name = "cargo xtask", about = "Kernel builds, tests, benchmarks and multi-GPU orchestration")]
+#[command(name = "cargo xtask", version)]
 enum Command {
+    /// Measure and verify every collective on whatever the machine has.
+    Bench(bench::BenchArgs),
+    /// Put runner, tests, kernels and targets into a folder that runs on a GPU machine without cargo.
+    Bundle(bundle::BundleArgs),
+    /// Say what this machine has, what is missing and how to get it.
+    Doctor,
     /// Compile the CUDA kernels; installs NVIDIA's compiler into the target folder if there is none.
     Kernels(kernels::KernelsArgs),
+    /// Run every test that this machine can run.
+    Test(test::TestArgs),
+    /// Run the conformance suite, the fault tests and a bundle's test programs on worlds of GPUs.
+    TestGpus(test_gpus::TestGpusArgs),
+    /// One rank of a job; started by the other commands.
+    #[command(name = job::WORKER_COMMAND, hide = true)]
+    RankWorker,
 }
 
-fn main() -> anyhow::Result<()> {
-    match Command::parse() {
-        Command::Kernels(args) => kernels::run(&args),
+fn main() -> ExitCode {
+    let command = Command::parse();
+    let result = match &command {
+        Command::RankWorker => rank::work(),
+        _ => signal::watch().and_then(|()| match &command {
+            Command::Bench(args) => bench::run(args),
+            Command::Bundle(args) => bundle::run(args),
+            Command::Doctor => {
+                doctor::run();
+                Ok(())
+            }
+            Command::Test(args) => test::run(args),
+            Command::Kernels(args) => kernels::run(args),
+            Command::TestGpus(args) => test_gpus::run(args),
+            Command::RankWorker => Ok(()),
+        }),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            if signal::interrupted() { ExitCode::from(130) } else { ExitCode::FAILURE }
+        }
     }
 }

@@ -127,3 +127,10 @@ fn corrupted_receives() {
     let report = run_threads(Arc::new(Corrupt), 2, |_| Box::new(HostMemory::new()), &config);
     assert!(!report.is_success() && report.failures()[0].op == OpKind::Send, "{report}");
 }
+
+#[test]
+fn a_checked_mode_that_checks_nothing() {
+    let config = Config { checked: true, timeout: Duration::from_secs(2), ..Config::quick() };
+    let report = run(Bug::None, 3, &config.only("all_reduce/mismatch"));
+    assert!(!report.is_success() && report.failures()[0].op == OpKind::AllReduce, "{report}");
+}

@@ -151,6 +151,31 @@ fn a_stopped_rank_is_missing_after_the_timeout() {
     });
 }
 
+/// Rank 0's process carries everyone's messages and yet may end as soon as its own last call has returned.
+#[test]
+fn rank_0_has_its_answer_only_once_the_others_have_theirs() {
+    if is_rank() {
+        let comm = Rendezvous::from_env().unwrap().connect().unwrap();
+        // More than the sockets' buffers hold, to readers that are slower than rank 0.
+        let bytes = vec![comm.rank() as u8; 8 << 20];
+        let all = comm.all_gather_bytes(&bytes, Deadline::after(LONG));
+        if comm.rank() == 0 {
+            // Not even dropping the handle.
+            std::process::exit(i32::from(all.is_err()));
+        }
+        let all = all.unwrap();
+        assert!(all.iter().enumerate().all(|(rank, bytes)| bytes.iter().all(|byte| *byte == rank as u8)));
+        return;
+    }
+    within(LIMIT, || {
+        for kind in Kind::SOCKETS {
+            let test = "rank_0_has_its_answer_only_once_the_others_have_theirs";
+            let mut job = Job::start(test, 4, kind, LONG);
+            (0..4).for_each(|rank| job.join(rank));
+        }
+    });
+}
+
 /// Two jobs launched as torchrun would, with the same address and port and no token: told apart by their ids.
 #[test]
 fn jobs_with_torchruns_variables_meet_and_do_not_mix() {

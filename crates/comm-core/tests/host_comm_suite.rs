@@ -317,7 +317,7 @@ fn a_failure_in_one_group_leaves_others_alone(kind: Kind) {
 }
 
 fn a_dropped_handle_is_no_failure_until_it_is_needed(kind: Kind) {
-    let dropped = Barrier::new(3);
+    let (dropped, polled) = (Barrier::new(3), Barrier::new(2));
     run(kind, 3, T, |comm| {
         comm.barrier(Deadline::after(T)).unwrap();
         if comm.rank() == 1 {
@@ -328,6 +328,7 @@ fn a_dropped_handle_is_no_failure_until_it_is_needed(kind: Kind) {
         dropped.wait();
         std::thread::sleep(Duration::from_millis(50));
         comm.poll().unwrap();
+        polled.wait();
         let error = comm.barrier(Deadline::after(T)).unwrap_err();
         assert!(matches!(error, CommError::PeerDied { rank: 1, .. }), "{error:?}");
     });

@@ -6,7 +6,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
@@ -16,36 +16,13 @@ use crate::host_comm::Deadline;
 use crate::host_comm::handshake::Identity;
 use crate::host_comm::message::{FromHub, ToHub, decode_head, encode_head};
 use crate::host_comm::newcomers::Newcomers;
+use crate::host_comm::passed_on::PassedOn;
 use crate::host_comm::rounds::{Groups, Part, Reply};
 use crate::host_comm::transport::{Listener, timespec};
 use crate::host_comm::wire::{FDS_LIMIT, Frame, OutQueue, Receiver, Segment, WireError};
 
 /// How long the hub goes on trying to tell ranks that the rendezvous failed.
 const FAREWELL: Duration = Duration::from_millis(500);
-
-/// Becomes true when what rank 0's process last said has been passed on to the other ranks.
-#[derive(Default)]
-pub(super) struct PassedOn {
-    done: Mutex<bool>,
-    changed: Condvar,
-}
-
-impl PassedOn {
-    fn set(&self) {
-        *self.done.lock().unwrap_or_else(PoisonError::into_inner) = true;
-        self.changed.notify_all();
-    }
-
-    /// Waits for it, at most `limit`.
-    pub(super) fn wait(&self, limit: Duration) {
-        let deadline = Deadline::after(limit);
-        let mut done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
-        while !*done && !deadline.has_passed() {
-            let waited = self.changed.wait_timeout(done, deadline.remaining());
-            done = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-}
 
 /// What a hub is started with.
 pub(super) struct HubConfig {

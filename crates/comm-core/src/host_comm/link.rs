@@ -13,10 +13,10 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags};
 
 use crate::error::{CommError, Result};
 use crate::host_comm::Deadline;
-use crate::host_comm::hub::PassedOn;
 use crate::host_comm::message::{
     Child, Failure, FromHub, ToHub, WORLD, body_segment, decode_head, encode_head,
 };
+use crate::host_comm::passed_on::PassedOn;
 use crate::host_comm::transport::timespec;
 use crate::host_comm::wire::{Frame, OutQueue, Receiver};
 

@@ -9,6 +9,7 @@ mod launch;
 mod link;
 mod message;
 mod newcomers;
+mod passed_on;
 mod rendezvous;
 mod rounds;
 mod socket;

@@ -31,6 +31,9 @@ struct Newcomer {
     ready: bool,
 }
 
+// What a stranger costs besides a descriptor.
+const _: () = assert!(size_of::<Newcomer>() <= 512);
+
 /// The listener and the connections that have yet to prove themselves.
 pub(super) struct Newcomers {
     listener: Listener,

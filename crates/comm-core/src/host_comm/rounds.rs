@@ -354,3 +354,40 @@ impl Reply {
         Self { to, message, bodies: Vec::new(), fds: None }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SIZE: usize = 3;
+
+    proptest! {
+        /// Whatever authenticated ranks say, the book neither panics nor answers a rank that does not exist, and it is
+        /// empty once all are gone.
+        #[test]
+        fn any_messages_in_any_order_are_survived(
+            steps in prop::collection::vec((0..7_u8, 0..SIZE, 0..4_u64, 0..3_u64, 0..3_u32), 0..80),
+        ) {
+            let (mut groups, mut replies) = (Groups::new(SIZE), Vec::new());
+            let part = |color| Part { frame: Arc::default(), fds: Arc::default(), color: Some(color), key: 0 };
+            for (kind, from, group, seq, color) in steps {
+                let out = &mut replies;
+                let cause = Cause::new(&crate::CommError::invalid("x", "y"));
+                match kind {
+                    0 => groups.contribute(from, (group, seq), Call::new(OpKind::Split), part(color), out),
+                    1 => groups.contribute(from, (group, seq), Call::new(OpKind::HostBarrier), part(color), out),
+                    2 => groups.fail(from, group, cause, out),
+                    3 => groups.give_up(from, group, cause, out),
+                    4 => groups.leave(from, group, false, out),
+                    5 => groups.disconnect(from, out),
+                    _ => prop_assert!(groups.missing(group, seq).iter().all(|&rank| rank < SIZE)),
+                }
+            }
+            (0..SIZE).for_each(|rank| groups.disconnect(rank, &mut replies));
+            prop_assert!(replies.iter().all(|reply| reply.to < SIZE));
+            prop_assert!(groups.groups.is_empty());
+        }
+    }
+}

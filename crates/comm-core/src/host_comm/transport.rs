@@ -15,6 +15,7 @@ use crate::host_comm::address::RendezvousAddress;
 
 /// Connections that the kernel holds until they are accepted.
 const BACKLOG: i32 = 1024;
+const BIND_RETRIES: usize = 10;
 
 /// A listening socket; dropping it removes a unix socket's file, and the directory if this made it.
 pub(super) struct Listener {
@@ -46,11 +47,20 @@ impl Listener {
     }
 
     fn bind_unix(address: &RendezvousAddress, path: &Path) -> Result<Self> {
-        let made_dir = make_private_dir_of(path)?;
         let io = |error: Errno| CommError::io(format!("listening at {address}"), &error.into());
         let name = unix_name(path)?;
         let fd = unix_socket().map_err(io)?;
-        if let Err(error) = rustix::net::bind(&fd, &name) {
+        let mut made_dir = make_private_dir_of(path)?;
+        let mut bound = rustix::net::bind(&fd, &name);
+        // Another job that made the directory may remove it between the two.
+        for _ in 0..BIND_RETRIES {
+            if bound != Err(Errno::NOENT) {
+                break;
+            }
+            made_dir = make_private_dir_of(path)?;
+            bound = rustix::net::bind(&fd, &name);
+        }
+        if let Err(error) = bound {
             if error != Errno::ADDRINUSE {
                 return Err(io(error));
             }

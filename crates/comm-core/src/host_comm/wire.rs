@@ -25,6 +25,8 @@ pub(super) const FDS_LIMIT: usize = 64;
 
 const PREFIX: usize = 8;
 const READ_SIZE: usize = 64 * 1024;
+/// How much one flush sends at most, so that a peer that reads as fast as this end writes does not keep it for long.
+const FLUSH_LIMIT: u64 = 4 << 20;
 
 /// Why a byte stream is not a stream of frames.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -159,9 +161,12 @@ impl OutQueue {
         (self.queued, self.written)
     }
 
-    /// Sends as much as `socket` takes without blocking.
+    /// Sends what `socket` takes without blocking, up to a limit; what is left goes with a later flush.
     pub(super) fn flush(&mut self, socket: BorrowedFd<'_>) -> Result<(), WireError> {
-        while let Some(first) = self.chunks.front() {
+        let enough = self.written + FLUSH_LIMIT;
+        while let Some(first) = self.chunks.front()
+            && self.written < enough
+        {
             let attached: Vec<BorrowedFd<'_>> =
                 first.fds.iter().flat_map(|fds| fds.iter().map(AsFd::as_fd)).collect();
             let mut slices = vec![IoSlice::new(&first.segment.bytes()[first.sent..])];

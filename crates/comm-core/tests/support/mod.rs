@@ -14,11 +14,14 @@ use comm_core::{BackendFactory, Capability, CreateContext, DeviceComm, Result};
 
 pub(crate) use backend::GatherBackend;
 
+/// Puts something around a communicator.
+pub(crate) type Wrap = Arc<dyn Fn(Arc<dyn DeviceComm>) -> Arc<dyn DeviceComm> + Send + Sync>;
+
 /// Makes communicators of [`GatherBackend`], and hands each through a wrapper.
 pub(crate) struct GatherFactory {
     pub(crate) name: &'static str,
     pub(crate) protocol: fn(usize) -> u32,
-    pub(crate) wrap: Arc<dyn Fn(Arc<dyn DeviceComm>) -> Arc<dyn DeviceComm> + Send + Sync>,
+    pub(crate) wrap: Wrap,
 }
 
 impl GatherFactory {

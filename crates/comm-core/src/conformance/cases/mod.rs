@@ -6,6 +6,7 @@ mod groups;
 mod issue;
 mod life;
 mod memory;
+mod mismatch;
 mod moves;
 mod norm;
 mod p2p;
@@ -26,6 +27,7 @@ pub(super) fn run_all(runner: &mut Runner<'_>) {
     groups::run(runner);
     memory::run(runner);
     arguments::run(runner);
+    mismatch::run(runner);
     life::run(runner);
     life::end(runner);
 }

@@ -4,13 +4,19 @@
 //! Backends call these first, so that the same mistake gives the same [`CommError::InvalidArgument`] everywhere and a
 //! kernel or library never sees it. Each function returns the sizes it computed.
 
+mod norm;
+#[cfg(test)]
+mod tests;
+
 use std::ops::Range;
 
 use crate::addr::DeviceAddr;
 use crate::device_comm::{CommInfo, P2pOp};
 use crate::dtype::DType;
 use crate::error::{CommError, Result};
-use crate::fused::{Block2d, RmsNormArgs, TwoGroupNormArgs};
+use crate::fused::Block2d;
+
+pub use norm::{rmsnorm, two_group_norm};
 
 /// Bytes of `count` elements.
 ///
@@ -333,157 +339,4 @@ pub fn all_gather_2d(info: &CommInfo, send: DeviceAddr, recv: DeviceAddr, block:
     }
     let own = recv.offset((info.rank * rank_stride * dtype.size()) as u64);
     apart_or_in_place(&from, &to, send == own && send_pitch == row_pitch)
-}
-
-fn norm_type(dtype: DType, hidden: usize, eps: f32) -> Result<()> {
-    if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
-        return Err(CommError::invalid("dtype", format!("RMSNorm takes f32, f16 and bf16, not {dtype}")));
-    }
-    if hidden == 0 {
-        return Err(CommError::invalid("hidden", "must be at least 1"));
-    }
-    if !(eps.is_finite() && eps >= 0.0) {
-        return Err(CommError::invalid("eps", format!("{eps} is not finite and non-negative")));
-    }
-    Ok(())
-}
-
-fn elements(argument: &'static str, rows: usize, columns: usize) -> Result<usize> {
-    rows.checked_mul(columns)
-        .ok_or_else(|| CommError::invalid(argument, format!("{rows} rows of {columns} elements overflow")))
-}
-
-/// Checks a fused norm. Returns the elements of each matrix.
-///
-/// # Errors
-/// [`CommError::InvalidArgument`].
-pub fn rmsnorm(args: &RmsNormArgs) -> Result<usize> {
-    let RmsNormArgs { tokens, hidden, dtype, .. } = *args;
-    norm_type(dtype, hidden, args.eps)?;
-    let count = elements("tokens", tokens, hidden)?;
-    if count == 0 {
-        return Ok(0);
-    }
-    let input = span("input", args.input, count, dtype)?;
-    let residual = span("residual", args.residual, count, dtype)?;
-    let residual_out = span("residual_out", args.residual_out, count, dtype)?;
-    let output = span("output", args.output, count, dtype)?;
-    let weight = span("weight", args.weight, hidden, dtype)?;
-    let bias = args.bias.map(|bias| span("bias", bias, hidden, dtype)).transpose()?;
-    let clash =
-        |a: &Range<u64>, b: &Range<u64>, may_equal: bool| overlap(a, b) && !(may_equal && a.start == b.start);
-    let vectors = [Some(&weight), bias.as_ref()];
-    if clash(&residual_out, &residual, true)
-        || clash(&output, &input, true)
-        || overlap(&residual_out, &input)
-        || overlap(&residual_out, &output)
-        || overlap(&output, &residual)
-        || vectors.into_iter().flatten().any(|v| overlap(v, &output) || overlap(v, &residual_out))
-    {
-        return Err(CommError::invalid(
-            "args",
-            "output may share the input's range and residual_out the residual's; no others may overlap",
-        ));
-    }
-    Ok(count)
-}
-
-/// Checks a two-group fused norm. Returns the row of `hidden_states` at which this rank's own rows begin.
-///
-/// # Errors
-/// [`CommError::InvalidArgument`].
-pub fn two_group_norm(reduce: &CommInfo, gather: &CommInfo, args: &TwoGroupNormArgs<'_>) -> Result<usize> {
-    let TwoGroupNormArgs { hidden, dtype, reduce_tokens, gather_tokens, .. } = *args;
-    norm_type(dtype, hidden, args.eps)?;
-    let reduce_rows = total(reduce, reduce_tokens)?;
-    let gather_rows = total(gather, gather_tokens)?;
-    let own = reduce_tokens[reduce.rank];
-    let own_row = args.reduce_first_row + reduce_tokens[..reduce.rank].iter().sum::<usize>();
-    let own_row_gather = args.gather_first_row + gather_tokens[..gather.rank].iter().sum::<usize>();
-    if own != gather_tokens[gather.rank] || (own > 0 && own_row != own_row_gather) {
-        return Err(CommError::invalid(
-            "tokens",
-            format!(
-                "this rank owns {own} rows from row {own_row} of the reduce group, but {} rows from row \
-                 {own_row_gather} of the gather group; they must be the same rows",
-                gather_tokens[gather.rank]
-            ),
-        ));
-    }
-    let rows = (args.reduce_first_row + reduce_rows).max(args.gather_first_row + gather_rows);
-    let states = span("hidden_states", args.hidden_states, elements("tokens", rows, hidden)?, dtype)?;
-    let residual = span("residual", args.residual, elements("tokens", own, hidden)?, dtype)?;
-    let weight = span("weight", args.weight, hidden, dtype)?;
-    let bias = args.bias.map(|bias| span("bias", bias, hidden, dtype)).transpose()?;
-    let read_only = [Some(&weight), bias.as_ref()];
-    if overlap(&states, &residual)
-        || read_only.into_iter().flatten().any(|v| overlap(v, &states) || overlap(v, &residual))
-    {
-        return Err(CommError::invalid("args", "no two operands of a two-group norm may overlap"));
-    }
-    Ok(own_row)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::memory::MemoryKind;
-
-    fn info(rank: usize, size: usize) -> CommInfo {
-        CommInfo { name: "world".into(), backend: "test".into(), rank, size, memory: MemoryKind::Host }
-    }
-
-    #[test]
-    fn overlaps_are_refused_unless_in_place() {
-        let at = DeviceAddr;
-        assert!(same_size(at(256), at(256), 8, DType::F32).is_ok());
-        assert!(same_size(at(256), at(288), 8, DType::F32).is_ok());
-        assert!(same_size(at(256), at(260), 8, DType::F32).is_err());
-        assert!(all_gather(&info(1, 2), at(288), at(256), 8, DType::F32).is_ok());
-        assert!(all_gather(&info(0, 2), at(288), at(256), 8, DType::F32).is_err());
-        assert!(reduce_scatter(&info(1, 2), at(256), at(288), 8, DType::F32).is_ok());
-        assert!(reduce_scatter(&info(0, 2), at(256), at(288), 8, DType::F32).is_err());
-        assert!(all_to_all(&info(0, 2), at(256), at(256), 8, DType::F32).is_err());
-    }
-
-    #[test]
-    fn null_misaligned_and_oversized_are_refused_but_empty_is_not() {
-        let at = DeviceAddr;
-        assert!(same_size(DeviceAddr::NULL, DeviceAddr::NULL, 0, DType::F32).is_ok());
-        assert!(same_size(DeviceAddr::NULL, at(256), 1, DType::F32).is_err());
-        assert!(same_size(at(257), at(512), 1, DType::BF16).is_err());
-        assert!(same_size(at(256), at(512), usize::MAX / 2, DType::F64).is_err());
-        assert!(same_size(at(u64::MAX - 7), at(256), 8, DType::U8).is_err());
-        assert!(all_gather_v(&info(0, 3), at(256), at(512), &[1, 2], DType::U8).is_err());
-        assert!(broadcast(&info(0, 3), at(256), at(512), 1, DType::U8, 3).is_err());
-    }
-
-    #[test]
-    fn a_group_may_read_twice_but_not_write_what_is_used() {
-        let send = |addr| P2pOp::Send { addr: DeviceAddr(addr), count: 16, dtype: DType::U8, peer: 0 };
-        let recv = |addr| P2pOp::Recv { addr: DeviceAddr(addr), count: 16, dtype: DType::U8, peer: 0 };
-        assert!(group(&info(0, 2), &[send(256), send(256), recv(512)]).is_ok());
-        assert!(group(&info(0, 2), &[send(256), recv(264)]).is_err());
-        assert!(group(&info(0, 2), &[recv(256), recv(264)]).is_err());
-    }
-
-    #[test]
-    fn blocks_lie_side_by_side_or_one_after_another() {
-        let block = |row_pitch, rank_stride| Block2d {
-            height: 3,
-            width: 4,
-            row_pitch,
-            rank_stride,
-            send_pitch: 4,
-            dtype: DType::F32,
-            first: true,
-            last: true,
-        };
-        let check = |b: &Block2d| all_gather_2d(&info(0, 2), DeviceAddr(4096), DeviceAddr(8192), b);
-        assert!(check(&block(8, 4)).is_ok());
-        assert!(check(&block(4, 12)).is_ok());
-        assert!(check(&block(8, 3)).is_err());
-        assert!(check(&block(4, 8)).is_err());
-        assert!(check(&block(3, 12)).is_err());
-    }
 }

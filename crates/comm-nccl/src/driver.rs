@@ -1,0 +1,189 @@
+//! The few driver calls that the backend makes itself, with typed errors.
+//!
+//! Owns guards for the current context; it never decides when to wait.
+
+use std::ffi::c_uint;
+use std::sync::Arc;
+
+use comm_core::{CommError, DeviceAddr, Result, StreamHandle};
+use comm_kernels::driver::{device_count, error};
+use cudarc::driver::{CudaContext, DriverError, sys};
+
+pub(crate) fn check(call: &'static str, code: sys::CUresult) -> Result<()> {
+    if code == sys::CUresult::CUDA_SUCCESS { Ok(()) } else { Err(error(call, code)) }
+}
+
+/// The primary context of a device.
+pub(crate) fn context(ordinal: usize) -> Result<Arc<CudaContext>> {
+    // Probes for the driver first: cudarc panics where there is none.
+    let count = device_count()?;
+    if count <= ordinal {
+        return Err(CommError::invalid(
+            "memory",
+            format!("CUDA device {ordinal} does not exist; the driver sees {count} device(s)"),
+        ));
+    }
+    // cudarc makes the new context current; a caller's own choice is put back.
+    let _current = Current::remember()?;
+    CudaContext::new(ordinal).map_err(|DriverError(code)| error("cuDevicePrimaryCtxRetain", code))
+}
+
+/// Makes a context current on this thread and puts back what was current before when dropped.
+pub(crate) struct Current {
+    previous: Option<sys::CUcontext>,
+}
+
+impl Current {
+    fn remember() -> Result<Self> {
+        let mut previous = std::ptr::null_mut();
+        // SAFETY: the pointer is valid for the write.
+        check("cuCtxGetCurrent", unsafe { sys::cuCtxGetCurrent(&raw mut previous) })?;
+        Ok(Self { previous: Some(previous) })
+    }
+
+    pub(crate) fn enter(context: &CudaContext) -> Result<Self> {
+        let mut previous = std::ptr::null_mut();
+        // SAFETY: the pointer is valid for the write.
+        check("cuCtxGetCurrent", unsafe { sys::cuCtxGetCurrent(&raw mut previous) })?;
+        if previous == context.cu_ctx() {
+            return Ok(Self { previous: None });
+        }
+        // SAFETY: the context is live as long as its owner, which outlives this call.
+        check("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(context.cu_ctx()) })?;
+        Ok(Self { previous: Some(previous) })
+    }
+}
+
+impl Drop for Current {
+    fn drop(&mut self) {
+        if let Some(previous) = self.previous {
+            // SAFETY: it was current on this thread before; null means none. A failure leaves our context current,
+            // which harms nobody that sets their own.
+            let _ = unsafe { sys::cuCtxSetCurrent(previous) };
+        }
+    }
+}
+
+/// Lets this thread make calls that another thread's capture in global mode would forbid and be broken by.
+pub(crate) fn relax_capture_rules() {
+    let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+    // SAFETY: the pointer is valid for both. Failure is only possible without a driver, which was probed.
+    let _ = unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) };
+}
+
+pub(crate) const fn stream(handle: StreamHandle) -> sys::CUstream {
+    handle.0 as sys::CUstream
+}
+
+/// Whether work on the stream goes into a graph instead of being run. A stream that may not be asked, because another
+/// stream is being captured, counts as capturing.
+pub(crate) fn is_capturing(handle: StreamHandle) -> bool {
+    let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+    // SAFETY: the caller of the operation vouches for the stream; the pointer is valid for the write.
+    let code = unsafe { sys::cuStreamIsCapturing(stream(handle), &raw mut status) };
+    code != sys::CUresult::CUDA_SUCCESS || status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE
+}
+
+/// An event without timing. Destroyed explicitly, because that needs the context to be current.
+pub(crate) struct Event(sys::CUevent);
+
+// SAFETY: events may be used from any thread; the driver locks.
+unsafe impl Send for Event {}
+
+impl Event {
+    pub(crate) fn new() -> Result<Self> {
+        let mut event = std::ptr::null_mut();
+        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as c_uint;
+        // SAFETY: the pointer is valid for the write; the caller has made the context current.
+        check("cuEventCreate", unsafe { sys::cuEventCreate(&raw mut event, flags) })?;
+        Ok(Self(event))
+    }
+
+    pub(crate) fn record(&self, handle: StreamHandle) -> Result<()> {
+        // SAFETY: the event is live; the caller of the operation vouches for the stream.
+        check("cuEventRecord", unsafe { sys::cuEventRecord(self.0, stream(handle)) })
+    }
+
+    /// Whether the work before the last record is done (true if there was none).
+    pub(crate) fn is_done(&self) -> Result<bool> {
+        // SAFETY: the event is live.
+        match unsafe { sys::cuEventQuery(self.0) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            code => check("cuEventQuery", code).map(|()| true),
+        }
+    }
+
+    pub(crate) fn destroy(self) {
+        // SAFETY: the event is live and not used again. A failure means that the context is lost, and the event with it.
+        let _ = unsafe { sys::cuEventDestroy_v2(self.0) };
+    }
+}
+
+/// Allocates device memory on the current device.
+pub(crate) fn allocate(bytes: usize) -> Result<DeviceAddr> {
+    let mut address = 0;
+    // SAFETY: the pointer is valid for the write.
+    check("cuMemAlloc", unsafe { sys::cuMemAlloc_v2(&raw mut address, bytes) })?;
+    Ok(DeviceAddr(address))
+}
+
+/// Gives memory of [`allocate`] back.
+///
+/// # Safety
+/// Nothing uses it any more.
+pub(crate) unsafe fn free(addr: DeviceAddr) {
+    // SAFETY: the caller vouches for it. A failure means that the context is lost, and the memory with it.
+    let _ = unsafe { sys::cuMemFree_v2(addr.0) };
+}
+
+/// The largest distance from row to row that the driver's two-dimensional copies take on every device.
+const MAX_PITCH: usize = i32::MAX as usize;
+
+/// Enqueues a copy of `height` rows of `width` bytes between device addresses with the given bytes from row to row.
+///
+/// # Safety
+/// Both ranges are valid until the copy is done, and the stream is live.
+pub(crate) unsafe fn copy_2d(
+    (src, src_pitch): (DeviceAddr, usize),
+    (dst, dst_pitch): (DeviceAddr, usize),
+    width: usize,
+    height: usize,
+    handle: StreamHandle,
+) -> Result<()> {
+    let dense = src_pitch == width && dst_pitch == width;
+    if dense || height == 1 {
+        // SAFETY: the caller vouches for the ranges, which are contiguous here.
+        let code = unsafe { sys::cuMemcpyDtoDAsync_v2(dst.0, src.0, width * height, stream(handle)) };
+        return check("cuMemcpyDtoDAsync", code);
+    }
+    if src_pitch.max(dst_pitch) > MAX_PITCH {
+        for row in 0..height {
+            let (from, to) = (src.offset((row * src_pitch) as u64), dst.offset((row * dst_pitch) as u64));
+            // SAFETY: the caller vouches for the ranges, of which these are rows.
+            let code = unsafe { sys::cuMemcpyDtoDAsync_v2(to.0, from.0, width, stream(handle)) };
+            check("cuMemcpyDtoDAsync", code)?;
+        }
+        return Ok(());
+    }
+    let device = sys::CUmemorytype::CU_MEMORYTYPE_DEVICE;
+    let copy = sys::CUDA_MEMCPY2D {
+        srcXInBytes: 0,
+        srcY: 0,
+        srcMemoryType: device,
+        srcHost: std::ptr::null(),
+        srcDevice: src.0,
+        srcArray: std::ptr::null_mut(),
+        srcPitch: src_pitch,
+        dstXInBytes: 0,
+        dstY: 0,
+        dstMemoryType: device,
+        dstHost: std::ptr::null_mut(),
+        dstDevice: dst.0,
+        dstArray: std::ptr::null_mut(),
+        dstPitch: dst_pitch,
+        WidthInBytes: width,
+        Height: height,
+    };
+    // SAFETY: the structure is valid for the read; the caller vouches for the ranges.
+    check("cuMemcpy2DAsync", unsafe { sys::cuMemcpy2DAsync_v2(&raw const copy, stream(handle)) })
+}

@@ -1,0 +1,151 @@
+//! The backend's factory: what this rank can do, and communicators.
+
+use std::sync::{Arc, Mutex};
+
+use comm_core::{BackendFactory, Capability, CommError, CreateContext, DeviceComm, MemoryKind, Result};
+use comm_kernels::Kernels;
+use comm_kernels::driver::error;
+
+use super::create;
+use super::limits::{Limits, OLDEST, fact};
+use super::options::Options;
+use super::state::{Base, lock};
+use crate::driver;
+use crate::result::NcclLibrary;
+
+/// Raised when ranks of different builds would no longer understand each other's facts or reports.
+const PROTOCOL: u32 = 1;
+
+/// Makes communicators over NCCL.
+///
+/// Where a rank has no compiled kernels, communicators are made without the fused norms, and `supports` says why.
+///
+/// # Options
+/// From [`CreateContext::options`], all optional, all whole numbers unless said otherwise:
+///
+/// | name | meaning |
+/// |---|---|
+/// | `nccl.min_ctas`, `nccl.max_ctas` | bounds on the CTAs of a kernel |
+/// | `nccl.cga_cluster_size` | CTAs in a cluster |
+/// | `nccl.cta_policy` | NCCL's `CTAPolicy` |
+/// | `nccl.traffic_class` | the network's traffic class |
+/// | `nccl.split_share` | 1: a split shares its parent's resources |
+/// | `nccl.net_name` | the network module, text |
+/// | `nccl.staging_bytes` | device memory for pitched gathers, default 8388608; 0 for none |
+#[derive(Clone, Default)]
+pub struct NcclFactory {
+    library: Arc<Mutex<Option<Arc<NcclLibrary>>>>,
+}
+
+impl NcclFactory {
+    /// A factory that finds the library when it first needs it.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A factory over a library that is already loaded.
+    #[must_use]
+    pub fn with_library(library: Arc<NcclLibrary>) -> Self {
+        Self { library: Arc::new(Mutex::new(Some(library))) }
+    }
+
+    /// The library, loaded on first use. A failure is not remembered: the caller may put it right.
+    fn library(&self) -> Result<Arc<NcclLibrary>> {
+        let mut slot = lock(&self.library);
+        if let Some(library) = &*slot {
+            return Ok(library.clone());
+        }
+        let library = NcclLibrary::load()?;
+        *slot = Some(library.clone());
+        Ok(library)
+    }
+
+    fn base(&self, context: &CreateContext, limits: Limits, ordinal: usize) -> Result<Base> {
+        let library = self.library()?;
+        check_version(&library)?;
+        let device = driver::context(ordinal)?;
+        Ok(Base {
+            norm: if limits.has_norm() { Some(Kernels::load(&device)?) } else { None },
+            library,
+            context: device,
+            limits,
+            timeout: context.timeout,
+            checked: context.checked,
+            options: Arc::new(Options::parse(&context.options)?),
+        })
+    }
+}
+
+fn ordinal(context: &CreateContext) -> Result<usize> {
+    match context.memory {
+        MemoryKind::Cuda { ordinal } => Ok(ordinal),
+        other @ MemoryKind::Host => Err(CommError::invalid(
+            "memory",
+            format!(
+                "the nccl backend works on CUDA devices, not on {other:?}; choose a device or the host backend"
+            ),
+        )),
+    }
+}
+
+fn check_version(library: &NcclLibrary) -> Result<()> {
+    if library.version() >= OLDEST {
+        return Ok(());
+    }
+    Err(CommError::Library {
+        library: library.path().display().to_string().into(),
+        reason: format!("it is NCCL {}, but {OLDEST} or newer is needed", library.version()),
+    })
+}
+
+fn host_name() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname")
+        .map_or_else(|_| "an unnamed host".into(), |name| name.trim().to_owned())
+}
+
+impl BackendFactory for NcclFactory {
+    fn name(&self) -> &str {
+        crate::NAME
+    }
+
+    fn probe(&self, context: &CreateContext) -> Result<Capability> {
+        let ordinal = ordinal(context)?;
+        Options::parse(&context.options)?;
+        let device = driver::context(ordinal)?;
+        let library = self.library()?;
+        check_version(&library)?;
+        let failed = |call: &'static str, failure: cudarc::driver::DriverError| error(call, failure.0);
+        let uuid = device.uuid().map_err(|error| failed("cuDeviceGetUuid", error))?;
+        let (major, minor) =
+            device.compute_capability().map_err(|error| failed("cuDeviceGetAttribute", error))?;
+        let version = library.version();
+        let code = version.major * 10_000 + version.minor * 100 + version.patch;
+        let uuid: String = uuid.bytes.iter().map(|&byte| format!("{:02x}", byte as u8)).collect();
+        let norm = Kernels::load(&device).err().map_or_else(String::new, |error| error.to_string());
+        let facts = [
+            (fact::VERSION, code.to_string()),
+            (fact::GPU, uuid),
+            (fact::COMPUTE, (major * 10 + minor).to_string()),
+            (fact::HOST, host_name()),
+            (fact::NORM, norm),
+        ];
+        Ok(Capability {
+            protocol: PROTOCOL,
+            facts: facts.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
+        })
+    }
+
+    fn create(&self, context: &CreateContext, capabilities: &[Capability]) -> Result<Arc<dyn DeviceComm>> {
+        let ordinal = ordinal(context)?;
+        if capabilities.len() != context.host.size() {
+            return Err(CommError::invalid(
+                "capabilities",
+                format!("{} given for {} ranks", capabilities.len(), context.host.size()),
+            ));
+        }
+        let limits = Limits::agree(capabilities)?;
+        let base = self.base(context, limits, ordinal);
+        Ok(Arc::new(create::create(context, base, ordinal)?))
+    }
+}

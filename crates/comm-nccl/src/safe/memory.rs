@@ -1,0 +1,205 @@
+//! Buffers that NCCL reaches without staging: memory of its own, and memory that callers register.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+
+use comm_core::{CommError, DeviceAddr, HostCommExt, OpKind, Registration, Result};
+
+use super::comm::NcclComm;
+use super::state::{Hosts, Shared};
+use crate::result::NcclLibrary;
+use crate::sys;
+
+struct Allocation {
+    handle: *mut c_void,
+}
+
+struct Registered {
+    handle: *mut c_void,
+    generation: u64,
+}
+
+/// The communicator's tables. Used only under its lock.
+#[derive(Default)]
+pub(crate) struct Buffers {
+    allocations: HashMap<u64, Allocation>,
+    registrations: HashMap<u64, Registered>,
+    /// Numbers handed out so far. Ids are never used again, so a generation need only differ between communicators'
+    /// tables; it counts all the same, so that a forged id cannot match.
+    issued: u64,
+}
+
+impl Buffers {
+    /// Gives everything back; handles only while there is still a communicator to give them to.
+    pub(crate) fn give_back(&mut self, library: &NcclLibrary, comm: *mut sys::Comm) {
+        let allocations: Vec<_> = self.allocations.drain().collect();
+        let registered = self.registrations.drain().map(|(_, r)| r.handle);
+        for handle in registered.chain(allocations.iter().map(|(_, a)| a.handle)) {
+            if !comm.is_null() && !handle.is_null() {
+                // SAFETY: the handle is from this communicator, has not been given back, and no work is left.
+                if let Err(error) = unsafe { library.comm_deregister(comm, handle) } {
+                    tracing::warn!(%error, "deregistering a buffer at a communicator's end");
+                }
+            }
+        }
+        for (addr, _) in allocations {
+            // SAFETY: the address is from `mem_alloc`, has not been freed, and the communicator's work has ended.
+            if let Err(error) = unsafe { library.mem_free(DeviceAddr(addr)) } {
+                tracing::warn!(%error, "freeing a buffer at a communicator's end");
+            }
+        }
+    }
+}
+
+impl Shared {
+    /// Makes a rank's success known to all, so that a collective that fails on one rank fails on all.
+    pub(crate) fn agree<T>(&self, hosts: &Hosts, op: OpKind, result: Result<T>) -> Result<T> {
+        let own = result.as_ref().err().cloned();
+        let all: Vec<Option<CommError>> =
+            hosts.control.all_gather(&own).map_err(|error| self.fail(self.relocate(error, Some(op))))?;
+        let value = result?;
+        match all.into_iter().enumerate().find_map(|(rank, error)| Some((rank, error?))) {
+            None => Ok(value),
+            Some((rank, cause)) => {
+                let at = self.at(op, self.seq());
+                Err(CommError::PeerFailed { at, rank, cause: Box::new(cause) })
+            }
+        }
+    }
+
+    /// Refuses a collective whose size differs between the ranks.
+    fn same_bytes(&self, hosts: &Hosts, op: OpKind, bytes: usize) -> Result<()> {
+        let all: Vec<u64> = hosts
+            .control
+            .all_gather(&(bytes as u64))
+            .map_err(|error| self.fail(self.relocate(error, Some(op))))?;
+        match all.iter().position(|&other| other != bytes as u64) {
+            None => Ok(()),
+            Some(rank) => Err(CommError::Mismatch {
+                at: self.at(op, self.seq()),
+                rank,
+                expected: format!("{op} of {bytes} bytes"),
+                found: format!("{op} of {} bytes", all[rank]),
+            }),
+        }
+    }
+}
+
+impl NcclComm {
+    pub(super) fn allocate_buffer(&self, bytes: usize) -> Result<DeviceAddr> {
+        let shared = self.shared();
+        shared.healthy()?;
+        let hosts = shared.hosts()?;
+        shared.same_bytes(&hosts, OpKind::Allocate, bytes)?;
+        let local = || -> Result<DeviceAddr> {
+            let mut call = shared.begin(OpKind::Allocate)?;
+            let (library, comm) = (&shared.base.library, call.native.comm);
+            let size = bytes.max(1);
+            // SAFETY: the device is current; the address is kept until it is freed.
+            let addr = unsafe { library.mem_alloc(size) }?;
+            // SAFETY: the communicator is live under the lock, and the range has just been allocated.
+            let handle = match unsafe { library.comm_register(comm, addr, size) } {
+                Ok(handle) => handle,
+                Err(error) => {
+                    // SAFETY: nothing has used it. The first error is the one to report.
+                    let _ = unsafe { library.mem_free(addr) };
+                    return Err(error);
+                }
+            };
+            call.native.buffers.allocations.insert(addr.0, Allocation { handle });
+            Ok(addr)
+        };
+        let result = local();
+        let mine = result.as_ref().ok().copied();
+        let agreed = shared.agree(&hosts, OpKind::Allocate, result);
+        if agreed.is_err()
+            && let Some(addr) = mine
+        {
+            // SAFETY: no rank has been given it. The first error is the one to report.
+            let _ = unsafe { self.free_buffer(addr) };
+        }
+        agreed
+    }
+
+    /// # Safety
+    /// No work uses the allocation.
+    pub(super) unsafe fn free_buffer(&self, addr: DeviceAddr) -> Result<()> {
+        let shared = self.shared();
+        let mut call = shared.begin(OpKind::Free)?;
+        let allocation = call.native.buffers.allocations.remove(&addr.0).ok_or_else(|| {
+            CommError::invalid(
+                "addr",
+                format!(
+                    "{addr:?} was not allocated by communicator {:?}, or was freed already",
+                    shared.info.name
+                ),
+            )
+        })?;
+        let (library, comm) = (&shared.base.library, call.native.comm);
+        if !allocation.handle.is_null() {
+            // SAFETY: the handle is from this communicator and has just left the table; the caller vouches that no
+            // work uses it.
+            call.fatal(unsafe { library.comm_deregister(comm, allocation.handle) })?;
+        }
+        // SAFETY: the address is from `mem_alloc` and has just left the table.
+        call.fatal(unsafe { library.mem_free(addr) })
+    }
+
+    /// # Safety
+    /// The range stays allocated until it is deregistered.
+    pub(super) unsafe fn register_buffer(&self, addr: DeviceAddr, bytes: usize) -> Result<Registration> {
+        let shared = self.shared();
+        shared.healthy()?;
+        let hosts = shared.hosts()?;
+        shared.same_bytes(&hosts, OpKind::Register, bytes)?;
+        let local = || -> Result<Registration> {
+            if addr.is_null() || bytes == 0 {
+                return Err(CommError::invalid(
+                    "addr",
+                    "a registration needs an address and at least one byte",
+                ));
+            }
+            let mut call = shared.begin(OpKind::Register)?;
+            // SAFETY: the communicator is live under the lock; the caller vouches for the range.
+            let handle = unsafe { shared.base.library.comm_register(call.native.comm, addr, bytes) }?;
+            let buffers = &mut call.native.buffers;
+            let id = buffers.issued;
+            buffers.issued += 1;
+            let generation = id + 1;
+            buffers.registrations.insert(id, Registered { handle, generation });
+            Ok(Registration { id, addr, bytes, generation })
+        };
+        let result = local();
+        let mine = result.as_ref().ok().cloned();
+        let agreed = shared.agree(&hosts, OpKind::Register, result);
+        if agreed.is_err()
+            && let Some(registration) = mine
+        {
+            // SAFETY: no operation has used it. The first error is the one to report.
+            let _ = unsafe { self.deregister_buffer(&registration) };
+        }
+        agreed
+    }
+
+    /// # Safety
+    /// No work uses the range.
+    pub(super) unsafe fn deregister_buffer(&self, registration: &Registration) -> Result<()> {
+        let shared = self.shared();
+        let mut call = shared.begin(OpKind::Deregister)?;
+        let table = &mut call.native.buffers.registrations;
+        let live = table.get(&registration.id).is_some_and(|r| r.generation == registration.generation);
+        let Some(registered) = live.then(|| table.remove(&registration.id)).flatten() else {
+            return Err(CommError::StaleHandle {
+                handle: format!("registration {} of {:?}", registration.id, registration.addr),
+                reason: format!("communicator {:?} has deregistered it, or never made it", shared.info.name),
+            });
+        };
+        if registered.handle.is_null() {
+            return Ok(());
+        }
+        let (library, comm) = (&shared.base.library, call.native.comm);
+        // SAFETY: the handle is from this communicator and has just left the table; the caller vouches that no work
+        // uses it.
+        call.fatal(unsafe { library.comm_deregister(comm, registered.handle) })
+    }
+}

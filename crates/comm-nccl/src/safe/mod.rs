@@ -1,0 +1,24 @@
+//! The backend: communicators over NCCL that notice failures and never wait without a bound.
+//!
+//! Owns the policy: which NCCL call serves which operation, when a failure is declared and how a communicator ends. It
+//! calls NCCL only under the communicator's lock, so that an abort never finds another thread inside.
+
+mod comm;
+mod create;
+mod diagnose;
+mod factory;
+mod gather2d;
+mod limits;
+mod memory;
+mod norm;
+mod ops;
+mod options;
+mod split;
+mod state;
+mod track;
+mod usage;
+mod vector;
+mod watchdog;
+
+pub use comm::NcclComm;
+pub use factory::NcclFactory;

@@ -1,0 +1,96 @@
+//! What `CreateContext::options` can set.
+
+use std::collections::BTreeMap;
+use std::ffi::{CString, c_int};
+use std::str::FromStr;
+
+use comm_core::{CommError, Result};
+
+use crate::sys::Config;
+
+/// Settings of a communicator and its splits.
+#[derive(Clone, Debug)]
+pub(crate) struct Options {
+    min_ctas: Option<c_int>,
+    max_ctas: Option<c_int>,
+    cga_cluster_size: Option<c_int>,
+    traffic_class: Option<c_int>,
+    cta_policy: Option<c_int>,
+    split_share: Option<c_int>,
+    net_name: Option<CString>,
+    /// Bytes of the buffer through which pitched gathers go.
+    pub(crate) staging_bytes: usize,
+}
+
+/// Large enough that a gather's copies run at full bandwidth, small beside a model.
+const STAGING_BYTES: usize = 8 << 20;
+
+impl Options {
+    pub(crate) fn parse(options: &BTreeMap<String, String>) -> Result<Self> {
+        let net_name = options
+            .get("nccl.net_name")
+            .map(|name| CString::new(name.as_str()))
+            .transpose()
+            .map_err(|_| CommError::invalid("options", "nccl.net_name contains a zero byte"))?;
+        Ok(Self {
+            min_ctas: number(options, "nccl.min_ctas")?,
+            max_ctas: number(options, "nccl.max_ctas")?,
+            cga_cluster_size: number(options, "nccl.cga_cluster_size")?,
+            traffic_class: number(options, "nccl.traffic_class")?,
+            cta_policy: number(options, "nccl.cta_policy")?,
+            split_share: number(options, "nccl.split_share")?,
+            net_name,
+            staging_bytes: number(options, "nccl.staging_bytes")?.unwrap_or(STAGING_BYTES),
+        })
+    }
+
+    /// The configuration that NCCL gets. It points into `self`.
+    pub(crate) fn config(&self) -> Config {
+        let mut config = Config::new();
+        // Calls on a blocking communicator can wait inside NCCL for ranks that never come.
+        config.blocking = 0;
+        let settings = [
+            (&mut config.min_ctas, self.min_ctas),
+            (&mut config.max_ctas, self.max_ctas),
+            (&mut config.cga_cluster_size, self.cga_cluster_size),
+            (&mut config.traffic_class, self.traffic_class),
+            (&mut config.cta_policy, self.cta_policy),
+            (&mut config.split_share, self.split_share),
+        ];
+        for (field, value) in settings {
+            if let Some(value) = value {
+                *field = value;
+            }
+        }
+        if let Some(name) = &self.net_name {
+            config.net_name = name.as_ptr();
+        }
+        config
+    }
+}
+
+fn number<T: FromStr>(options: &BTreeMap<String, String>, name: &str) -> Result<Option<T>> {
+    let Some(text) = options.get(name) else { return Ok(None) };
+    text.parse().map(Some).map_err(|_| {
+        CommError::invalid("options", format!("{name} is {text:?}, but must be a whole number in range"))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::UNDEFINED;
+
+    #[test]
+    fn options_reach_the_configuration() {
+        let options = [("nccl.max_ctas", "8"), ("nccl.net_name", "Socket"), ("other.thing", "x")]
+            .map(|(k, v)| (k.to_owned(), v.to_owned()));
+        let parsed = Options::parse(&options.into()).unwrap();
+        let config = parsed.config();
+        assert_eq!((config.blocking, config.max_ctas, config.min_ctas), (0, 8, UNDEFINED));
+        assert!(!config.net_name.is_null());
+        let wrong = BTreeMap::from([("nccl.min_ctas".to_owned(), "many".to_owned())]);
+        let message = Options::parse(&wrong).unwrap_err().to_string();
+        assert!(message.contains("nccl.min_ctas") && message.contains("many"), "{message}");
+    }
+}

@@ -1,0 +1,231 @@
+//! The thread that watches a communicator and, at its end, takes it down.
+//!
+//! It alone ends the native communicator, so an abort, a close and a drop come down to telling it; the caller never
+//! waits inside NCCL. It ends itself when the communicator is down.
+
+use std::sync::Arc;
+use std::sync::TryLockError;
+use std::time::{Duration, Instant};
+
+use comm_core::{CommError, Deadline, OpKind, Result};
+
+use super::state::{Native, Pause, Shared, lock};
+use super::track::Progress;
+use crate::driver::{self, Current};
+use crate::result;
+
+/// Short enough that noticing, asking the other ranks and naming one stays within half a second.
+const INTERVAL: Duration = Duration::from_millis(25);
+/// How long a dropped communicator may take to flush before it is aborted.
+const FLUSH_TIME: Duration = Duration::from_secs(2);
+
+/// Starts the watchdog.
+pub(crate) fn spawn(shared: Arc<Shared>) -> Result<()> {
+    let name = format!("nccl-watch-{}", shared.info.rank);
+    std::thread::Builder::new()
+        .name(name)
+        .spawn(move || run(&shared))
+        .map(drop)
+        .map_err(|error| CommError::io("starting a communicator's watchdog thread", &error))
+}
+
+fn run(shared: &Shared) {
+    driver::relax_capture_rules();
+    let current = match Current::enter(&shared.base.context) {
+        Ok(current) => current,
+        Err(error) => {
+            // Without its context nothing can be given back; the failure is what callers learn.
+            let cause = shared.fail(error);
+            lock(&shared.native).comm = std::ptr::null_mut();
+            finish(shared, Err(cause));
+            return;
+        }
+    };
+    let outcome = loop {
+        let (close, dropped) = {
+            let ending = lock(&shared.ending);
+            let idle = !(ending.close || ending.dropped || shared.has_failed());
+            let ending = if idle {
+                shared
+                    .changed
+                    .wait_timeout(ending, INTERVAL)
+                    .unwrap_or_else(std::sync::PoisonError::into_inner)
+                    .0
+            } else {
+                ending
+            };
+            (ending.close, ending.dropped)
+        };
+        if let Err(cause) = shared.healthy()
+            && shared.has_failed()
+        {
+            abort(shared);
+            break Err(cause);
+        }
+        if close {
+            break end(shared, true, shared.base.timeout);
+        }
+        if dropped {
+            break end(shared, false, shared.base.timeout);
+        }
+        look(shared);
+    };
+    drop(current);
+    finish(shared, outcome);
+}
+
+fn finish(shared: &Shared, outcome: Result<()>) {
+    lock(&shared.ending).outcome = Some(outcome);
+    shared.changed.notify_all();
+}
+
+/// One look at everything that can go wrong. Declares what it finds.
+fn look(shared: &Shared) {
+    if let Err(error) = shared.observe() {
+        let timed_out = matches!(
+            &error,
+            CommError::PeerFailed { cause, .. } if matches!(**cause, CommError::Timeout { .. })
+        );
+        if timed_out {
+            shared.peer_overdue(shared.waiting(), error);
+        } else {
+            shared.fail(error);
+        }
+        return;
+    }
+    let found = {
+        let mut native = match shared.native.try_lock() {
+            Ok(native) => native,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            // A call is under way, and watches itself.
+            Err(TryLockError::WouldBlock) => return,
+        };
+        inspect(shared, &mut native)
+    };
+    match found {
+        Ok(Progress::Overdue(issued, waited)) => drop(shared.overdue(issued, waited)),
+        Ok(_) => {}
+        Err(error) => drop(shared.blame(error)),
+    }
+}
+
+fn inspect(shared: &Shared, native: &mut Native) -> Result<Progress> {
+    if !native.comm.is_null() {
+        // SAFETY: the communicator is live and the lock is held.
+        let _ = unsafe { shared.base.library.comm_state(native.comm) }?;
+    }
+    native.tracker.as_mut().map_or(Ok(Progress::Idle), |tracker| tracker.check(shared.base.timeout))
+}
+
+/// Ends a healthy communicator: lets its work finish, flushes it and gives everything back.
+fn end(shared: &Shared, collective: bool, timeout: Duration) -> Result<()> {
+    let deadline = Deadline::after(timeout);
+    let ended = drain(shared, deadline).and_then(|()| {
+        if collective {
+            let control = shared.hosts()?.control;
+            control.barrier(deadline).map_err(|e| shared.relocate(e, Some(OpKind::Close)))?;
+            flush(shared, deadline)
+        } else {
+            flush(shared, Deadline::after(FLUSH_TIME.min(timeout)))
+        }
+    });
+    if let Err(error) = ended {
+        let cause = shared.fail(error);
+        abort(shared);
+        return Err(cause);
+    }
+    let mut native = lock(&shared.native);
+    let comm = std::mem::replace(&mut native.comm, std::ptr::null_mut());
+    give_back_buffers(shared, &mut native, comm);
+    if !comm.is_null() {
+        // SAFETY: the communicator has been flushed, is not used again, and the lock is held.
+        let _ = unsafe { shared.base.library.comm_destroy(comm) }?;
+    }
+    give_back_scratch(shared, &mut native);
+    Ok(())
+}
+
+/// Waits for enqueued work.
+fn drain(shared: &Shared, deadline: Deadline) -> Result<()> {
+    loop {
+        shared.observe()?;
+        if shared.has_failed() {
+            return shared.healthy();
+        }
+        let waiting = {
+            let mut native = lock(&shared.native);
+            inspect(shared, &mut native)?
+        };
+        match waiting {
+            Progress::Idle => return Ok(()),
+            Progress::Overdue(issued, waited) => return Err(shared.overdue(issued, waited)),
+            Progress::Pending if deadline.has_passed() => {
+                return Err(CommError::Timeout {
+                    at: shared.at(OpKind::Close, shared.seq()),
+                    missing: Vec::new(),
+                    waited: deadline.elapsed(),
+                });
+            }
+            Progress::Pending => std::thread::sleep(Duration::from_millis(1)),
+        }
+    }
+}
+
+fn flush(shared: &Shared, deadline: Deadline) -> Result<()> {
+    let native = lock(&shared.native);
+    if native.comm.is_null() {
+        return Ok(());
+    }
+    // SAFETY: the communicator is live and the lock is held; it takes no other calls any more.
+    let mut progress = unsafe { shared.base.library.comm_finalize(native.comm) }?;
+    let mut pause = Pause::new();
+    while progress == result::Progress::Running {
+        let waited = pause.wait();
+        if deadline.has_passed() {
+            let at = shared.at(OpKind::Close, shared.seq());
+            return Err(CommError::Timeout { at, missing: Vec::new(), waited });
+        }
+        if shared.has_failed() {
+            return shared.healthy();
+        }
+        // SAFETY: as above.
+        progress = unsafe { shared.base.library.comm_state(native.comm) }?;
+    }
+    Ok(())
+}
+
+/// Ends a failed communicator: its kernels leave their waits.
+fn abort(shared: &Shared) {
+    let start = Instant::now();
+    // Calls see the failure between two looks at NCCL, so the lock is free within microseconds.
+    let mut native = lock(&shared.native);
+    let comm = std::mem::replace(&mut native.comm, std::ptr::null_mut());
+    if !comm.is_null() {
+        // SAFETY: the lock is held, so no other thread is inside NCCL with the communicator; it is not used again.
+        if let Err(error) = unsafe { shared.base.library.comm_abort(comm) }.map(drop) {
+            tracing::warn!(comm = shared.info.name, %error, "aborting a communicator");
+        }
+    }
+    // Registrations went with the communicator; allocations did not.
+    give_back_buffers(shared, &mut native, std::ptr::null_mut());
+    give_back_scratch(shared, &mut native);
+    tracing::debug!(comm = shared.info.name, took = ?start.elapsed(), "communicator taken down");
+}
+
+fn give_back_buffers(shared: &Shared, native: &mut Native, comm: *mut crate::sys::Comm) {
+    native.buffers.give_back(&shared.base.library, comm);
+}
+
+/// Gives back what a communicator owns besides the native one. The context is current.
+pub(crate) fn give_back_scratch(shared: &Shared, native: &mut Native) {
+    if let Some(tracker) = native.tracker.take() {
+        tracker.destroy();
+    }
+    // SAFETY: the communicator is gone, so no operation will use them, and freeing waits for what is still running.
+    unsafe {
+        driver::free(shared.scratch.barrier);
+        if !shared.scratch.staging.is_null() {
+            driver::free(shared.scratch.staging);
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! What the GPU tests share: ranks as threads, one device each, and typed buffers.
+
+#![allow(dead_code, reason = "each test uses its part")]
+
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use comm_core::{
+    BackendFactory, CommError, CreateContext, DType, DeviceAddr, DeviceComm, DeviceMemory, Element, HostComm,
+    HostCommExt, Rendezvous, Result, StreamHandle, Token, run_threads,
+};
+use comm_kernels::CudaMemory;
+use comm_nccl::NcclFactory;
+
+/// Long enough for a cold start on a busy machine, and the bound on everything that goes well.
+pub(crate) const PATIENT: Duration = Duration::from_secs(60);
+/// The timeout of tests in which a rank is missing.
+pub(crate) const SHORT: Duration = Duration::from_secs(3);
+
+/// The world size to test, or `None` after printing why the test is skipped. Where `COMM_REQUIRE_GPUS` asks for GPUs,
+/// their absence is a failure. `COMM_TEST_WORLD` bounds the size.
+pub(crate) fn world_size() -> Option<usize> {
+    let number = |name| std::env::var(name).ok().map(|text: String| text.parse::<usize>().unwrap());
+    let required = number("COMM_REQUIRE_GPUS").unwrap_or(0);
+    let found = comm_kernels::driver::device_count();
+    assert!(
+        required == 0 || found.as_ref().is_ok_and(|&count| count >= required),
+        "COMM_REQUIRE_GPUS is {required}, but: {found:?}"
+    );
+    match found {
+        Ok(count) if count >= 2 => Some(count.min(number("COMM_TEST_WORLD").unwrap_or(count)).max(2)),
+        Ok(count) => {
+            println!("SKIP: there are {count} GPUs, 2 are needed");
+            None
+        }
+        Err(error) => {
+            println!("SKIP: {error}");
+            None
+        }
+    }
+}
+
+pub(crate) struct Rank {
+    pub(crate) comm: Arc<dyn DeviceComm>,
+    pub(crate) memory: CudaMemory,
+    pub(crate) host: Arc<dyn HostComm>,
+    pub(crate) rank: usize,
+    pub(crate) size: usize,
+}
+
+/// Makes a communicator the way a registry does: probe, exchange, create.
+pub(crate) fn connect(host: Arc<dyn HostComm>, timeout: Duration, checked: bool) -> Result<Rank> {
+    let (rank, size) = (host.rank(), host.size());
+    let memory = CudaMemory::new(rank)?.with_timeout(PATIENT);
+    let context = CreateContext {
+        host: host.clone(),
+        memory: memory.kind(),
+        timeout,
+        checked,
+        options: [("nccl.staging_bytes".to_owned(), "4096".to_owned())].into(),
+    };
+    let factory = NcclFactory::new();
+    let capabilities: Vec<Result<_>> = host.all_gather(&factory.probe(&context))?;
+    let capabilities: Vec<_> = capabilities.into_iter().collect::<Result<_>>()?;
+    let comm = factory.create(&context, &capabilities)?;
+    Ok(Rank { comm, memory, host, rank, size })
+}
+
+/// Runs `body` on every rank of a world, with a communicator.
+pub(crate) fn world<T: Send>(
+    size: usize,
+    timeout: Duration,
+    checked: bool,
+    body: impl Fn(Rank) -> T + Sync,
+) -> Vec<T> {
+    run_threads(size, PATIENT, |host| body(connect(host, timeout, checked).unwrap())).unwrap()
+}
+
+/// As [`world`], but the ranks meet over sockets, as processes do.
+pub(crate) fn socket_world<T: Send>(
+    size: usize,
+    timeout: Duration,
+    body: impl Fn(Rank) -> T + Sync,
+) -> Vec<T> {
+    static WORLDS: AtomicUsize = AtomicUsize::new(0);
+    let number = WORLDS.fetch_add(1, Ordering::Relaxed);
+    let meeting = std::env::temp_dir().join(format!("comm-nccl-{}-{number}", std::process::id()));
+    DirBuilder::new().mode(0o700).create(&meeting).unwrap();
+    let address = format!("unix:{}/rendezvous", meeting.display());
+    let token = Token::random().unwrap();
+    let results = std::thread::scope(|scope| {
+        let ranks: Vec<_> = (0..size)
+            .map(|rank| {
+                let address = address.parse().unwrap();
+                let rendezvous = Rendezvous {
+                    address,
+                    rank,
+                    size,
+                    job: "test".into(),
+                    token: token.clone(),
+                    timeout: PATIENT,
+                };
+                let body = &body;
+                scope.spawn(move || {
+                    let host = rendezvous.connect().unwrap();
+                    body(connect(Arc::new(host), timeout, false).unwrap())
+                })
+            })
+            .collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    });
+    std::fs::remove_dir_all(&meeting).unwrap();
+    results
+}
+
+pub(crate) fn bytes_of<T: Element>(values: &[T]) -> &[u8] {
+    // SAFETY: elements have no padding, and the slice is as long as the values.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
+}
+
+pub(crate) struct Buffer<'a, T> {
+    memory: &'a CudaMemory,
+    pub(crate) addr: DeviceAddr,
+    zero: Vec<T>,
+}
+
+impl Rank {
+    pub(crate) fn stream(&self) -> StreamHandle {
+        self.memory.stream()
+    }
+
+    pub(crate) fn buffer<T: Element>(&self, values: &[T]) -> Buffer<'_, T> {
+        let addr = self.memory.allocate(size_of_val(values)).unwrap();
+        // SAFETY: the allocation is that large.
+        unsafe { self.memory.upload(addr, bytes_of(values)).unwrap() };
+        Buffer { memory: &self.memory, addr, zero: values.to_vec() }
+    }
+
+    /// An all-reduce of one `f32` per rank, whose right answer is known.
+    pub(crate) fn try_sum(&self) -> Result<()> {
+        let buffer = self.buffer(&[(self.rank + 1) as f32; 33]);
+        let (at, stream) = (buffer.addr, self.stream());
+        // SAFETY: the buffer holds 33 elements and lives until the download has waited for the stream.
+        unsafe { self.comm.all_reduce(at, at, 33, DType::F32, comm_core::ReduceOp::Sum, stream)? };
+        assert_eq!(buffer.read(), [(self.size * (self.size + 1) / 2) as f32; 33]);
+        Ok(())
+    }
+
+    /// Polls until the communicator reports a failure.
+    pub(crate) fn await_failure(&self, within: Duration) -> CommError {
+        let start = Instant::now();
+        loop {
+            if let Err(error) = self.comm.poll() {
+                return error;
+            }
+            assert!(start.elapsed() < within, "no failure was noticed within {within:?}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl<T: Element> Buffer<'_, T> {
+    pub(crate) fn read(&self) -> Vec<T> {
+        let mut values = self.zero.clone();
+        let bytes: &mut [u8] =
+            // SAFETY: elements have no padding and take all bit patterns; the slice is as long as the values.
+            unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), size_of_val(&*self.zero)) };
+        // SAFETY: the allocation is that large.
+        unsafe { self.memory.download(bytes, self.addr).unwrap() };
+        values
+    }
+
+    pub(crate) fn at(&self, index: usize) -> DeviceAddr {
+        self.addr.offset((index * size_of::<T>()) as u64)
+    }
+}

@@ -1,0 +1,211 @@
+//! One rank's part of a benchmark: data, operation, verification, timing, row by row.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use comm_core::{DeviceAddr, DeviceComm, DeviceMemory, HostCommExt, HostReduceOp, OpKind, ReduceOp, Support};
+
+use comm_kernels::pattern::Pattern;
+
+use crate::bench::data::{Segment, pattern};
+use crate::bench::norm;
+use crate::bench::operands::{Operands, ROOT, query};
+use crate::bench::plan::{BenchJob, Case};
+use crate::bench::row::{Row, Timing};
+use crate::bench::sizes::human;
+use crate::bench::stats::{median, percentile};
+use crate::device::Device;
+use crate::events::Event;
+use crate::rank::RankContext;
+
+/// Runs the job's cases; rank 0 reports the rows.
+///
+/// # Errors
+/// The first failure; the other ranks' waits then end too.
+pub fn run(job: &BenchJob, context: &RankContext) -> Result<()> {
+    let device = context.open_device(&job.backend)?;
+    let comm = context.create(&job.backend, device.memory())?;
+    let bench = Bench { job, context, device: &*device, comm: &comm };
+    for (number, case) in job.cases(context.host.size()).into_iter().enumerate() {
+        context.events.phase(format!("{} {}", case.op, human(case.bytes)));
+        let row = bench
+            .case(number as u64, case)
+            .with_context(|| format!("{} of {}", case.op, human(case.bytes)))?;
+        if context.host.rank() == 0 {
+            context.events.emit(Event::Row(Box::new(row)));
+        }
+    }
+    context.events.phase("closing");
+    comm.close()?;
+    Ok(())
+}
+
+/// What the rows of a job share.
+pub struct Bench<'a> {
+    /// The job.
+    pub job: &'a BenchJob,
+    /// This rank.
+    pub context: &'a RankContext,
+    /// Its device.
+    pub device: &'a dyn Device,
+    /// Its end of the communicator.
+    pub comm: &'a Arc<dyn DeviceComm>,
+}
+
+impl Bench<'_> {
+    fn case(&self, number: u64, case: Case) -> Result<Row> {
+        let mut row = self.row(&case);
+        let world = self.comm.size();
+        if let Support::No { reason } =
+            self.comm.supports(&query(&case, world, self.job.dtype, self.job.redop))
+        {
+            row.skipped = Some(reason);
+            return Ok(row);
+        }
+        if case.norm.is_some() {
+            norm::measure(self, number, &case, &mut row)?;
+            return Ok(row);
+        }
+        let redop = if case.op.reduces() { self.job.redop } else { ReduceOp::Sum };
+        let operands = Operands::new(case, self.comm.rank(), world, redop);
+        let data = |form: u64| pattern(number << 1 | form, case.op.reduces().then_some(redop), world);
+        row.out_of_place = Some(self.out_of_place(&operands, &data(0), &case)?);
+        if let Some(places) = operands.in_place {
+            row.in_place = Some(self.in_place(&operands, places, &data(1), &case)?);
+        }
+        Ok(row)
+    }
+
+    fn row(&self, case: &Case) -> Row {
+        let rooted = matches!(case.op, OpKind::Broadcast | OpKind::Reduce);
+        Row {
+            op: case.op.name().to_owned(),
+            backend: self.comm.info().backend.to_string(),
+            dtype: self.job.dtype.name().to_owned(),
+            redop: case.op.reduces().then(|| self.job.redop.name().to_owned()),
+            root: rooted.then_some(ROOT),
+            world: self.comm.size(),
+            graph: self.job.effort.graph
+                && matches!(self.device.memory().kind(), comm_core::MemoryKind::Cuda { .. }),
+            bytes: case.bytes,
+            count: case.count as u64,
+            norm: case.norm,
+            out_of_place: None,
+            in_place: None,
+            skipped: None,
+        }
+    }
+
+    fn out_of_place(&self, operands: &Operands, data: &Pattern, case: &Case) -> Result<Timing> {
+        let dtype = self.job.dtype;
+        let size = dtype.size();
+        let memory = self.device.memory();
+        let send = Buffer::new(memory, operands.send_count * size)?;
+        let recv = Buffer::new(memory, operands.recv_count * size)?;
+        // SAFETY: `Operands` sized both buffers; they outlive the work, which `verify` and `time` wait for.
+        let mut issue =
+            || unsafe { operands.issue(&**self.comm, send.addr, recv.addr, dtype, memory.stream()) };
+        // SAFETY: the segments are inside the buffers that were sized by the same operands.
+        unsafe {
+            self.device.poison(recv.addr, recv.bytes)?;
+            self.device.fill(send.addr, data, dtype, &operands.input())?;
+        }
+        issue()?;
+        let mut wrong = self.verify(recv.addr, data, &operands.output())?;
+        // The timed operations are verified too: they write into poisoned memory, from an input that must not have changed.
+        // SAFETY: as above; `verify` has waited for the operation.
+        unsafe { self.device.poison(recv.addr, recv.bytes)? };
+        let samples = self.device.time(&*self.context.host, &self.job.effort, case.bytes, &mut issue)?;
+        wrong += self.verify(recv.addr, data, &operands.output())?;
+        wrong += self.verify(send.addr, data, &[operands.input()])?;
+        self.timing(case, &samples.means, &samples.singles, wrong)
+    }
+
+    fn in_place(
+        &self,
+        operands: &Operands,
+        places: (usize, usize),
+        data: &Pattern,
+        case: &Case,
+    ) -> Result<Timing> {
+        let dtype = self.job.dtype;
+        let size = dtype.size();
+        let memory = self.device.memory();
+        let elements = (places.0 + operands.send_count).max(places.1 + operands.recv_count);
+        let both = Buffer::new(memory, elements * size)?;
+        let (send, recv) =
+            (both.addr.offset((places.0 * size) as u64), both.addr.offset((places.1 * size) as u64));
+        let input = Segment { offset: places.0, ..operands.input() };
+        let output: Vec<Segment> = operands
+            .output()
+            .iter()
+            .map(|part| Segment { offset: part.offset + places.1, ..*part })
+            .collect();
+        // SAFETY: the buffer spans both operands; it outlives the work, which `verify` and `time` wait for.
+        let mut issue = || unsafe { operands.issue(&**self.comm, send, recv, dtype, memory.stream()) };
+        // SAFETY: the segments are inside the buffer.
+        unsafe {
+            self.device.poison(both.addr, both.bytes)?;
+            self.device.fill(both.addr, data, dtype, &input)?;
+        }
+        issue()?;
+        let wrong = self.verify(both.addr, data, &output)?;
+        let samples = self.device.time(&*self.context.host, &self.job.effort, case.bytes, &mut issue)?;
+        self.timing(case, &samples.means, &samples.singles, wrong)
+    }
+
+    fn verify(&self, buffer: DeviceAddr, data: &Pattern, segments: &[Segment]) -> Result<u64> {
+        self.device.memory().synchronize()?;
+        self.comm.poll()?;
+        let mut wrong = 0;
+        for segment in segments {
+            // SAFETY: the segments are inside the buffer that was sized for them; the work on it has ended.
+            wrong += unsafe { self.device.wrong(buffer, data, self.job.dtype, segment)? };
+        }
+        Ok(wrong)
+    }
+
+    /// The slowest rank's times and all ranks' wrong elements.
+    ///
+    /// # Errors
+    /// The host communicator's.
+    pub fn timing(&self, case: &Case, means: &[f64], singles: &[f64], wrong: u64) -> Result<Timing> {
+        let host = &*self.context.host;
+        let mine = [
+            median(means).unwrap_or(f64::NAN),
+            percentile(singles, 50.0).unwrap_or(f64::NAN),
+            percentile(singles, 99.0).unwrap_or(f64::NAN),
+        ];
+        let slowest = host.all_reduce(&mine, HostReduceOp::Max)?;
+        let wrong = host.all_reduce(&[wrong], HostReduceOp::Sum)?[0];
+        Ok(Timing::new(case.op, host.size(), case.bytes, slowest[0], slowest[1], slowest[2], wrong))
+    }
+}
+
+/// Device memory that goes back when it is dropped.
+pub struct Buffer<'a> {
+    memory: &'a dyn DeviceMemory,
+    /// Its first byte.
+    pub addr: DeviceAddr,
+    /// Its length.
+    pub bytes: usize,
+}
+
+impl<'a> Buffer<'a> {
+    /// # Errors
+    /// When the memory is not to be had.
+    pub fn new(memory: &'a dyn DeviceMemory, bytes: usize) -> Result<Self> {
+        let addr = memory.allocate(bytes).with_context(|| format!("allocating {}", human(bytes as u64)))?;
+        Ok(Self { memory, addr, bytes })
+    }
+}
+
+impl Drop for Buffer<'_> {
+    fn drop(&mut self) {
+        // Work that still uses the buffer must end first; where it cannot, the memory goes with the process.
+        if self.memory.synchronize().is_ok() {
+            // SAFETY: the stream's work, which alone could use the buffer, has ended.
+            let _ = unsafe { self.memory.free(self.addr) };
+        }
+    }
+}

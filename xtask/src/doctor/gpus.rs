@@ -1,0 +1,120 @@
+//! GPUs, driver, links and peer access, as NVML tells them.
+
+use nvml_wrapper::enum_wrappers::nv_link::Capability;
+use nvml_wrapper::enums::device::DeviceArchitecture;
+use nvml_wrapper::{Device, Nvml};
+
+use crate::bench::human;
+use crate::doctor::Findings;
+
+/// Links that NVML numbers, at most.
+const MOST_LINKS: u32 = 18;
+
+/// Looks at the GPUs.
+pub fn look(findings: &mut Findings) {
+    findings.section("GPUs");
+    let nvml = match Nvml::init() {
+        Ok(nvml) => nvml,
+        Err(error) => {
+            findings.missing(
+                "NVIDIA driver",
+                error,
+                "GPUs: install NVIDIA's driver (580 or later for CUDA 13); without it everything runs on host memory",
+            );
+            return;
+        }
+    };
+    findings.fact("driver", nvml.sys_driver_version().unwrap_or_else(|error| error.to_string()));
+    match nvml.sys_cuda_driver_version() {
+        Ok(version) => {
+            findings.fact("CUDA of the driver", format!("{}.{}", version / 1000, version % 1000 / 10))
+        }
+        Err(error) => findings.fact("CUDA of the driver", error),
+    }
+    let count = nvml.device_count().unwrap_or(0);
+    if count == 0 {
+        findings.missing(
+            "GPUs",
+            "the driver has none",
+            "GPUs: none is visible to the driver; see nvidia-smi",
+        );
+        return;
+    }
+    let devices: Vec<Device<'_>> = (0..count).filter_map(|index| nvml.device_by_index(index).ok()).collect();
+    for (index, device) in devices.iter().enumerate() {
+        findings.line(describe(index, device));
+    }
+    links(findings, &devices);
+    peers(findings, &nvml, &devices);
+}
+
+fn describe(index: usize, device: &Device<'_>) -> String {
+    let text =
+        |result: Result<String, nvml_wrapper::error::NvmlError>| result.unwrap_or_else(|e| format!("({e})"));
+    let memory = device.memory_info().map_or_else(|e| e.to_string(), |memory| human(memory.total));
+    let capability = device
+        .cuda_compute_capability()
+        .map_or_else(|_| "?".to_owned(), |capability| format!("{}.{}", capability.major, capability.minor));
+    let architecture = device.architecture().unwrap_or(DeviceArchitecture::Unknown);
+    let bus = device.pci_info().map_or_else(|e| e.to_string(), |pci| pci.bus_id);
+    format!(
+        "{index}: {} ({architecture:?}, {capability}), {memory}, {bus}, {}",
+        text(device.name()),
+        text(device.uuid())
+    )
+}
+
+/// Active NVLinks from each GPU to each other one, or to the switch.
+fn links(findings: &mut Findings, devices: &[Device<'_>]) {
+    let buses: Vec<Option<String>> =
+        devices.iter().map(|device| device.pci_info().ok().map(|pci| pci.bus_id.to_lowercase())).collect();
+    let mut matrix = vec![vec![0_u32; devices.len()]; devices.len()];
+    let (mut to_switch, mut peer_access) = (vec![0_u32; devices.len()], false);
+    for (from, device) in devices.iter().enumerate() {
+        for number in 0..MOST_LINKS {
+            let link = device.link_wrapper_for(number);
+            if !link.is_active().unwrap_or(false) {
+                continue;
+            }
+            peer_access |= link.has_capability(Capability::P2p).unwrap_or(false);
+            let remote = link.remote_pci_info().ok().map(|pci| pci.bus_id.to_lowercase());
+            match buses.iter().position(|bus| bus.is_some() && *bus == remote) {
+                Some(to) => matrix[from][to] += 1,
+                None => to_switch[from] += 1,
+            }
+        }
+    }
+    if to_switch.iter().all(|&n| n == 0) && matrix.iter().flatten().all(|&n| n == 0) {
+        findings.fact("NVLink", "none; GPUs talk over PCIe");
+        return;
+    }
+    findings.fact("NVLink peer access", if peer_access { "yes" } else { "no" });
+    findings.line("NVLinks from each GPU (row) to each GPU, and to a switch:");
+    for (from, row) in matrix.iter().enumerate() {
+        let cells: Vec<String> = row.iter().map(|n| format!("{n:>3}")).collect();
+        findings.line(format!("  {from}: {}   switch {}", cells.join(" "), to_switch[from]));
+    }
+    let meshed = to_switch.iter().all(|&n| n > 0)
+        || (0..devices.len()).all(|a| (0..devices.len()).all(|b| a == b || matrix[a][b] > 0));
+    findings.fact("mesh", if meshed { "fully connected" } else { "not fully connected" });
+}
+
+/// How each pair of GPUs is connected below NVLink.
+fn peers(findings: &mut Findings, nvml: &Nvml, devices: &[Device<'_>]) {
+    if devices.len() < 2 {
+        return;
+    }
+    findings.line("nearest common ancestor of each pair of GPUs on PCIe:");
+    for (a, device) in devices.iter().enumerate() {
+        let level_to = |b: u32| device.topology_common_ancestor(nvml.device_by_index(b)?);
+        let cells: Vec<String> = (0_u32..)
+            .take(devices.len())
+            .map(|b| match (a == b as usize, level_to(b)) {
+                (true, _) => "-".to_owned(),
+                (_, Ok(level)) => format!("{level:?}"),
+                (_, Err(_)) => "?".to_owned(),
+            })
+            .collect();
+        findings.line(format!("  {a}: {}", cells.join(" ")));
+    }
+}

@@ -1,0 +1,122 @@
+//! Libraries, the compiler and the compiled kernels: where they were found, and in which version.
+
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use comm_kernels::locate::KernelSet;
+use comm_nccl::NcclLibrary;
+
+use crate::doctor::Findings;
+
+/// The longest that a program is given to tell its version.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Looks for them.
+pub fn look(findings: &mut Findings) {
+    findings.section("Libraries and tools");
+    match comm_kernels::driver::version() {
+        Ok((major, minor)) => findings.fact("libcuda.so.1", format!("CUDA {major}.{minor}")),
+        Err(error) => {
+            findings.missing("libcuda.so.1", error, "CUDA: libcuda.so.1 comes with NVIDIA's driver");
+        }
+    }
+    match NcclLibrary::load() {
+        Ok(library) => {
+            findings.fact("NCCL", format!("{} at {}", library.version(), library.path().display()));
+        }
+        Err(error) => findings.missing(
+            "NCCL",
+            error,
+            "NCCL: `pip install nvidia-nccl-cu13`, or name a libnccl.so.2 in COMM_NCCL_LIBRARY",
+        ),
+    }
+    let site = python_site_packages();
+    let optional = [
+        ("NVSHMEM", "libnvshmem_host.so.3", "nvidia/nvshmem/lib", "pip install nvidia-nvshmem-cu13"),
+        ("CUDA runtime", "libcudart.so.13", "nvidia/cu13/lib", "pip install nvidia-cuda-runtime"),
+    ];
+    for (name, file, folder, how) in optional {
+        match find_library(file, folder, &site) {
+            Some(place) => findings.fact(name, place),
+            // Nothing in the workspace needs them, so their absence is no gap.
+            None => findings.fact(name, format!("not found ({how}); nothing here needs it")),
+        }
+    }
+    compiler(findings);
+    match KernelSet::locate() {
+        Ok(set) => findings.fact("compiled kernels", set.origin()),
+        Err(error) => {
+            findings.missing("compiled kernels", error, "kernels: `cargo xtask kernels` compiles them")
+        }
+    }
+}
+
+fn compiler(findings: &mut Findings) {
+    let named = std::env::var_os("NVCC").map(PathBuf::from);
+    let in_home = ["CUDA_HOME", "CUDA_PATH"]
+        .iter()
+        .filter_map(std::env::var_os)
+        .map(|home| PathBuf::from(home).join("bin/nvcc"));
+    let mut candidates: Vec<PathBuf> = named.into_iter().chain(in_home).collect();
+    candidates.extend(["nvcc", "/usr/local/cuda/bin/nvcc"].map(PathBuf::from));
+    for nvcc in candidates {
+        if let Some(text) = output_of(Command::new(&nvcc).arg("--version")) {
+            let version = text.lines().find(|line| line.contains("release")).unwrap_or("").trim().to_owned();
+            findings.fact("nvcc", format!("{} ({version})", nvcc.display()));
+            return;
+        }
+    }
+    findings.fact("nvcc", "not found; `cargo xtask kernels` installs it into the target folder");
+    if output_of(Command::new("python3").args(["-m", "pip", "--version"])).is_none() {
+        findings.missing(
+            "python3 with pip",
+            "it does not run",
+            "nvcc: install python3 and pip, or a CUDA toolkit",
+        );
+    }
+    if output_of(Command::new("g++").arg("--version")).is_none() {
+        findings.missing("g++", "it does not run", "nvcc: install g++, which it compiles host code with");
+    }
+}
+
+/// Where the loader, or else a Python environment, has the library.
+fn find_library(file: &str, folder: &str, site: &[PathBuf]) -> Option<String> {
+    // SAFETY: these are NVIDIA's own libraries, whose initialisers do nothing but set up their own state.
+    if unsafe { libloading::Library::new(file) }.is_ok() {
+        return Some(format!("{file} on the loader's path"));
+    }
+    site.iter()
+        .map(|site| site.join(folder).join(file))
+        .find(|path| path.exists())
+        .map(|path| path.display().to_string())
+}
+
+fn python_site_packages() -> Vec<PathBuf> {
+    let script =
+        "import site,sysconfig;print('\\n'.join([sysconfig.get_path('purelib'),*site.getsitepackages()]))";
+    let text = output_of(Command::new("python3").args(["-c", script])).unwrap_or_default();
+    text.lines().map(PathBuf::from).collect()
+}
+
+/// What a program prints, if it ends well and in time.
+fn output_of(command: &mut Command) -> Option<String> {
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().ok()?;
+    let give_up = Instant::now() + PATIENCE;
+    loop {
+        match child.try_wait() {
+            // Versions fit into a pipe's buffer, so nothing need be read before the end.
+            Ok(Some(status)) => {
+                let mut text = String::new();
+                let read = std::io::Read::read_to_string(&mut child.stdout.take()?, &mut text);
+                return (status.success() && read.is_ok()).then_some(text);
+            }
+            Ok(None) if Instant::now() < give_up => std::thread::sleep(Duration::from_millis(5)),
+            _ => {
+                let _ = child.kill();
+                let _ = child.wait();
+                return None;
+            }
+        }
+    }
+}

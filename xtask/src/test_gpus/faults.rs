@@ -1,0 +1,165 @@
+//! The fault tests: for each fault a world of ranks, the fault, and the verdict on what the ranks saw.
+
+use std::time::Duration;
+
+use anyhow::Result;
+
+use crate::events::{CaseResult, Event};
+use crate::job;
+use crate::launch::{Exit, Fault, FaultKind, LaunchReport, Mode};
+use crate::rank::{FaultJob, GOES_ON, Job};
+use crate::signal;
+use crate::tally::Tally;
+use crate::test_gpus::verdict::{Evidence, Seen, judge};
+use crate::test_gpus::{TestGpusArgs, World, report, selected};
+
+/// The communicator's timeout in fault tests.
+const TIMEOUT: Duration = Duration::from_secs(3);
+/// The timeout of the ranks' own meeting, which includes starting on their GPUs.
+const MEETING: Duration = Duration::from_secs(60);
+
+/// Runs every fault that fits the world, `--repeat` times each.
+///
+/// # Errors
+/// When ranks cannot be started.
+pub fn run(
+    args: &TestGpusArgs,
+    faults: &Option<Vec<Fault>>,
+    world: &World,
+    gpus: &[String],
+    tally: &mut Tally,
+) -> Result<()> {
+    if world.size < 2 {
+        return Ok(());
+    }
+    for fault in faults.clone().unwrap_or_else(|| standard(world.size)) {
+        for case in ["eager", "graph"] {
+            if fault.case.as_deref().is_some_and(|only| only != case) {
+                continue;
+            }
+            let name = format!("{} fault/{}:{}@{case}", world.name(), fault.kind.name(), fault.rank);
+            if !selected(args, &name) {
+                continue;
+            }
+            if let Some(reason) = does_not_fit(&fault, world, case == "graph") {
+                // Only what was asked for by name is worth a line; the standard set is simply what fits.
+                if faults.is_some() {
+                    report(tally, &name, &CaseResult::Skipped(reason));
+                }
+                continue;
+            }
+            for run in 1..=args.repeat {
+                if signal::interrupted() {
+                    return Ok(());
+                }
+                let name = if args.repeat > 1 { format!("{name} #{run}") } else { name.clone() };
+                let result = one(&fault, case == "graph", world, gpus)?;
+                report(tally, &name, &result);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The last rank and rank 0, whose process relays the host communicator's calls, by turns.
+fn standard(world: usize) -> Vec<Fault> {
+    let hit = |kind, rank| Fault { kind, rank, case: None };
+    let mut faults: Vec<Fault> = FaultKind::ALL.into_iter().map(|kind| hit(kind, world - 1)).collect();
+    faults.push(hit(FaultKind::Kill, 0));
+    faults.push(hit(FaultKind::Stop, 0));
+    faults
+}
+
+fn does_not_fit(fault: &Fault, world: &World, graph: bool) -> Option<String> {
+    if fault.rank >= world.size {
+        return Some(format!("there is no rank {}", fault.rank));
+    }
+    if fault.kind.is_signal() && world.mode == Mode::Threads {
+        return Some("a signal would hit all threads".into());
+    }
+    if fault.kind == FaultKind::CudaError && !world.backend.on_gpus {
+        return Some("host memory has no device that could fail".into());
+    }
+    if fault.kind == FaultKind::CudaError && world.mode == Mode::Threads {
+        return Some("a CUDA error that stays may hit every GPU of the process".into());
+    }
+    (graph && !world.backend.on_gpus).then(|| "host memory has no graphs".into())
+}
+
+fn one(fault: &Fault, graph: bool, world: &World, gpus: &[String]) -> Result<CaseResult> {
+    let job = Job::Fault(FaultJob {
+        backend: world.backend.name.into(),
+        fault: fault.clone(),
+        graph,
+        timeout: TIMEOUT,
+    });
+    let spec = job::spec(world.size, world.mode, Duration::from_secs(180), MEETING)?;
+    let mut spec = spec.with_gpus(gpus, world.backend.on_gpus)?;
+    spec.fault = Some(fault.clone());
+    // Ranks complain about the fault, as they should; their words matter only when the verdict is bad.
+    let words = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+    spec.output = {
+        let words = std::sync::Arc::clone(&words);
+        std::sync::Arc::new(move |line: &str| {
+            words.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(line.to_owned());
+        })
+    };
+    let (mut seen, mut went_on) = (Vec::new(), Vec::new());
+    let outcome = job::launch_job(spec, &job, &mut |message| match &message.event {
+        Event::Failed { error, began, returned } => {
+            seen.push(Seen { rank: message.rank, error: error.clone(), began: *began, returned: *returned });
+        }
+        Event::Case { name, result } if name == GOES_ON => went_on.push((message.rank, result.clone())),
+        _ => {}
+    })?;
+    let evidence = Evidence {
+        fault,
+        graph,
+        world: world.size,
+        timeout: TIMEOUT,
+        fault_at: outcome.fault_at,
+        seen: &seen,
+        went_on: &went_on,
+    };
+    let mut problems = judge(&evidence);
+    problems.extend(bad_ends(&outcome, fault, world.mode));
+    if problems.is_empty() {
+        return Ok(CaseResult::Passed);
+    }
+    for line in words.lock().unwrap_or_else(std::sync::PoisonError::into_inner).iter() {
+        eprintln!("    {line}");
+    }
+    Ok(CaseResult::Failed(problems.join("; ")))
+}
+
+/// Survivors must have ended by themselves, and nothing may be left behind.
+fn bad_ends(outcome: &LaunchReport, fault: &Fault, mode: Mode) -> Vec<String> {
+    let mut problems: Vec<String> = outcome.leaks.iter().map(|leak| format!("left behind: {leak}")).collect();
+    if outcome.timed_out {
+        problems.push("time was up".into());
+    }
+    for (rank, end) in outcome.ranks.iter().enumerate() {
+        let hit = mode == Mode::Processes && rank == fault.rank;
+        if !hit && (end.exit != Exit::Code(0) || !end.done) {
+            problems.push(format!("rank {rank} ended with {:?} in: {}", end.exit, end.last_phase));
+        }
+    }
+    problems
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backends;
+
+    #[test]
+    fn only_faults_that_make_sense_are_run() {
+        let world = |name, mode| World { backend: backends::find(name).unwrap(), size: 2, mode };
+        let kill = Fault { kind: FaultKind::Kill, rank: 1, case: None };
+        assert!(does_not_fit(&kill, &world("nccl", Mode::Processes), true).is_none());
+        assert!(does_not_fit(&kill, &world("nccl", Mode::Threads), true).is_some());
+        assert!(does_not_fit(&kill, &world("host", Mode::Processes), true).is_some());
+        assert!(does_not_fit(&Fault { rank: 2, ..kill }, &world("host", Mode::Processes), false).is_some());
+        assert_eq!(standard(4).iter().filter(|fault| fault.rank == 0).count(), 2);
+    }
+}

@@ -1,0 +1,227 @@
+//! `cargo xtask test-gpus`: the conformance suite and the fault tests on worlds of ranks, and the GPU test programs that
+//! lie beside this one in a bundle.
+//!
+//! What cannot run says `SKIP` and why; `--require-gpus` turns that into a failure. Host-memory backends take part when
+//! they are named, so the same tests run where there is no GPU.
+
+mod faults;
+mod programs;
+mod verdict;
+
+use std::time::Duration;
+
+use anyhow::{Result, bail, ensure};
+use clap::Args;
+
+use crate::backends::{self, Backend};
+use crate::events::{CaseResult, Event};
+use crate::gpus;
+use crate::job;
+use crate::launch::{Fault, LaunchReport, Mode};
+use crate::rank::{ConformanceJob, Job};
+use crate::signal;
+use crate::tally::Tally;
+
+/// Options of `cargo xtask test-gpus`.
+#[derive(Args, Debug)]
+pub struct TestGpusArgs {
+    /// World sizes, comma separated.
+    #[arg(long, value_delimiter = ',', default_value = "2,4,8", value_name = "N,..")]
+    pub world: Vec<usize>,
+    /// Backends, comma separated.
+    #[arg(long, value_delimiter = ',', default_value = "nccl", value_name = "NAME,..")]
+    pub backend: Vec<String>,
+    /// How the ranks run, comma separated.
+    #[arg(long, value_delimiter = ',', default_value = "processes,threads")]
+    pub mode: Vec<Mode>,
+    /// Only tests whose name contains this, for example `conformance` or `fault/kill`. What follows the suite's name
+    /// selects its cases: `conformance/all_reduce`.
+    #[arg(long)]
+    pub filter: Option<String>,
+    /// Every world ends after this many seconds.
+    #[arg(long, default_value_t = 600)]
+    pub timeout: u64,
+    /// Fail, instead of skipping, when fewer GPUs are usable.
+    #[arg(long, value_name = "N")]
+    pub require_gpus: Option<usize>,
+    /// Run these faults only, each KIND:RANK or KIND:RANK@CASE, for example kill:1@graph; `none` for no fault tests.
+    #[arg(long, value_delimiter = ',', value_name = "FAULT,..")]
+    pub fault: Vec<String>,
+    /// Run every fault test this often; each run counts.
+    #[arg(long, default_value_t = 1)]
+    pub repeat: usize,
+    /// Fewer types and counts in the conformance suite.
+    #[arg(long)]
+    pub quick: bool,
+}
+
+/// A world to test.
+#[derive(Clone, Copy, Debug)]
+struct World {
+    backend: Backend,
+    size: usize,
+    mode: Mode,
+}
+
+impl World {
+    fn name(&self) -> String {
+        format!("{}/{}x{}", self.backend.name, self.mode.name(), self.size)
+    }
+}
+
+/// Runs the command and prints the tally as the last line.
+///
+/// # Errors
+/// When a test failed, too few GPUs are usable, or an argument makes no sense.
+pub fn run(args: &TestGpusArgs) -> Result<()> {
+    let tally = run_tests(args)?;
+    println!("{tally}");
+    ensure!(tally.failed == 0, "{} tests failed", tally.failed);
+    Ok(())
+}
+
+/// Runs the tests, each with a line of its own.
+///
+/// # Errors
+/// When an argument makes no sense, or too few GPUs are usable.
+pub fn run_tests(args: &TestGpusArgs) -> Result<Tally> {
+    ensure!(args.repeat > 0, "--repeat must be at least 1");
+    let gpus = gpus::visible();
+    let count = gpus.as_ref().map_or(0, Vec::len);
+    if let Some(needed) = args.require_gpus
+        && count < needed
+    {
+        let why = gpus.err().unwrap_or_else(|| format!("{count} are usable"));
+        bail!("{needed} GPUs are required: {why}");
+    }
+    let faults = parse_faults(&args.fault)?;
+    let mut worlds = Vec::new();
+    for name in &args.backend {
+        let backend = backends::find(name)?;
+        for &size in &args.world {
+            ensure!(size > 0, "a world needs at least one rank");
+            worlds.extend(args.mode.iter().map(|&mode| World { backend, size, mode }));
+        }
+    }
+    let mut tally = Tally::default();
+    for world in worlds {
+        if let Some(reason) = cannot_run(&world, &gpus) {
+            report(&mut tally, &world.name(), &CaseResult::Skipped(reason));
+            continue;
+        }
+        let available = gpus.as_deref().unwrap_or_default();
+        conformance(args, &world, available, &mut tally)?;
+        faults::run(args, &faults, &world, available, &mut tally)?;
+        if signal::interrupted() {
+            bail!("interrupted; {tally} so far");
+        }
+    }
+    programs::run(args, count, &mut tally)?;
+    Ok(tally)
+}
+
+fn cannot_run(world: &World, gpus: &Result<Vec<String>, String>) -> Option<String> {
+    if !world.backend.on_gpus {
+        return None;
+    }
+    match gpus {
+        Err(reason) => Some(reason.clone()),
+        Ok(gpus) if gpus.len() < world.size => {
+            Some(format!("{} ranks need {} GPUs; {} are usable", world.size, world.size, gpus.len()))
+        }
+        Ok(_) => {
+            backends::nccl_is_there().err().filter(|_| world.backend.name == "nccl").map(|e| format!("{e:#}"))
+        }
+    }
+}
+
+/// One line per test; a failure's reason and a skip's stand beside it.
+fn report(tally: &mut Tally, name: &str, result: &CaseResult) {
+    tally.count(result);
+    match result {
+        CaseResult::Passed => println!("ok   {name}"),
+        CaseResult::Failed(why) => println!("FAIL {name}: {why}"),
+        CaseResult::Skipped(why) => println!("SKIP {name}: {why}"),
+    }
+}
+
+fn selected(args: &TestGpusArgs, name: &str) -> bool {
+    args.filter.as_deref().is_none_or(|filter| name.contains(filter))
+}
+
+fn conformance(args: &TestGpusArgs, world: &World, gpus: &[String], tally: &mut Tally) -> Result<()> {
+    let name = format!("{} conformance", world.name());
+    // `conformance/all_reduce` runs the suite with its own filter `all_reduce`.
+    let (wanted, filter) = match args.filter.as_deref() {
+        Some(filter) => match filter.strip_prefix("conformance/") {
+            Some(cases) => (true, Some(cases.to_owned())),
+            None => (name.contains(filter), None),
+        },
+        None => (true, None),
+    };
+    if !wanted {
+        return Ok(());
+    }
+    let job =
+        Job::Conformance(ConformanceJob { backend: world.backend.name.into(), filter, quick: args.quick });
+    let timeout = Duration::from_secs(args.timeout);
+    let spec = job::spec(world.size, world.mode, timeout, Duration::from_secs(10))?;
+    let spec = spec.with_gpus(gpus, world.backend.on_gpus)?;
+    eprintln!("running {name} ...");
+    let mut cases = Tally::default();
+    let mut ran = 0;
+    let outcome = job::launch_job(spec, &job, &mut |message| {
+        if let Event::Case { name: case, result } = &message.event {
+            ran += 1;
+            if matches!(result, CaseResult::Passed) {
+                cases.count(result);
+            } else {
+                report(&mut cases, &format!("{name}/{case}"), result);
+            }
+        }
+    })?;
+    println!("{name}: {cases}");
+    *tally += cases;
+    if let Some(problem) = problem_of(&outcome, ran) {
+        report(tally, &name, &CaseResult::Failed(problem));
+    }
+    Ok(())
+}
+
+/// A job that ended badly, or that said nothing, is a failure even if no case of it failed.
+fn problem_of(outcome: &LaunchReport, ran: usize) -> Option<String> {
+    outcome.problem().or_else(|| (ran == 0).then(|| "no case ran".to_owned()))
+}
+
+/// `None` for the default set, an empty list for none.
+fn parse_faults(texts: &[String]) -> Result<Option<Vec<Fault>>> {
+    match texts {
+        [] => Ok(None),
+        [none] if none == "none" => Ok(Some(Vec::new())),
+        texts => texts.iter().map(|text| text.parse()).collect::<Result<Vec<Fault>>>().map(Some),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fault_lists_parse() {
+        assert!(parse_faults(&[]).unwrap().is_none());
+        assert!(parse_faults(&["none".into()]).unwrap().unwrap().is_empty());
+        assert_eq!(parse_faults(&["kill:1".into(), "stop:0@graph".into()]).unwrap().unwrap().len(), 2);
+        assert!(parse_faults(&["explode:1".into()]).is_err());
+    }
+
+    #[test]
+    fn worlds_larger_than_the_machine_are_skipped_with_the_reason() {
+        let nccl = backends::find("nccl").unwrap();
+        let world = World { backend: nccl, size: 4, mode: Mode::Threads };
+        assert!(cannot_run(&world, &Err("no driver".into())).unwrap().contains("no driver"));
+        assert!(cannot_run(&world, &Ok(vec!["0".into()])).unwrap().contains("1 are usable"));
+        let host = World { backend: backends::find("host").unwrap(), ..world };
+        assert!(cannot_run(&host, &Err("no driver".into())).is_none());
+        assert_eq!(host.name(), "host/threadsx4");
+    }
+}

@@ -1,0 +1,203 @@
+//! Whether what the ranks saw of a fault is what reliability asks for.
+
+use comm_core::CommError;
+use std::time::Duration;
+
+use crate::events::CaseResult;
+use crate::launch::{Fault, FaultKind};
+
+/// How soon a failure that can be noticed must be.
+const NOTICE: Duration = Duration::from_secs(1);
+/// How long after the timeout a timeout may be reported.
+const LATE: Duration = Duration::from_millis(500);
+/// A clock read on another thread or process, and one scheduling delay.
+const EARLY: Duration = Duration::from_millis(20);
+
+/// A failed call as a rank reported it. Times are `CLOCK_MONOTONIC` nanoseconds.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    /// The rank.
+    pub rank: usize,
+    /// The error.
+    pub error: CommError,
+    /// When the call began.
+    pub began: u64,
+    /// When it returned.
+    pub returned: u64,
+}
+
+/// Everything known about one run of a fault test.
+#[derive(Debug)]
+pub struct Evidence<'a> {
+    /// The fault.
+    pub fault: &'a Fault,
+    /// Whether it hit a replayed graph.
+    pub graph: bool,
+    /// Ranks.
+    pub world: usize,
+    /// The communicator's timeout.
+    pub timeout: Duration,
+    /// When the launcher brought the fault about, if it did.
+    pub fault_at: Option<u64>,
+    /// The failed calls.
+    pub seen: &'a [Seen],
+    /// For each rank that reported it, whether it could make a new communicator.
+    pub went_on: &'a [(usize, CaseResult)],
+}
+
+/// What is wrong, one line each; empty when all is as it should be.
+pub fn judge(evidence: &Evidence<'_>) -> Vec<String> {
+    let mut problems = Vec::new();
+    for rank in 0..evidence.world {
+        let seen = evidence.seen.iter().find(|seen| seen.rank == rank);
+        if rank == evidence.fault.rank {
+            if let Err(problem) = judge_hit(evidence.fault.kind, seen) {
+                problems.push(format!("rank {rank} (hit): {problem}"));
+            }
+            continue;
+        }
+        match seen {
+            None => problems.push(format!("rank {rank} reported no failure")),
+            Some(seen) => {
+                if let Err(problem) = judge_survivor(evidence, seen) {
+                    problems.push(format!("rank {rank}: {problem}"));
+                }
+            }
+        }
+        match evidence.went_on.iter().find(|(other, _)| *other == rank) {
+            Some((_, CaseResult::Passed)) => {}
+            Some((_, other)) => problems.push(format!("rank {rank} could not go on: {other:?}")),
+            None => problems.push(format!("rank {rank} did not try to make a new communicator")),
+        }
+    }
+    problems
+}
+
+fn judge_hit(kind: FaultKind, seen: Option<&Seen>) -> Result<(), String> {
+    match (kind, seen.map(|seen| &seen.error)) {
+        (FaultKind::Abort, Some(CommError::Aborted { .. }))
+        | (FaultKind::CudaError, Some(CommError::Cuda { .. }))
+        | (FaultKind::Kill | FaultKind::Stop | FaultKind::Late, None) => Ok(()),
+        (FaultKind::Kill | FaultKind::Stop | FaultKind::Late, Some(error)) => {
+            Err(format!("reported {error}, before the fault"))
+        }
+        (_, Some(error)) => Err(format!("reported: {error}")),
+        (_, None) => Err("reported nothing".into()),
+    }
+}
+
+fn judge_survivor(evidence: &Evidence<'_>, seen: &Seen) -> Result<(), String> {
+    let culprit = evidence.fault.rank;
+    let error = &seen.error;
+    let since = |start: u64| Duration::from_nanos(seen.returned.saturating_sub(start));
+    match evidence.fault.kind {
+        FaultKind::Kill => {
+            let CommError::PeerDied { rank, .. } = error else {
+                return Err(format!("not PeerDied: {error}"));
+            };
+            if *rank != culprit {
+                return Err(format!("blamed rank {rank}: {error}"));
+            }
+            let at = evidence.fault_at.ok_or("the fault did not happen")?;
+            // Kernels of a graph leave by an abort that may take up to the communicator's timeout.
+            let limit = if evidence.graph { evidence.timeout + LATE } else { NOTICE };
+            within(since(at), limit)
+        }
+        FaultKind::Stop | FaultKind::Late => {
+            let CommError::Timeout { missing, .. } = error else {
+                return Err(format!("not Timeout: {error}"));
+            };
+            if !missing.contains(&culprit) {
+                return Err(format!("rank {culprit} is not among the missing: {error}"));
+            }
+            let waited = since(seen.began);
+            if waited + EARLY < evidence.timeout {
+                return Err(format!("gave up after {waited:?}, before the timeout"));
+            }
+            within(waited, evidence.timeout + LATE)
+        }
+        FaultKind::CudaError | FaultKind::Abort => {
+            let CommError::PeerFailed { rank, .. } = error else {
+                return Err(format!("not PeerFailed: {error}"));
+            };
+            if *rank != culprit {
+                return Err(format!("blamed rank {rank}: {error}"));
+            }
+            let hit = evidence.seen.iter().find(|other| other.rank == culprit);
+            within(since(hit.ok_or("the hit rank reported nothing")?.returned), NOTICE)
+        }
+    }
+}
+
+fn within(took: Duration, limit: Duration) -> Result<(), String> {
+    if took <= limit { Ok(()) } else { Err(format!("took {took:?}, more than {limit:?}")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use comm_core::{CallSite, OpKind};
+
+    const MS: u64 = 1_000_000;
+
+    fn at() -> CallSite {
+        CallSite::new("world", OpKind::AllReduce, 7)
+    }
+
+    fn seen(rank: usize, error: CommError, began: u64, returned: u64) -> Seen {
+        Seen { rank, error, began: began * MS, returned: returned * MS }
+    }
+
+    fn problems(kind: FaultKind, seen: &[Seen], went_on: CaseResult) -> Vec<String> {
+        let fault = Fault { kind, rank: 1, case: None };
+        judge(&Evidence {
+            fault: &fault,
+            graph: false,
+            world: 2,
+            timeout: Duration::from_secs(3),
+            fault_at: kind.is_signal().then_some(1000 * MS),
+            seen,
+            went_on: &[(0, went_on)],
+        })
+    }
+
+    #[test]
+    fn a_death_must_be_blamed_on_the_dead_in_time() {
+        let died = |rank, returned| [seen(0, CommError::PeerDied { at: at(), rank }, 990, returned)];
+        assert!(problems(FaultKind::Kill, &died(1, 1800), CaseResult::Passed).is_empty());
+        assert!(problems(FaultKind::Kill, &died(1, 2100), CaseResult::Passed)[0].contains("more than"));
+        assert!(problems(FaultKind::Kill, &died(0, 1800), CaseResult::Passed)[0].contains("blamed rank 0"));
+        assert!(problems(FaultKind::Kill, &[], CaseResult::Passed)[0].contains("no failure"));
+        let stuck = CaseResult::Failed("no".into());
+        assert!(problems(FaultKind::Kill, &died(1, 1800), stuck)[0].contains("could not go on"));
+    }
+
+    #[test]
+    fn a_timeout_must_come_in_its_window() {
+        let timeout = |missing: &[usize], returned| {
+            let waited = Duration::from_secs(3);
+            [seen(0, CommError::Timeout { at: at(), missing: missing.to_vec(), waited }, 1000, returned)]
+        };
+        assert!(problems(FaultKind::Stop, &timeout(&[1], 4300), CaseResult::Passed).is_empty());
+        assert!(problems(FaultKind::Stop, &timeout(&[1], 4600), CaseResult::Passed)[0].contains("more than"));
+        assert!(
+            problems(FaultKind::Late, &timeout(&[1], 3000), CaseResult::Passed)[0]
+                .contains("before the timeout")
+        );
+        assert!(problems(FaultKind::Stop, &timeout(&[0], 4300), CaseResult::Passed)[0].contains("not among"));
+    }
+
+    #[test]
+    fn an_abort_is_seen_as_such_by_the_one_and_as_a_failure_by_the_others() {
+        let cause = Box::new(CommError::Aborted { at: at() });
+        let good = [
+            seen(1, CommError::Aborted { at: at() }, 1000, 1200),
+            seen(0, CommError::PeerFailed { at: at(), rank: 1, cause }, 1000, 1300),
+        ];
+        assert!(problems(FaultKind::Abort, &good, CaseResult::Passed).is_empty());
+        assert!(problems(FaultKind::Abort, &good[1..], CaseResult::Passed)[0].contains("reported nothing"));
+        let error = CommError::PeerDied { at: at(), rank: 1 };
+        let bad = [good[0].clone(), seen(0, error, 1000, 1300)];
+        assert!(problems(FaultKind::Abort, &bad, CaseResult::Passed)[0].contains("not PeerFailed"));
+    }
+}
