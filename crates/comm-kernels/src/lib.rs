@@ -3,6 +3,7 @@
 //!
 //! - [`Kernels`]: the launchers. Every launch is asynchronous and can be captured in a CUDA graph: it allocates
 //!   nothing and waits for nothing.
+//! - [`p2p`]: the launchers of kernels that reach into other ranks' memory.
 //! - [`pattern`]: the data that [`Kernels::fill`] and [`Kernels::verify`] make and check, on the host. No CUDA needed.
 //! - [`mod@reference`]: what the kernels should compute, slowly, on the host; for tests.
 //! - [`CudaMemory`], [`CapturedGraph`], [`EventTimer`]: memory, graphs and time for tests, benchmarks and examples.
@@ -21,6 +22,7 @@ pub mod locate;
 pub mod manifest;
 mod memory;
 pub mod module;
+pub mod p2p;
 pub mod pattern;
 pub mod reference;
 
