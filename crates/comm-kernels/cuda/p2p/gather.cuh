@@ -173,13 +173,15 @@ __device__ __forceinline__ void broadcast_packets(const Link& link, const char* 
     }
 }
 
-// Copies `bytes` bytes with one warp; `align` divides both addresses.
-__device__ __forceinline__ void warp_copy(char* to, const char* from, size_t bytes, uint32_t align) {
+// Copies `bytes` bytes with one warp, to `too` as well unless it is null; `align` divides all addresses.
+__device__ __forceinline__ void warp_copy(char* to, const char* from, size_t bytes, uint32_t align, char* too = nullptr) {
     const uint32_t lane = threadIdx.x & 31;
     if (align < 16) {
         for (size_t i = lane; i * 4 < bytes; i += 32) {
             const uint32_t n = bytes - i * 4 < 4 ? uint32_t(bytes - i * 4) : 4;
-            write_pack<1>(to + i * 4, read_pack<1, 1>(from + i * 4, n, align), n, align);
+            const Words<1> v = read_pack<1, 1>(from + i * 4, n, align);
+            write_pack<1>(to + i * 4, v, n, align);
+            if (too != nullptr) write_pack<1>(too + i * 4, v, n, align);
         }
         return;
     }
@@ -191,17 +193,26 @@ __device__ __forceinline__ void warp_copy(char* to, const char* from, size_t byt
         for (int u = 0; u < 8; u++) v[u] = read_wide<4>(from + (i + 32 * u) * 16);
 #pragma unroll
         for (int u = 0; u < 8; u++) store_pack(to + (i + 32 * u) * 16, v[u].w[0], v[u].w[1], v[u].w[2], v[u].w[3]);
+        if (too != nullptr) {
+#pragma unroll
+            for (int u = 0; u < 8; u++) write_wide(too + (i + 32 * u) * 16, v[u]);
+        }
     }
-    for (; i < packs; i += 32) write_wide(to + i * 16, read_wide<4>(from + i * 16));
+    for (; i < packs; i += 32) {
+        const Words<4> v = read_wide<4>(from + i * 16);
+        write_wide(to + i * 16, v);
+        if (too != nullptr) write_wide(too + i * 16, v);
+    }
     const uint32_t tail = bytes % 16;
-    if (lane == 0 && tail != 0) write_pack<1>(to + packs * 16, read_pack<1, 4>(from + packs * 16, tail, 16), tail, 16);
+    if (lane == 0 && tail != 0) {
+        const Words<4> v = read_pack<1, 4>(from + packs * 16, tail, 16);
+        write_pack<1>(to + packs * 16, v, tail, 16);
+        if (too != nullptr) write_pack<1>(too + packs * 16, v, tail, 16);
+    }
 }
 
 // Chunks that the warps deal out over the peers: fine enough that every peer is written to all the time.
-#ifndef DCHUNK
-#define DCHUNK 4096
-#endif
-constexpr size_t kDirectChunk = DCHUNK;
+constexpr size_t kDirectChunk = 4096;
 
 // One hop by stores into the peers' `recv`. Entry: a peer's buffer may be written once that peer has entered. Exit: a
 // rank leaves once everybody's stores to it are visible.
@@ -233,7 +244,7 @@ __device__ __forceinline__ void all_gather_direct(const Link& link, const char* 
 
 // Two hops by stores: the root writes slice i into relay i's `recv`, chunk by chunk, and raises a flag; the relay passes
 // each chunk on. CTA b of every rank handles the same chunks, so a flag per CTA is enough. `chunk`: bytes of one CTA
-// and slice between two flags, a multiple of 2048.
+// and slice between two flags, a multiple of kDirectChunk.
 //
 // The relay reads what the root wrote: the root's CTA barrier and release store, and the relay's acquiring load and CTA
 // barrier, order the two.
@@ -268,8 +279,7 @@ __device__ __forceinline__ void broadcast_direct(const Link& link, const char* s
                 size_t n;
                 const size_t at = span(i % (kWorld - 1), begin + i / (kWorld - 1) * kDirectChunk, n);
                 if (n == 0) continue;
-                warp_copy(recv.at[relay(i % (kWorld - 1))] + at, send + at, n, align);
-                if (recv.at[root] != send) warp_copy(recv.at[root] + at, send + at, n, align);
+                warp_copy(recv.at[relay(i % (kWorld - 1))] + at, send + at, n, align, recv.at[root] != send ? recv.at[root] + at : nullptr);
             }
             __syncthreads();
             if (threadIdx.x < kWorld && int(threadIdx.x) != root)

@@ -16,6 +16,7 @@ mod options;
 mod split;
 mod state;
 mod track;
+mod transfers;
 mod usage;
 mod vector;
 mod watchdog;
