@@ -8,6 +8,7 @@
 //! - [`mod@reference`]: what the kernels should compute, slowly, on the host; for tests.
 //! - [`CudaMemory`], [`CapturedGraph`], [`EventTimer`]: memory, graphs and time for tests, benchmarks and examples.
 //! - [`driver`]: whether there is a driver; call [`driver::probe`] before anything else that touches CUDA.
+//! - [`raw`]: driver calls that backends share.
 //! - [`locate`] and [`manifest`]: where compiled kernels come from. They are built by `cargo xtask kernels`; without
 //!   them this crate compiles, and using a kernel says what to do.
 //!
@@ -24,6 +25,7 @@ mod memory;
 pub mod module;
 pub mod p2p;
 pub mod pattern;
+pub mod raw;
 pub mod reference;
 
 pub use graph::{CapturedGraph, EventTimer};

@@ -91,7 +91,7 @@ impl Module {
         Ok(module)
     }
 
-    /// The kernel called `name`.
+    /// The kernel called `name`, its code loaded.
     ///
     /// # Errors
     /// [`CommError::Library`] when the module has no such kernel; [`CommError::Cuda`] otherwise.
@@ -106,6 +106,10 @@ impl Module {
                 },
                 code => driver::error("cuModuleGetFunction", code),
             })?;
+        // The driver would load the code at the first launch, and may wait for the device then, on which a kernel may be
+        // waiting for what this very thread is to launch next.
+        // SAFETY: the function belongs to a module that stays loaded.
+        unsafe { sys::cuFuncLoad(raw) }.result().map_err(driver::failed("cuFuncLoad"))?;
         Ok(Function { raw, name })
     }
 }
@@ -189,14 +193,5 @@ impl Function {
         }
         .result()
         .map_err(driver::failed("cuLaunchKernelEx"))
-    }
-
-    /// Has the driver load the kernel's code now instead of at its first launch. The context is current.
-    ///
-    /// # Errors
-    /// [`CommError::Cuda`].
-    pub fn preload(&self) -> Result<()> {
-        // SAFETY: the function belongs to a module that stays loaded.
-        unsafe { sys::cuFuncLoad(self.raw) }.result().map_err(driver::failed("cuFuncLoad"))
     }
 }

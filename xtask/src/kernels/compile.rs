@@ -34,9 +34,8 @@ impl<'a> Compiler<'a> {
         out: &Path,
         verbose: bool,
     ) -> anyhow::Result<Self> {
-        let mut flags: Vec<String> = ["--fatbin", "-std=c++17", "-O3", "-DNDEBUG", "-Xptxas=-v"]
-            .map(str::to_owned)
-            .to_vec();
+        let mut flags: Vec<String> =
+            ["--fatbin", "-std=c++17", "-O3", "-DNDEBUG", "-Xptxas=-v"].map(str::to_owned).to_vec();
         if nvcc.compresses() {
             flags.push("--compress-mode=size".to_owned());
         }

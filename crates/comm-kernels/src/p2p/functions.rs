@@ -63,10 +63,7 @@ pub(super) struct Functions {
 }
 
 impl Functions {
-    pub(super) fn load(
-        context: &std::sync::Arc<cudarc::driver::CudaContext>,
-        world: usize,
-    ) -> Result<Self> {
+    pub(super) fn load(context: &std::sync::Arc<cudarc::driver::CudaContext>, world: usize) -> Result<Self> {
         if !(2..=MAX_RANKS).contains(&world) {
             return Err(CommError::invalid(
                 "world",
@@ -78,7 +75,7 @@ impl Functions {
         let gather = Module::load(context, "p2p_gather")?;
         let norm = Module::load(context, "p2p_norm")?;
         let meet = Module::load(context, "p2p_meet")?;
-        let functions = Self {
+        Ok(Self {
             one_shot_packets: per_float!(reduce, world, "p2p_ar1_packet"),
             one_shot_lamport: per_float!(reduce, world, "p2p_ar1_lamport"),
             two_shot_packets: per_float!(reduce, world, "p2p_ar2_packet"),
@@ -95,34 +92,6 @@ impl Functions {
             broadcast_direct: gather.function(by_world!(world, "p2p_bc_direct"))?,
             barrier: meet.function(by_world!(world, "p2p_barrier"))?,
             pair: meet.function("p2p_pair")?,
-        };
-        functions.preload()?;
-        Ok(functions)
-    }
-
-    /// Has the driver load every kernel now. It would do so at a kernel's first launch, and may wait for the device
-    /// then, on which a kernel may be waiting for this very thread's rank.
-    fn preload(&self) -> Result<()> {
-        let floats = [
-            &self.one_shot_packets,
-            &self.one_shot_lamport,
-            &self.two_shot_packets,
-            &self.two_shot_lamport,
-            &self.reduce_scatter_lamport,
-            &self.all_reduce_cells,
-            &self.reduce_scatter_cells,
-            &self.norm_one_shot,
-            &self.norm_two_shot,
-        ];
-        let bytes = [
-            &self.all_gather_packets,
-            &self.all_gather_direct,
-            &self.broadcast_packets,
-            &self.broadcast_relayed,
-            &self.broadcast_direct,
-            &self.barrier,
-            &self.pair,
-        ];
-        floats.into_iter().flatten().chain(bytes).try_for_each(Function::preload)
+        })
     }
 }

@@ -63,7 +63,10 @@ impl P2pKernels {
         check_shape(shape, link.slot_packs.into())?;
         let packs = (args.hidden * args.dtype.size()).div_ceil(12);
         if packs > cluster as usize * block as usize {
-            return Err(CommError::invalid("shape", format!("{packs} packs a row, {cluster} x {block} threads")));
+            return Err(CommError::invalid(
+                "shape",
+                format!("{packs} packs a row, {cluster} x {block} threads"),
+            ));
         }
         let function = &self.functions.norm_one_shot[float_index(args.dtype)?];
         let args = NormArgs::new(args)?;
@@ -89,7 +92,10 @@ impl P2pKernels {
         check_shape(shape, link.slot_packs.into())?;
         let packs = (args.hidden * args.dtype.size()).div_ceil(16).div_ceil(self.world);
         if packs > shape.block as usize || !shape.block.is_multiple_of(32) {
-            return Err(CommError::invalid("shape", format!("{packs} packs a slice, {} threads", shape.block)));
+            return Err(CommError::invalid(
+                "shape",
+                format!("{packs} packs a slice, {} threads", shape.block),
+            ));
         }
         let function = &self.functions.norm_two_shot[float_index(args.dtype)?];
         let args = NormArgs::new(args)?;

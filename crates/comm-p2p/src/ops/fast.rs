@@ -1,0 +1,404 @@
+//! All-reduce, reduce-scatter, all-gather, broadcast, reduce, all-to-all and barrier.
+
+use comm_core::{DType, DeviceAddr, OpKind, ReduceOp, Result, StreamHandle, check};
+use comm_kernels::p2p::{Peers, Wire};
+
+use super::is_fast;
+use super::staged::{Staging, copy};
+use crate::comm::P2pComm;
+use crate::select::Plan;
+use crate::state::{Call, Channels};
+use crate::usage::Algorithm;
+
+/// The address `count` elements of `size` bytes on.
+fn at(addr: DeviceAddr, count: usize, size: usize) -> DeviceAddr {
+    addr.offset((count * size) as u64)
+}
+
+/// What every function here asks of its caller is `DeviceComm`'s safety contract.
+#[allow(clippy::missing_safety_doc, reason = "see above")]
+impl P2pComm {
+    pub(crate) unsafe fn do_all_reduce(
+        &self,
+        (send, recv): (DeviceAddr, DeviceAddr),
+        count: usize,
+        dtype: DType,
+        op: ReduceOp,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        const KIND: OpKind = OpKind::AllReduce;
+        let checked = check::same_size(send, recv, count, dtype);
+        self.compare(KIND, &checked, || {
+            format!("{count} {dtype} {op}{}", self.place(recv, count * dtype.size()))
+        })?;
+        let bytes = checked?;
+        let call = self.begin(KIND)?;
+        let Some(channels) = self.channels(bytes) else {
+            return self.local(call, send, recv, bytes, stream);
+        };
+        if !is_fast(dtype, op) {
+            self.stage_reduce(&call, channels, (send, recv), count, (dtype, op), None, stream)?;
+            call.finish(Algorithm::Staged);
+            return Ok(());
+        }
+        let limits = self.limits();
+        let found = call.owned.table.find(recv, bytes);
+        let Plan { algorithm, shape, .. } = limits.all_reduce(bytes, found.is_some());
+        let kernels = &channels.kernels;
+        match (algorithm, found) {
+            (Algorithm::OneShot, _) => {
+                let link = call.link(&channels.packet);
+                // SAFETY: here and below, the channels are live while the communicator is open, the plan is the same
+                // on all ranks, and the caller vouches for the operands.
+                call.fatal(unsafe {
+                    let wire = Wire::Packet;
+                    kernels.all_reduce_one_shot(&link, wire, (send, recv), count, dtype, shape, stream)
+                })?;
+            }
+            (Algorithm::Cells, Some(found)) => {
+                let link = call.link(&channels.cells);
+                // SAFETY: see above; `recv` lies in a region of all ranks.
+                call.fatal(unsafe {
+                    kernels.all_reduce_cells(&link, send, &found.peers, count, dtype, shape, stream)
+                })?;
+            }
+            (Algorithm::Staged, _) => {
+                self.stage_reduce(&call, channels, (send, recv), count, (dtype, op), None, stream)?;
+            }
+            _ => {
+                let link = call.link(&channels.lamport);
+                // SAFETY: see above.
+                call.fatal(unsafe {
+                    let wire = Wire::Lamport;
+                    kernels.all_reduce_two_shot(&link, wire, (send, recv), count, dtype, shape, stream)
+                })?;
+            }
+        }
+        call.finish(algorithm);
+        Ok(())
+    }
+
+    pub(crate) unsafe fn do_reduce(
+        &self,
+        (send, recv): (DeviceAddr, DeviceAddr),
+        count: usize,
+        (dtype, op): (DType, ReduceOp),
+        root: usize,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        const KIND: OpKind = OpKind::Reduce;
+        let checked = check::reduce(&self.shared().info, send, recv, count, dtype, root);
+        self.compare(KIND, &checked, || format!("{count} {dtype} {op} to {root}"))?;
+        let bytes = checked?;
+        let call = self.begin(KIND)?;
+        let Some(channels) = self.channels(bytes) else {
+            return self.local(call, send, recv, bytes, stream);
+        };
+        self.stage_reduce(&call, channels, (send, recv), count, (dtype, op), Some(root), stream)?;
+        call.finish(Algorithm::Staged);
+        Ok(())
+    }
+
+    fn stage_reduce(
+        &self,
+        call: &Call<'_>,
+        channels: &Channels,
+        (send, recv): (DeviceAddr, DeviceAddr),
+        count: usize,
+        (dtype, op): (DType, ReduceOp),
+        root: Option<usize>,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let (size, rank) = (dtype.size(), self.shared().info.rank);
+        let mut staging = Staging::new(call, channels, stream);
+        let most = staging.room(1, size) / size;
+        let mut done = 0;
+        while done < count {
+            let part = most.min(count - done);
+            staging.exchange(
+                |staging, own| staging.copy(at(send, done, size), own, part * size),
+                |staging, halves| match root {
+                    Some(root) if root != rank => Ok(()),
+                    _ => staging.reduce(halves, 0, at(recv, done, size), part, (dtype, op)),
+                },
+            )?;
+            done += part;
+        }
+        staging.finish()
+    }
+
+    pub(crate) unsafe fn do_reduce_scatter(
+        &self,
+        (send, recv): (DeviceAddr, DeviceAddr),
+        count: usize,
+        (dtype, op): (DType, ReduceOp),
+        stream: StreamHandle,
+    ) -> Result<()> {
+        const KIND: OpKind = OpKind::ReduceScatter;
+        let info = &self.shared().info;
+        let checked = check::reduce_scatter(info, send, recv, count, dtype);
+        self.compare(KIND, &checked, || format!("{count} {dtype} {op}"))?;
+        let part = checked?;
+        let call = self.begin(KIND)?;
+        let Some(channels) = self.channels(part) else {
+            return self.local(call, send, recv, part, stream);
+        };
+        let plan = self.limits().reduce_scatter(part);
+        if !is_fast(dtype, op) || plan.algorithm == Algorithm::Staged {
+            let counts = vec![count; info.size];
+            self.stage_reduce_scatter(&call, channels, (send, recv), &counts, (dtype, op), stream)?;
+            call.finish(Algorithm::Staged);
+            return Ok(());
+        }
+        let cells = plan.algorithm == Algorithm::Cells;
+        let link = call.link(if cells { &channels.cells } else { &channels.lamport });
+        // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks, and the
+        // caller vouches for the operands.
+        call.fatal(unsafe {
+            channels.kernels.reduce_scatter(&link, cells, (send, recv), count, dtype, plan.shape, stream)
+        })?;
+        call.finish(plan.algorithm);
+        Ok(())
+    }
+
+    /// `counts[r]` elements come to rank `r`, from parts laid end to end.
+    pub(super) fn stage_reduce_scatter(
+        &self,
+        call: &Call<'_>,
+        channels: &Channels,
+        (send, recv): (DeviceAddr, DeviceAddr),
+        counts: &[usize],
+        reduction: (DType, ReduceOp),
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let (size, rank) = (reduction.0.size(), self.shared().info.rank);
+        let mut staging = Staging::new(call, channels, stream);
+        let room = staging.room(counts.len(), size);
+        let most = room / size;
+        let longest = counts.iter().copied().max().unwrap_or(0);
+        let mut done = 0;
+        while done < longest {
+            let left = |to: usize| counts[to].saturating_sub(done).min(most);
+            staging.exchange(
+                |staging, own| {
+                    let mut begin = 0;
+                    for (to, &count) in counts.iter().enumerate() {
+                        let from = at(send, begin + done, size);
+                        staging.copy(from, own.offset((to * room) as u64), left(to) * size)?;
+                        begin += count;
+                    }
+                    Ok(())
+                },
+                |staging, halves| match left(rank) {
+                    0 => Ok(()),
+                    count => staging.reduce(halves, rank * room, at(recv, done, size), count, reduction),
+                },
+            )?;
+            done += most;
+        }
+        staging.finish()
+    }
+
+    pub(crate) unsafe fn do_all_gather(
+        &self,
+        (send, recv): (DeviceAddr, DeviceAddr),
+        count: usize,
+        dtype: DType,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        const KIND: OpKind = OpKind::AllGather;
+        let info = &self.shared().info;
+        let checked = check::all_gather(info, send, recv, count, dtype);
+        self.compare(KIND, &checked, || {
+            format!("{count} {dtype}{}", self.place(recv, count * dtype.size() * info.size))
+        })?;
+        let part = checked?;
+        let call = self.begin(KIND)?;
+        let Some(channels) = self.channels(part) else {
+            return self.local(call, send, recv, part, stream);
+        };
+        let found = call.owned.table.find(recv, part * info.size);
+        let Plan { algorithm, shape, .. } = self.limits().all_gather(part, found.is_some());
+        let link = call.link(&channels.packet);
+        match (algorithm, found) {
+            (Algorithm::Direct, Some(found)) => {
+                // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks,
+                // `recv` lies in a region of all ranks, and the caller vouches for the operands.
+                call.fatal(unsafe {
+                    channels.kernels.all_gather_direct(&link, send, &found.peers, part, shape, stream)
+                })?;
+            }
+            (Algorithm::Staged, _) => {
+                let parts = vec![part; info.size];
+                self.stage_all_gather(&call, channels, (send, recv), &parts, stream)?;
+            }
+            _ => {
+                // SAFETY: as above.
+                call.fatal(unsafe {
+                    channels.kernels.all_gather_packets(&link, (send, recv), part, shape, stream)
+                })?;
+            }
+        }
+        call.finish(algorithm);
+        Ok(())
+    }
+
+    pub(crate) unsafe fn do_broadcast(
+        &self,
+        (send, recv): (DeviceAddr, DeviceAddr),
+        count: usize,
+        dtype: DType,
+        root: usize,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        const KIND: OpKind = OpKind::Broadcast;
+        let info = &self.shared().info;
+        let checked = check::broadcast(info, send, recv, count, dtype, root);
+        self.compare(KIND, &checked, || {
+            format!("{count} {dtype} from {root}{}", self.place(recv, count * dtype.size()))
+        })?;
+        let bytes = checked?;
+        let call = self.begin(KIND)?;
+        let Some(channels) = self.channels(bytes) else {
+            return self.local(call, send, recv, bytes, stream);
+        };
+        let found = call.owned.table.find(recv, bytes);
+        let plan = self.limits().broadcast(bytes, found.is_some());
+        let kernels = &channels.kernels;
+        let link = call.link(&channels.packet);
+        match (plan.algorithm, found) {
+            (Algorithm::Direct, Some(found)) => {
+                let peers: Peers = found.peers;
+                // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks,
+                // `recv` lies in a region of all ranks, and the caller vouches for the operands.
+                call.fatal(unsafe {
+                    kernels.broadcast_direct(
+                        &link,
+                        send,
+                        &peers,
+                        bytes,
+                        (root, plan.chunk),
+                        plan.shape,
+                        stream,
+                    )
+                })?;
+            }
+            (Algorithm::Staged, _) => {
+                let mut staging = Staging::new(&call, channels, stream);
+                let most = staging.room(1, 1);
+                let mut done = 0;
+                while done < bytes {
+                    let part = most.min(bytes - done);
+                    let offset = done as u64;
+                    staging.exchange(
+                        |staging, own| match info.rank == root {
+                            true => staging.copy(send.offset(offset), own, part),
+                            false => Ok(()),
+                        },
+                        |staging, halves| staging.copy(halves[root], recv.offset(offset), part),
+                    )?;
+                    done += part;
+                }
+                staging.finish()?;
+            }
+            _ => {
+                let relayed = plan.algorithm == Algorithm::Relayed;
+                // Pieces of whole packs, so that all but the last keep the operands' alignment.
+                let most = kernels.broadcast_limit(relayed, plan.shape) / 48 * 48;
+                let most = usize::try_from(most).unwrap_or(usize::MAX).max(48);
+                let mut done = 0;
+                while done < bytes {
+                    let part = most.min(bytes - done);
+                    let operands = (send.offset(done as u64), recv.offset(done as u64));
+                    // SAFETY: as above.
+                    call.fatal(unsafe {
+                        kernels.broadcast_packets(&link, relayed, operands, part, root, plan.shape, stream)
+                    })?;
+                    done += part;
+                }
+            }
+        }
+        call.finish(plan.algorithm);
+        Ok(())
+    }
+
+    pub(crate) unsafe fn do_all_to_all(
+        &self,
+        (send, recv): (DeviceAddr, DeviceAddr),
+        count: usize,
+        dtype: DType,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        const KIND: OpKind = OpKind::AllToAll;
+        let info = &self.shared().info;
+        let checked = check::all_to_all(info, send, recv, count, dtype);
+        self.compare(KIND, &checked, || format!("{count} {dtype}"))?;
+        let part = checked?;
+        let call = self.begin(KIND)?;
+        let Some(channels) = self.channels(part) else {
+            return self.local(call, send, recv, part, stream);
+        };
+        let mut staging = Staging::new(&call, channels, stream);
+        let room = staging.room(info.size, 1);
+        let mut done = 0;
+        while done < part {
+            let length = room.min(part - done);
+            let place = |base: DeviceAddr, rank: usize| base.offset((rank * part + done) as u64);
+            staging.exchange(
+                |staging, own| {
+                    (0..info.size).filter(|&to| to != info.rank).try_for_each(|to| {
+                        staging.copy(place(send, to), own.offset((to * room) as u64), length)
+                    })
+                },
+                |staging, halves| {
+                    // Each rank begins with its next neighbour, so that they do not all read one rank's memory at once.
+                    (0..info.size).map(|turn| (info.rank + turn) % info.size).try_for_each(|from| {
+                        let source = match from == info.rank {
+                            true => place(send, from),
+                            false => halves[from].offset((info.rank * room) as u64),
+                        };
+                        staging.copy(source, place(recv, from), length)
+                    })
+                },
+            )?;
+            done += length;
+        }
+        staging.finish()?;
+        call.finish(Algorithm::Staged);
+        Ok(())
+    }
+
+    pub(crate) unsafe fn do_barrier(&self, stream: StreamHandle) -> Result<()> {
+        const KIND: OpKind = OpKind::Barrier;
+        self.compare(KIND, &Ok(()), String::new)?;
+        let call = self.begin(KIND)?;
+        let Some(channels) = &self.shared().channels else {
+            call.finish(Algorithm::Local);
+            return Ok(());
+        };
+        let link = call.link(&channels.barrier);
+        // SAFETY: the channel is live while the communicator is open; the caller vouches for the stream.
+        call.fatal(unsafe { channels.kernels.barrier(&link, stream) })?;
+        call.finish(Algorithm::Flags);
+        Ok(())
+    }
+
+    /// The channels, if there is something to exchange.
+    pub(super) fn channels(&self, bytes: usize) -> Option<&Channels> {
+        self.shared().channels.as_ref().filter(|_| bytes > 0)
+    }
+
+    /// One rank alone, or nothing at all: the result is what is sent.
+    pub(super) fn local(
+        &self,
+        call: Call<'_>,
+        send: DeviceAddr,
+        recv: DeviceAddr,
+        bytes: usize,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        copy(&call, send, recv, bytes, stream)?;
+        call.finish(Algorithm::Local);
+        Ok(())
+    }
+}
