@@ -27,7 +27,7 @@ fn run(world: usize, config: &Config) {
     };
     let report = run_threads(Arc::new(P2pFactory), world, memory, config);
     println!("world {world} {:?}: {report}", config.options);
-    assert!(report.passed(), "world {world}, {:?}", config.options);
+    assert!(report.is_success(), "world {world}, {:?}", config.options);
 }
 
 #[test]
