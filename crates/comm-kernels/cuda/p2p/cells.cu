@@ -1,12 +1,13 @@
 // Entry points for large buffers.
 //
 // p2p_arc_<dtype>_w<world>(link, send, peers, count): all-reduce; `peers.at[r]` is rank r's result buffer as mapped here.
-// p2p_arc2, p2p_rsc2: the same with two packs per thread, slice and chunk.
+// p2p_arc2, p2p_rsc2, p2p_arc4, p2p_rsc4: the same with two or four packs per thread, slice and chunk.
 // p2p_rsc_<dtype>_w<world>(link, send, recv, count): reduce-scatter; `count` elements a rank, nothing registered.
 //
 // `link` is the cells' channel: scratch of cells_bytes(world, ctas) bytes with flags set to `first_round - 1`; cells need
 // no initial value. Launch: one-dimensional, equal on all ranks, resident as a whole, 32 to 512 threads a CTA, at most
-// as many CTAs as the area has cells for. Two CTAs of 512 threads fit on an SM.
+// as many CTAs as the area has cells for. Two CTAs of 512 threads fit on an SM
+// (one of p2p_arc4 and p2p_rsc4).
 #include "cells.cuh"
 
 #define P2P_CELL_OPS(T, DTYPE, WORLD, SUFFIX, UNITS, CTAS_PER_SM)                                                      \
@@ -21,7 +22,8 @@
     }
 #define P2P_CELLS(T, DTYPE, WORLD)                                                                                     \
     P2P_CELL_OPS(T, DTYPE, WORLD, , 1, 2)                                                                              \
-    P2P_CELL_OPS(T, DTYPE, WORLD, 2, 2, 2)
+    P2P_CELL_OPS(T, DTYPE, WORLD, 2, 2, 2)                                                                             \
+    P2P_CELL_OPS(T, DTYPE, WORLD, 4, 4, 1)
 #define P2P_DTYPES(WORLD)                                                                                              \
     P2P_CELLS(__nv_bfloat16, bf16, WORLD)                                                                              \
     P2P_CELLS(__half, f16, WORLD)                                                                                      \

@@ -28,7 +28,7 @@
 namespace p2p {
 
 // A chunk is kUnits packs per thread and slice; a warp's packs of a slice lie together.
-constexpr uint32_t kMaxUnits = 2;
+constexpr uint32_t kMaxUnits = 4;
 constexpr uint32_t kCellBytes = 512 * kMaxUnits * kPackBytes;
 
 __host__ __device__ constexpr size_t cells_bytes(uint32_t world, uint32_t ctas) {

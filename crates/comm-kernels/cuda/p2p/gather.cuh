@@ -211,13 +211,14 @@ __device__ __forceinline__ void warp_copy(char* to, const char* from, size_t byt
     }
 }
 
-// Chunks that the warps deal out over the peers: fine enough that every peer is written to all the time.
+// What one warp copies to one peer on end: fine enough that every peer is written to all the time.
 constexpr size_t kDirectChunk = 4096;
 
-// One hop by stores into the peers' `recv`. Entry: a peer's buffer may be written once that peer has entered. Exit: a
+// One hop by stores into the peers' `recv`. The warps are dealt out over the peers, `chunk` bytes (a multiple of 4096)
+// at a time. Entry: a peer's buffer may be written once that peer has entered. Exit: a
 // rank leaves once everybody's stores to it are visible.
 template <int kWorld>
-__device__ __forceinline__ void all_gather_direct(const Link& link, const char* send, const Peers& recv, size_t bytes) {
+__device__ __forceinline__ void all_gather_direct(const Link& link, const char* send, const Peers& recv, size_t bytes, uint32_t chunk) {
     allow_successor();
     wait_for_predecessor();
     const uint32_t round = claim_rounds(link, 1);
@@ -229,15 +230,17 @@ __device__ __forceinline__ void all_gather_direct(const Link& link, const char* 
     for (int r = 0; r < kWorld; r++) bits |= address(recv.at[r]);
     const uint32_t align = common_alignment(bits);
     const size_t warp = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32, warps = size_t(gridDim.x) * blockDim.x / 32;
-    const size_t chunks = (bytes + kDirectChunk - 1) / kDirectChunk;
-    // Chunk by chunk all ranks' turns, this rank's own buffer included, so that the local copy runs beside the others.
-    // Turns rotate from pass to pass: with a whole number of groups per pass a warp would keep one target for ever.
-    for (size_t i = warp; i < chunks * kWorld; i += warps) {
-        const size_t chunk = i / kWorld, pass = chunk * kWorld / warps, begin = chunk * kDirectChunk;
-        const int d = int((i + pass) % kWorld);
+    const size_t chunks = (bytes + chunk - 1) / chunk;
+    for (size_t i = warp; i < chunks * (kWorld - 1); i += warps) {
+        const int d = 1 + int(i % (kWorld - 1));
+        const size_t begin = i / (kWorld - 1) * chunk;
         const int to = int(link.rank) + d >= kWorld ? int(link.rank) + d - kWorld : int(link.rank) + d;
-        char* const dst = recv.at[to] + link.rank * bytes + begin;
-        if (dst != send + begin) warp_copy(dst, send + begin, min(kDirectChunk, bytes - begin), align);
+        warp_copy(recv.at[to] + link.rank * bytes + begin, send + begin, min(size_t(chunk), bytes - begin), align);
+    }
+    char* const own = recv.at[link.rank] + link.rank * bytes;
+    if (own != send) {
+        for (size_t i = warp; i < chunks; i += warps)
+            warp_copy(own + i * chunk, send + i * chunk, min(size_t(chunk), bytes - i * chunk), align);
     }
     meet<kWorld>(link, waiter, kExit, round, true);
 }

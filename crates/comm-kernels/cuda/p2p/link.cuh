@@ -41,7 +41,7 @@ struct Channel {
     uint32_t round;    // the next round to use
     uint32_t arrived;  // CTAs of the running kernel that have read `round`
     uint32_t broken;   // 1 once a wait was given up: later waits end at their first check
-    uint32_t reserved;
+    uint32_t looked;   // when the abort word was last read, in units of 1024 ns
 };
 
 enum GaveUp : uint32_t { kTimedOut = 1, kAborted = 2 };
