@@ -9,8 +9,9 @@
 // and need a longer message to fill the pipeline.
 //
 // `link` is the cells' channel: scratch of cells_bytes(world, ctas) bytes with flags set to `first_round - 1`; cells
-// need no initial value. Launch: one-dimensional, equal on all ranks, resident as a whole, 32 to 512 threads a CTA, at
-// most as many CTAs as the area has cells for. Two CTAs of 512 threads fit on an SM with units = 2, one with units = 4.
+// need no initial value. Launch: one-dimensional, equal on all ranks, resident as a whole, a multiple of 32 up to 512
+// threads a CTA, at most as many CTAs as the area has cells for. Two CTAs of 512 threads fit on an SM with units = 2,
+// one with units = 4.
 #include "cells.cuh"
 
 #define P2P_CELL_OPS(T, DTYPE, WORLD, SUFFIX, UNITS, CTAS_PER_SM)                                        \

@@ -61,8 +61,8 @@ __device__ __forceinline__ void reduce_by_cells(const Link& link, const char* se
 
     auto chunk = [&](uint32_t k) { return k * per_round + size_t(blockIdx.x) * per_cta; };
 
-    // In the common case the warps are dealt out over the peers, each with kUnits * 7 * 512 bytes on end: all links
-    // busy, in bursts. Which thread sends a pack does not matter, the flag speaks for the CTA.
+    // In the common case the warps are dealt out over the peers, each with kUnits * (kWorld - 1) * 512 bytes on end:
+    // all links busy, in bursts. Which thread sends a pack does not matter, the flag speaks for the CTA.
     auto push = [&](uint32_t k) {
         const size_t begin = chunk(k);
         if (begin + per_cta <= whole) {
@@ -93,7 +93,8 @@ __device__ __forceinline__ void reduce_by_cells(const Link& link, const char* se
             }
         }
     };
-    // Behind a CTA barrier: tells the peers' CTAs that round k's chunk is there, and waits for theirs of round `wait`.
+    // Both stand between CTA barriers: the first tells the peers' CTAs that this one's chunk of round k is there, the
+    // second waits for theirs.
     const int other = threadIdx.x;
     const bool signals = other < kWorld && other != rank;
     auto raise = [&](uint32_t k) {
