@@ -53,6 +53,8 @@ pub enum CaseResult {
     Failed(String),
     /// It could not run here; why.
     Skipped(String),
+    /// An earlier failure kept it from running; which.
+    NotRun(String),
 }
 
 /// An event and the rank it came from.

@@ -31,6 +31,7 @@ pub fn spec(world: usize, mode: Mode, timeout: Duration, comm_timeout: Duration)
         _lease: None,
         standalone: false,
         timeout,
+        after_fault_point: None,
         comm_timeout,
         fault: None,
         output: stderr_sink(),

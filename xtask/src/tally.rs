@@ -21,7 +21,7 @@ impl Tally {
     pub fn count(&mut self, result: &CaseResult) {
         match result {
             CaseResult::Passed => self.passed += 1,
-            CaseResult::Failed(_) => self.failed += 1,
+            CaseResult::Failed(_) | CaseResult::NotRun(_) => self.failed += 1,
             CaseResult::Skipped(_) => self.skipped += 1,
         }
     }

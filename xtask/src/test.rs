@@ -48,10 +48,9 @@ pub fn run(args: &TestArgs) -> Result<()> {
             tally.skipped += 1;
         }
     }
-    for world in &worlds {
-        tally += test_gpus::run_tests(world)?;
-    }
+    let result = worlds.iter().try_for_each(|world| test_gpus::run_tests(world, &mut tally));
     println!("{tally}");
+    result?;
     ensure!(
         problems.is_empty() && tally.failed == 0,
         "{} tests failed; {}",

@@ -20,8 +20,8 @@ fn gather() -> Arc<dyn BackendFactory> {
 }
 
 #[test]
-fn full_suite_passes_at_world_4() {
-    let report = run(gather(), 4, &Config::full());
+fn full_suite_passes_at_world_2() {
+    let report = run(gather(), 2, &Config::full());
     assert!(report.is_success(), "{report}");
 }
 

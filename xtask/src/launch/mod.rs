@@ -65,6 +65,9 @@ pub struct LaunchSpec {
     pub _lease: Option<Lease>,
     /// After this long everything is ended.
     pub timeout: Duration,
+    /// After this long from the first rank's phase that contains [`FAULT_POINT`] everything is ended, too: how long the
+    /// ranks take to get there depends on the machine, what they may take from there does not.
+    pub after_fault_point: Option<Duration>,
     /// The timeout of the ranks' communicators.
     pub comm_timeout: Duration,
     /// A fault for the launcher to bring about, once its rank reports a phase that contains [`FAULT_POINT`].

@@ -37,7 +37,9 @@ pub fn supervise(
     folder: &Path,
     on_event: &mut dyn FnMut(&Message),
 ) -> Result<LaunchReport> {
-    let deadline = Instant::now() + spec.timeout;
+    let started_at = Instant::now();
+    let mut deadline = started_at + spec.timeout;
+    let mut bound = spec.after_fault_point;
     let mut fault_at = None;
     let mut ending: Option<(Reason, Instant)> = None;
     let mut ended_by_us = vec![false; started.ranks.len()];
@@ -46,6 +48,11 @@ pub fn supervise(
             let messages = rank.drain()?;
             if fault_at.is_none() && messages.iter().any(|message| is_fault_point(spec, message)) {
                 fault_at = inject(spec, rank);
+            }
+            if messages.iter().any(is_at_fault_point)
+                && let Some(bound) = bound.take()
+            {
+                deadline = deadline.min(Instant::now() + bound);
             }
             messages.iter().for_each(&mut *on_event);
             reap(rank)?;
@@ -57,7 +64,7 @@ pub fn supervise(
             None => {
                 if let Some(reason) = reason_to_end(spec, &started.ranks, deadline, fault_at.is_some()) {
                     if matches!(reason, Reason::TimeUp | Reason::OthersFailed) {
-                        say_what_hangs(spec, &started.ranks, reason);
+                        say_what_hangs(spec, &started.ranks, reason, started_at.elapsed());
                     }
                     end(&started.ranks, &mut ended_by_us, Signal::TERM);
                     ending = Some((reason, Instant::now()));
@@ -105,7 +112,11 @@ pub fn supervise(
 
 fn is_fault_point(spec: &LaunchSpec, message: &Message) -> bool {
     spec.fault.as_ref().is_some_and(|fault| fault.kind.is_signal() && fault.rank == message.rank)
-        && matches!(&message.event, Event::Phase(text) if text.contains(FAULT_POINT))
+        && is_at_fault_point(message)
+}
+
+fn is_at_fault_point(message: &Message) -> bool {
+    matches!(&message.event, Event::Phase(text) if text.contains(FAULT_POINT))
 }
 
 fn inject(spec: &LaunchSpec, rank: &Rank) -> Option<u64> {
@@ -147,9 +158,9 @@ fn reason_to_end(spec: &LaunchSpec, ranks: &[Rank], deadline: Instant, fault_don
         .then_some(Reason::OthersFailed)
 }
 
-fn say_what_hangs(spec: &LaunchSpec, ranks: &[Rank], reason: Reason) {
+fn say_what_hangs(spec: &LaunchSpec, ranks: &[Rank], reason: Reason, after: Duration) {
     let why = match reason {
-        Reason::TimeUp => format!("time is up after {:?}", spec.timeout),
+        Reason::TimeUp => format!("time is up after {:.1} s", after.as_secs_f64()),
         _ => "a rank failed and others did not notice".to_owned(),
     };
     (spec.output)(&format!("{why}; ending the job. What each rank did last:"));

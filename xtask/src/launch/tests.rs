@@ -31,6 +31,7 @@ fn run(world: usize, script: &str, change: impl FnOnce(&mut LaunchSpec)) -> Run 
         _lease: None,
         standalone: false,
         timeout: Duration::from_secs(20),
+        after_fault_point: None,
         comm_timeout: Duration::from_secs(1),
         fault: None,
         output,
@@ -101,6 +102,14 @@ fn a_kill_fault_hits_its_rank_at_the_fault_point() {
 }
 
 #[test]
+fn what_hangs_after_the_fault_point_is_ended_by_a_bound_of_its_own() {
+    let script = r#"sleep 0.3; event '{"Phase":"at the fault point"}'; sleep 30"#;
+    let run = run(2, script, |spec| spec.after_fault_point = Some(Duration::from_millis(400)));
+    assert!(run.report.timed_out);
+    assert!(run.took > Duration::from_millis(700) && run.took < Duration::from_secs(8), "{:?}", run.took);
+}
+
+#[test]
 fn a_stopped_rank_is_ended_once_the_others_are_through() {
     let script = r#"event '{"Phase":"at the fault point"}'
         if [ $RANK = 0 ]; then sleep 30; else sleep 0.3; event '"Done"'; fi"#;
@@ -131,6 +140,7 @@ fn a_program_that_is_not_there_is_an_error() {
         _lease: None,
         standalone: false,
         timeout: Duration::from_secs(5),
+        after_fault_point: None,
         comm_timeout: Duration::from_secs(1),
         fault: None,
         output: Arc::new(|_| {}),

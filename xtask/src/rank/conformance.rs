@@ -43,7 +43,9 @@ pub fn run(job: &ConformanceJob, context: &RankContext) -> Result<()> {
             emit(&failure.case, CaseResult::Failed(failure.to_string()));
         }
         for skipped in report.skipped() {
-            emit(&skipped.case, CaseResult::Skipped(skipped.reason.clone()));
+            let reason = skipped.reason.clone();
+            let result = if skipped.is_consequence() { CaseResult::NotRun } else { CaseResult::Skipped };
+            emit(&skipped.case, result(reason));
         }
     }
     if report.failures().is_empty() { Ok(()) } else { bail!("the conformance suite failed") }

@@ -73,7 +73,7 @@ pub fn run(job: &FaultJob, context: &RankContext) -> Result<()> {
         })
     });
     let start = Instant::now();
-    let give_up = job.timeout * 4 + Duration::from_secs(5);
+    let give_up = job.timeout * 2 + Duration::from_secs(3);
     let mut broken = false;
     let error = loop {
         let began = monotonic_nanos();

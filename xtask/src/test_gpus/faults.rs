@@ -1,6 +1,6 @@
 //! The fault tests: for each fault a world of ranks, the fault, and the verdict on what the ranks saw.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
@@ -15,6 +15,8 @@ use crate::test_gpus::{TestGpusArgs, World, report, selected};
 
 /// The communicator's timeout in fault tests.
 const TIMEOUT: Duration = Duration::from_secs(3);
+/// The same with `--quick`, on host memory. On GPUs the survivors' new communicator must be made within it, too.
+const QUICK_TIMEOUT: Duration = Duration::from_secs(1);
 /// The timeout of the ranks' own meeting, which includes starting on their GPUs.
 const MEETING: Duration = Duration::from_secs(60);
 
@@ -32,6 +34,7 @@ pub fn run(
     if world.size < 2 {
         return Ok(());
     }
+    let timeout = if args.quick && !world.backend.on_gpus { QUICK_TIMEOUT } else { TIMEOUT };
     for fault in faults.clone().unwrap_or_else(|| standard(world.size)) {
         for case in ["eager", "graph"] {
             if fault.case.as_deref().is_some_and(|only| only != case) {
@@ -44,7 +47,7 @@ pub fn run(
             if let Some(reason) = does_not_fit(&fault, world, case == "graph") {
                 // Only what was asked for by name is worth a line; the standard set is simply what fits.
                 if faults.is_some() {
-                    report(tally, &name, &CaseResult::Skipped(reason));
+                    report(tally, &name, &CaseResult::Skipped(reason), None);
                 }
                 continue;
             }
@@ -53,8 +56,12 @@ pub fn run(
                     return Ok(());
                 }
                 let name = if args.repeat > 1 { format!("{name} #{run}") } else { name.clone() };
-                let result = one(&fault, case == "graph", world, gpus)?;
-                report(tally, &name, &result);
+                let start = Instant::now();
+                let result = one(&fault, case == "graph", world, gpus, timeout)?;
+                if signal::interrupted() {
+                    return Ok(());
+                }
+                report(tally, &name, &result, Some(start.elapsed()));
             }
         }
     }
@@ -83,19 +90,21 @@ fn does_not_fit(fault: &Fault, world: &World, graph: bool) -> Option<String> {
     if fault.kind == FaultKind::CudaError && world.mode == Mode::Threads {
         return Some("a CUDA error that stays may hit every GPU of the process".into());
     }
+    if fault.kind == FaultKind::CudaError && graph {
+        return Some("a device that fails does so between operations, whoever issued them".into());
+    }
     (graph && !world.backend.on_gpus).then(|| "host memory has no graphs".into())
 }
 
-fn one(fault: &Fault, graph: bool, world: &World, gpus: &[String]) -> Result<CaseResult> {
-    let job = Job::Fault(FaultJob {
-        backend: world.backend.name.into(),
-        fault: fault.clone(),
-        graph,
-        timeout: TIMEOUT,
-    });
-    let spec = job::spec(world.size, world.mode, Duration::from_secs(180), MEETING)?;
+fn one(fault: &Fault, graph: bool, world: &World, gpus: &[String], timeout: Duration) -> Result<CaseResult> {
+    let job =
+        Job::Fault(FaultJob { backend: world.backend.name.into(), fault: fault.clone(), graph, timeout });
+    // Until the fault point the ranks start and connect; from there on they must notice the fault, leave and go on.
+    let bound = timeout * 3 + Duration::from_secs(10);
+    let spec = job::spec(world.size, world.mode, MEETING + bound, MEETING)?;
     let mut spec = spec.with_gpus(gpus, world.backend.on_gpus)?;
     spec.fault = Some(fault.clone());
+    spec.after_fault_point = Some(bound);
     // Ranks complain about the fault, as they should; their words matter only when the verdict is bad.
     let words = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
     spec.output = {
@@ -114,9 +123,8 @@ fn one(fault: &Fault, graph: bool, world: &World, gpus: &[String]) -> Result<Cas
     })?;
     let evidence = Evidence {
         fault,
-        graph,
         world: world.size,
-        timeout: TIMEOUT,
+        timeout,
         fault_at: outcome.fault_at,
         seen: &seen,
         went_on: &went_on,

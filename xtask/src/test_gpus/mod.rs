@@ -8,7 +8,7 @@ mod faults;
 mod programs;
 mod verdict;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
 use clap::Args;
@@ -74,17 +74,19 @@ impl World {
 /// # Errors
 /// When a test failed, too few GPUs are usable, or an argument makes no sense.
 pub fn run(args: &TestGpusArgs) -> Result<()> {
-    let tally = run_tests(args)?;
+    let mut tally = Tally::default();
+    let result = run_tests(args, &mut tally);
     println!("{tally}");
+    result?;
     ensure!(tally.failed == 0, "{} tests failed", tally.failed);
     Ok(())
 }
 
-/// Runs the tests, each with a line of its own.
+/// Runs the tests, each with a line of its own, and counts them into `tally`.
 ///
 /// # Errors
-/// When an argument makes no sense, or too few GPUs are usable.
-pub fn run_tests(args: &TestGpusArgs) -> Result<Tally> {
+/// When an argument makes no sense, too few GPUs are usable, or the user interrupts.
+pub fn run_tests(args: &TestGpusArgs, tally: &mut Tally) -> Result<()> {
     ensure!(args.repeat > 0, "--repeat must be at least 1");
     let gpus = gpus::visible();
     let count = gpus.as_ref().map_or(0, Vec::len);
@@ -103,21 +105,19 @@ pub fn run_tests(args: &TestGpusArgs) -> Result<Tally> {
             worlds.extend(args.mode.iter().map(|&mode| World { backend, size, mode }));
         }
     }
-    let mut tally = Tally::default();
     for world in worlds {
         if let Some(reason) = cannot_run(&world, &gpus) {
-            report(&mut tally, &world.name(), &CaseResult::Skipped(reason));
+            report(tally, &world.name(), &CaseResult::Skipped(reason), None);
             continue;
         }
         let available = gpus.as_deref().unwrap_or_default();
-        conformance(args, &world, available, &mut tally)?;
-        faults::run(args, &faults, &world, available, &mut tally)?;
+        conformance(args, &world, available, tally)?;
+        faults::run(args, &faults, &world, available, tally)?;
         if signal::interrupted() {
-            bail!("interrupted; {tally} so far");
+            bail!("interrupted");
         }
     }
-    programs::run(args, count, &mut tally)?;
-    Ok(tally)
+    programs::run(args, count, tally)
 }
 
 fn cannot_run(world: &World, gpus: &Result<Vec<String>, String>) -> Option<String> {
@@ -135,12 +135,13 @@ fn cannot_run(world: &World, gpus: &Result<Vec<String>, String>) -> Option<Strin
     }
 }
 
-/// One line per test; a failure's reason and a skip's stand beside it.
-fn report(tally: &mut Tally, name: &str, result: &CaseResult) {
+/// One line per test, with the time it took; a failure's reason and a skip's stand beside it.
+fn report(tally: &mut Tally, name: &str, result: &CaseResult, took: Option<Duration>) {
     tally.count(result);
+    let took = took.map_or_else(String::new, |took| format!(" ({:.1} s)", took.as_secs_f64()));
     match result {
-        CaseResult::Passed => println!("ok   {name}"),
-        CaseResult::Failed(why) => println!("FAIL {name}: {why}"),
+        CaseResult::Passed => println!("ok   {name}{took}"),
+        CaseResult::Failed(why) | CaseResult::NotRun(why) => println!("FAIL {name}{took}: {why}"),
         CaseResult::Skipped(why) => println!("SKIP {name}: {why}"),
     }
 }
@@ -169,21 +170,29 @@ fn conformance(args: &TestGpusArgs, world: &World, gpus: &[String], tally: &mut 
     let spec = spec.with_gpus(gpus, world.backend.on_gpus)?;
     eprintln!("running {name} ...");
     let mut cases = Tally::default();
-    let mut ran = 0;
+    let (mut ran, mut not_run) = (0, Vec::new());
+    let start = Instant::now();
     let outcome = job::launch_job(spec, &job, &mut |message| {
         if let Event::Case { name: case, result } = &message.event {
             ran += 1;
-            if matches!(result, CaseResult::Passed) {
-                cases.count(result);
-            } else {
-                report(&mut cases, &format!("{name}/{case}"), result);
+            match result {
+                CaseResult::Passed => cases.count(result),
+                // One failure's many consequences are one line.
+                CaseResult::NotRun(why) => {
+                    cases.count(result);
+                    not_run.push(why.clone());
+                }
+                _ => report(&mut cases, &format!("{name}/{case}"), result, None),
             }
         }
     })?;
-    println!("{name}: {cases}");
+    if let Some(why) = not_run.first() {
+        println!("FAIL {name}: {} cases {why}", not_run.len());
+    }
+    println!("{name}: {cases} ({:.1} s)", start.elapsed().as_secs_f64());
     *tally += cases;
     if let Some(problem) = problem_of(&outcome, ran) {
-        report(tally, &name, &CaseResult::Failed(problem));
+        report(tally, &name, &CaseResult::Failed(problem), Some(start.elapsed()));
     }
     Ok(())
 }

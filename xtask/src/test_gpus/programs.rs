@@ -3,7 +3,7 @@
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
@@ -25,7 +25,7 @@ pub fn run(args: &TestGpusArgs, gpus: usize, tally: &mut Tally) -> Result<()> {
             continue;
         }
         if gpus == 0 {
-            report(tally, &name, &CaseResult::Skipped("no GPU is usable".into()));
+            report(tally, &name, &CaseResult::Skipped("no GPU is usable".into()), None);
             continue;
         }
         eprintln!("running {name} ...");
@@ -56,17 +56,18 @@ fn one(args: &TestGpusArgs, program: PathBuf, gpus: usize, name: &str, tally: &m
         output,
         ..base
     };
+    let start = Instant::now();
     let outcome = launch(&spec, &mut |_| {})?;
     let lines = lines.lock().unwrap_or_else(PoisonError::into_inner);
     let counts = Tally::of_harness(&lines);
-    println!("{name}: {counts}");
+    println!("{name}: {counts} ({:.1} s)", start.elapsed().as_secs_f64());
     *tally += counts;
     match outcome.ranks.first().map(|end| end.exit) {
         Some(Exit::Code(0)) if outcome.leaks.is_empty() => {}
         Some(Exit::Code(_)) if counts.failed > 0 => {}
         exit => {
             let why = format!("{exit:?}; left behind: {:?}; timed out: {}", outcome.leaks, outcome.timed_out);
-            report(tally, name, &CaseResult::Failed(why));
+            report(tally, name, &CaseResult::Failed(why), None);
         }
     }
     Ok(())

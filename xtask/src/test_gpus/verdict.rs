@@ -31,8 +31,6 @@ pub struct Seen {
 pub struct Evidence<'a> {
     /// The fault.
     pub fault: &'a Fault,
-    /// Whether it hit a replayed graph.
-    pub graph: bool,
     /// Ranks.
     pub world: usize,
     /// The communicator's timeout.
@@ -99,9 +97,7 @@ fn judge_survivor(evidence: &Evidence<'_>, seen: &Seen) -> Result<(), String> {
                 return Err(format!("blamed rank {rank}: {error}"));
             }
             let at = evidence.fault_at.ok_or("the fault did not happen")?;
-            // Kernels of a graph leave by an abort that may take up to the communicator's timeout.
-            let limit = if evidence.graph { evidence.timeout + LATE } else { NOTICE };
-            within(since(at), limit)
+            within(since(at), NOTICE)
         }
         FaultKind::Stop | FaultKind::Late => {
             let CommError::Timeout { missing, .. } = error else {
@@ -152,7 +148,6 @@ mod tests {
         let fault = Fault { kind, rank: 1, case: None };
         judge(&Evidence {
             fault: &fault,
-            graph: false,
             world: 2,
             timeout: Duration::from_secs(3),
             fault_at: kind.is_signal().then_some(1000 * MS),

@@ -34,6 +34,18 @@ pub struct Skipped {
     pub reason: String,
 }
 
+/// What the reason of a case begins with that did not run because the communicator was lost before.
+pub(super) const NOT_RUN: &str = "not run: ";
+
+impl Skipped {
+    /// Whether the case did not run because the communicator was lost in an earlier one: a failure's consequence, not a
+    /// property of the backend.
+    #[must_use]
+    pub fn is_consequence(&self) -> bool {
+        self.reason.starts_with(NOT_RUN)
+    }
+}
+
 /// The outcome of a run over all ranks; equal on every rank.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Report {

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::buffers::Arena;
 use super::case::Case;
+use super::report::NOT_RUN;
 use super::{Config, Report};
 use crate::device_comm::DeviceComm;
 use crate::error::Result;
@@ -90,7 +91,7 @@ impl<'a> Runner<'a> {
             return self.report.skip(name, op, reason.clone());
         }
         if let Some(reason) = &self.stopped {
-            return self.report.skip(name, op, format!("not run: {reason}"));
+            return self.report.skip(name, op, format!("{NOT_RUN}{reason}"));
         }
         self.seed = self.seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut case = Case::new(&**self.comm, self.config, &mut self.arena, self.seed);

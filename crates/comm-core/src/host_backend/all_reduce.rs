@@ -30,7 +30,7 @@ impl Reduction {
         let mut entered = false;
         if self.bytes > op.core.tiny && op.may_be_direct() {
             let needed = |rank: usize| (true, self.receives(rank));
-            if let Some(peers) = op.enter_with(&self.call, self.send, self.recv, 0, needed)? {
+            if let Some(peers) = op.enter_with(&self.call, self.send, self.recv, 0, false, needed)? {
                 op.count(Algorithm::TwoShot);
                 let mut targets: Vec<usize> =
                     (0..op.size()).filter(|&rank| self.receives(rank)).map(|rank| peers.recv[rank]).collect();

@@ -94,10 +94,14 @@ impl fmt::Display for Call {
     }
 }
 
+/// The space of addresses of the publishing rank's process.
+pub(super) const FAR: u64 = u64::MAX;
+
 /// Where an operand lies, in terms that a peer may be able to resolve.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(super) struct Place {
-    /// 0: nowhere a peer can reach; 1: at an address of the common process; otherwise an allocation's number plus 2.
+    /// 0: nowhere a peer can reach; 1: at an address of the common process; [`FAR`]: at an address of the rank's own
+    /// process; otherwise an allocation's number plus 2.
     pub(super) space: u64,
     /// The address, or the offset in the allocation.
     pub(super) offset: u64,

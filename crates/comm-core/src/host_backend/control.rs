@@ -49,6 +49,9 @@ pub(super) struct RankBlock {
     pub(super) step: AtomicU64,
     /// Where it ran when it arrived there.
     pub(super) processor: AtomicU32,
+    /// Its process, and where this block lies there.
+    pub(super) process: AtomicU32,
+    pub(super) home: AtomicU64,
     /// Descriptions of the calls that this rank is in, by parity of the step: peers may still read the previous one.
     pub(super) calls: [[AtomicU64; CALL_WORDS]; 2],
     standing: AtomicU32,

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use super::call::{self, Call, Place};
+use super::call::{self, Call, FAR, Place};
 use super::control::{Control, Standing};
 use super::memory::Allocations;
 use super::usage::{Algorithm, Usage};
@@ -30,6 +30,8 @@ pub(super) struct Core {
     pub(super) options: BTreeMap<String, String>,
     /// Whether peers can use this rank's addresses as they are.
     pub(super) direct: bool,
+    /// Whether each rank can read the others' memory through the kernel.
+    pub(super) cross: bool,
     /// Bytes up to which operands are staged at once: where peers cannot read them in place, and where they can.
     pub(super) small: usize,
     pub(super) tiny: usize,
@@ -64,7 +66,7 @@ impl Core {
         control: Control,
         host: Arc<dyn HostComm>,
         settings: (Duration, bool, BTreeMap<String, String>),
-        direct: bool,
+        (direct, cross): (bool, bool),
         (small, tiny): (usize, usize),
     ) -> Self {
         let (timeout, checked, options) = settings;
@@ -75,6 +77,7 @@ impl Core {
             checked,
             options,
             direct,
+            cross,
             small,
             tiny,
             usage: Usage::default(),
@@ -177,6 +180,8 @@ pub(super) struct Peers {
     pub(super) send: Vec<usize>,
     pub(super) recv: Vec<usize>,
     pub(super) extra: Vec<u64>,
+    /// Whether `send` is an address of that rank's process.
+    pub(super) far: Vec<bool>,
 }
 
 /// One operand as it is published: its address and length in bytes.
@@ -252,12 +257,11 @@ impl Op<'_> {
 
     /// The first step of a call: publishes it, waits for everyone, and refuses calls that differ.
     pub(super) fn enter(&mut self, call: &Call) -> Result<()> {
-        self.publish(call, NOTHING, NOTHING, 0)
+        self.publish(call, Place::default(), Place::default(), 0)
     }
 
-    fn publish(&mut self, call: &Call, send: Operand, recv: Operand, extra: u64) -> Result<()> {
+    fn publish(&mut self, call: &Call, send: Place, recv: Place, extra: u64) -> Result<()> {
         let step = self.state.step + 1;
-        let (send, recv) = (self.place(send), self.place(recv));
         let calls = |rank: usize| &self.core.control().peer(rank).calls[(step % 2) as usize];
         call::publish(calls(self.rank()), call, send, recv, extra);
         self.barrier()?;
@@ -277,22 +281,35 @@ impl Op<'_> {
     }
 
     /// [`enter`](Self::enter) with operands. `None` when some rank's operand among those that `needed` asks for (send,
-    /// recv) cannot be reached where it lies; equal on all ranks.
+    /// recv) cannot be reached where it lies; equal on all ranks. With `cross`, equal on all ranks too, a send operand
+    /// that is not shared is reachable through the kernel.
     pub(super) fn enter_with(
         &mut self,
         call: &Call,
         send: Operand,
         recv: Operand,
         extra: u64,
+        cross: bool,
         needed: impl Fn(usize) -> (bool, bool),
     ) -> Result<Option<Peers>> {
-        self.publish(call, send, recv, extra)?;
+        let mut place = self.place(send);
+        if cross && place.space == 0 {
+            place = Place { space: FAR, offset: send.0.0 };
+        }
+        self.publish(call, place, self.place(recv), extra)?;
         let size = self.size();
-        let mut peers = Peers { send: vec![0; size], recv: vec![0; size], extra: vec![0; size] };
+        let zeros = || vec![0; size];
+        let mut peers = Peers { send: zeros(), recv: zeros(), extra: vec![0; size], far: vec![false; size] };
         for rank in 0..size {
             let published = call::read(&self.core.control().peer(rank).calls[(self.state.step % 2) as usize]);
             let (needs_send, needs_recv) = needed(rank);
-            let send = if needs_send { self.resolve(rank, published.send) } else { Some(0) };
+            let far = published.send.space == FAR;
+            let send = match needs_send {
+                true if far => Some(published.send.offset as usize),
+                true => self.resolve(rank, published.send),
+                false => Some(0),
+            };
+            peers.far[rank] = far && needs_send;
             let recv = if needs_recv { self.resolve(rank, published.recv) } else { Some(0) };
             let (Some(send), Some(recv)) = (send, recv) else { return Ok(None) };
             (peers.send[rank], peers.recv[rank], peers.extra[rank]) = (send, recv, published.extra);

@@ -9,6 +9,7 @@ use super::backend::HostBackend;
 use super::control::Control;
 use super::core::Core;
 use super::memory::agree;
+use super::remote;
 use super::segment::Segment;
 use crate::device_comm::{CommInfo, DeviceComm};
 use crate::error::{CommError, Result};
@@ -18,6 +19,7 @@ use crate::op::OpKind;
 use crate::registry::{BackendFactory, Capability, CreateContext};
 
 const TRANSPORT: &str = "host.transport";
+const CROSS: &str = "host.cross_read";
 const SMALL: &str = "host.one_shot_bytes";
 /// Up to here operands go through the staging windows at once, unless peers can read them in place.
 const SMALL_BYTES: usize = 32 << 10;
@@ -30,6 +32,8 @@ const PROTOCOL: u32 = 1;
 /// Ranks may be threads of one process, which read each other's operands where they lie, or processes of one host, which
 /// share memory. Options of the [`CreateContext`], equal on all ranks:
 /// - `host.transport`: `auto` (the default), `direct` (threads only) or `shm` (also between threads);
+/// - `host.cross_read`: `off` keeps processes from reading each other's memory through the kernel, which they otherwise
+///   do for large gathers where the system lets them;
 /// - `host.one_shot_bytes`: operands up to this size go through shared memory at once (at most 131072; 32768 unless
 ///   told otherwise, and 8192 where peers can read them in place).
 #[derive(Clone, Copy, Default, Debug)]
@@ -112,6 +116,9 @@ pub(super) fn connect(
         Err(Failure::Local(error)) => Some(error.clone()),
         Ok(_) => None,
     };
+    if let Ok(control) = &control {
+        remote::introduce(control);
+    }
     agree(&error, |mine| host.all_gather_bytes(mine, deadline))?.map_or(Ok(()), Err)?;
     let control = match control {
         Ok(control) => control,
@@ -126,7 +133,12 @@ pub(super) fn connect(
     };
     let small = small(&settings.2)?;
     let direct = direct || info.size == 1;
-    Ok(Core::new(info, control, host, settings, direct, small))
+    let wanted = settings.2.get(CROSS).is_none_or(|wanted| wanted != "off");
+    let cross = !direct && wanted && {
+        let able = [u8::from(remote::possible(&control))];
+        host.all_gather_bytes(&able, deadline)?.iter().all(|able| able == &[1])
+    };
+    Ok(Core::new(info, control, host, settings, (direct, cross), small))
 }
 
 enum Failure {

@@ -3,8 +3,12 @@
 use super::call::Call;
 use super::core::{NOTHING, Op, Operand};
 use super::layout::{Layout, copy};
+use super::remote;
 use super::usage::Algorithm;
 use crate::error::Result;
+
+/// Bytes that are read from another process between two looks for trouble.
+const READ: usize = 1 << 20;
 
 /// One gathering operation.
 pub(super) struct Gather<'a> {
@@ -27,15 +31,25 @@ impl Gather<'_> {
     pub(super) unsafe fn run(&self, op: &mut Op<'_>) -> Result<()> {
         let longest = self.lens.iter().copied().max().unwrap_or_default();
         let mut entered = false;
-        if longest > op.core.tiny && op.may_be_direct() {
+        // Every piece is a system call of its own, which rows of a few bytes would not repay.
+        let cross = op.core.cross && longest > op.core.small && (self.width == 0 || self.width >= 4096);
+        if cross || (longest > op.core.tiny && op.may_be_direct()) {
             let needed = |rank: usize| (self.lens[rank] > 0, false);
-            if let Some(peers) = op.enter_with(&self.call, self.send, NOTHING, self.pitch as u64, needed)? {
-                op.count(Algorithm::Direct);
+            if let Some(peers) =
+                op.enter_with(&self.call, self.send, NOTHING, self.pitch as u64, cross, needed)?
+            {
+                let far = peers.far.iter().any(|far| *far);
+                op.count(if far { Algorithm::CrossRead } else { Algorithm::Direct });
                 let pitched =
                     |rank: usize| Layout::rows(peers.send[rank], self.width, peers.extra[rank] as usize);
                 op.touch(|| {
                     for rank in rotation(op) {
                         let (to, from) = ((self.to)(rank), pitched(rank));
+                        if peers.far[rank] && rank != op.rank() {
+                            // SAFETY: `recv` is valid; the rest is the kernel's to check.
+                            unsafe { self.read(op, rank, to, from)? };
+                            continue;
+                        }
                         // SAFETY: all ranks have entered, so their operands are valid until they leave the barrier below;
                         // the contract keeps what is read and what is written apart.
                         op.pieces(self.lens[rank], |a, b| unsafe { copy(to, from, a, b) })?;
@@ -71,6 +85,19 @@ impl Gather<'_> {
                 // the step after; `recv` is valid.
                 unsafe { copy((self.to)(rank), from, a, b) };
             }
+        }
+        Ok(())
+    }
+
+    /// # Safety
+    /// `to` is valid for writes of everything that `rank` contributes.
+    unsafe fn read(&self, op: &Op<'_>, rank: usize, to: Layout, from: Layout) -> Result<()> {
+        let len = self.lens[rank];
+        for start in (0..len).step_by(READ) {
+            let range = (start, (start + READ).min(len));
+            // SAFETY: as the caller vouches.
+            unsafe { remote::copy(op.core.control(), &op.waiting, rank, (to, from), range)? };
+            op.core.waiter.failure(&op.waiting)?;
         }
         Ok(())
     }

@@ -34,20 +34,32 @@ impl Layout {
     }
 }
 
+/// The gapless pieces of bytes number `from..to`: where each lies in `dst` and in `src`, and its length.
+pub(super) fn runs(
+    dst: Layout,
+    src: Layout,
+    from: usize,
+    to: usize,
+) -> impl Iterator<Item = (usize, usize, usize)> {
+    let mut at = from;
+    std::iter::from_fn(move || {
+        let ((source, readable), (target, writable)) = (src.run(at), dst.run(at));
+        let len = to.saturating_sub(at).min(readable).min(writable);
+        at += len;
+        (len > 0).then_some((target, source, len))
+    })
+}
+
 /// Copies bytes number `from..to`.
 ///
 /// # Safety
 /// They are valid for reads in `src` and for writes in `dst`, and do not overlap, or are the very same bytes.
 pub(super) unsafe fn copy(dst: Layout, src: Layout, from: usize, to: usize) {
-    let mut at = from;
-    while at < to {
-        let ((source, readable), (target, writable)) = (src.run(at), dst.run(at));
-        let len = (to - at).min(readable).min(writable);
+    for (target, source, len) in runs(dst, src, from, to) {
         if source != target {
             // SAFETY: the run is part of both ranges, as the caller vouches.
             unsafe { std::ptr::copy_nonoverlapping(source as *const u8, target as *mut u8, len) };
         }
-        at += len;
     }
 }
 

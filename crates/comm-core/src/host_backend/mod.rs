@@ -3,7 +3,7 @@
 //!
 //! Every collective begins with a step at which all ranks publish what they call and where their operands lie. Small
 //! operands travel in shared staging windows with that very step. Large ones are read where they lie if every rank can
-//! reach them (threads, or memory from `allocate`), and otherwise flow through the windows piece by piece. Which it is
+//! reach them (threads, or memory from `allocate`; gathers also read other processes' memory through the kernel), and otherwise flow through the windows piece by piece. Which it is
 //! depends on what all ranks share.
 //!
 //! The module never keeps a pointer to an operand after the call, and never waits without a deadline.
@@ -19,6 +19,7 @@ mod layout;
 mod memory;
 mod p2p;
 mod reduce;
+mod remote;
 mod scatter;
 mod segment;
 mod usage;

@@ -32,7 +32,7 @@ impl Scatter<'_> {
         let mut entered = false;
         if total > op.core.tiny && op.may_be_direct() {
             let needed = |_| (true, false);
-            if let Some(peers) = op.enter_with(&self.call, self.send, NOTHING, 0, needed)? {
+            if let Some(peers) = op.enter_with(&self.call, self.send, NOTHING, 0, false, needed)? {
                 op.count(Algorithm::Direct);
                 let parts: Vec<usize> = peers.send.iter().map(|base| base + self.offsets[me]).collect();
                 // SAFETY: all ranks have entered, so their operands are valid until they leave the barrier below; nobody

@@ -20,15 +20,18 @@ pub(super) enum Algorithm {
     Composed,
     /// Synchronisation alone.
     Flags,
+    /// Reading the peers' operands through the kernel.
+    CrossRead,
 }
 
-const ALGORITHMS: [(Algorithm, &str); 6] = [
+const ALGORITHMS: [(Algorithm, &str); 7] = [
     (Algorithm::OneShot, "one_shot"),
     (Algorithm::Direct, "direct"),
     (Algorithm::TwoShot, "two_shot"),
     (Algorithm::ShmPipeline, "shm_pipeline"),
     (Algorithm::Composed, "composed"),
     (Algorithm::Flags, "flags"),
+    (Algorithm::CrossRead, "cross_read"),
 ];
 
 #[derive(Default)]

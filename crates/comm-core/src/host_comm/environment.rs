@@ -259,3 +259,60 @@ fn required<T: std::str::FromStr>(get: Get<'_>, name: &str) -> Result<T> {
         )
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(vars: &[(&str, &str)]) -> Result<Rendezvous> {
+        let token = "ab".repeat(32);
+        let get = |name: &str| {
+            let found = vars.iter().find(|(key, _)| *key == name).map(|(_, value)| value.to_string());
+            // An empty value in the list unsets the default.
+            found.or_else(|| (name == "COMM_TOKEN").then(|| token.clone()))
+        };
+        rendezvous(&get)
+    }
+
+    const HOSTS: [(&str, &str); 5] = [
+        ("RANK", "9"),
+        ("WORLD_SIZE", "16"),
+        ("LOCAL_WORLD_SIZE", "8"),
+        ("MASTER_ADDR", "node-0"),
+        ("MASTER_PORT", "29500"),
+    ];
+
+    #[test]
+    fn several_hosts_meet_beside_torchruns_store() {
+        let tcp = |port| RendezvousAddress::Tcp { host: "node-0".into(), port };
+        let found = read(&HOSTS).unwrap();
+        assert_eq!((found.rank, found.size, &*found.job, found.timeout), (9, 16, "default", DEFAULT_TIMEOUT));
+        assert_eq!(found.address, tcp(29501));
+        assert_eq!(read(&[&HOSTS[..4], &[("MASTER_PORT", "65535")]].concat()).unwrap().address, tcp(65534));
+        let more = [("COMM_PORT", "7"), ("TORCHELASTIC_RUN_ID", "run"), ("COMM_TIMEOUT_SECS", "1.5")];
+        let found = read(&[&HOSTS[..], &more].concat()).unwrap();
+        assert_eq!((found.address, &*found.job, found.timeout), (tcp(7), "run", Duration::from_millis(1500)));
+        let named = read(&[&HOSTS[..], &[("COMM_RENDEZVOUS", "unix:/run/x/s")]].concat()).unwrap();
+        assert_eq!(named.address, RendezvousAddress::Unix("/run/x/s".into()));
+    }
+
+    #[test]
+    fn what_is_missing_or_wrong_is_named() {
+        let cases: [(&[(&str, &str)], &str); 7] = [
+            (&[("WORLD_SIZE", "2")], "RANK"),
+            (&[("RANK", "0")], "WORLD_SIZE"),
+            (&[("RANK", "2"), ("WORLD_SIZE", "2")], "WORLD_SIZE"),
+            (&[("RANK", "x"), ("WORLD_SIZE", "2")], "RANK"),
+            (&[("RANK", "0"), ("WORLD_SIZE", "2")], "MASTER_ADDR"),
+            (&[("RANK", "0"), ("WORLD_SIZE", "2"), ("COMM_TIMEOUT_SECS", "-1")], "COMM_TIMEOUT_SECS"),
+            (&[("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "::1"), ("COMM_PORT", "0")], "COMM_PORT"),
+        ];
+        for (vars, name) in cases {
+            let error = read(vars).unwrap_err();
+            assert!(matches!(error, CommError::InvalidArgument { .. }), "{error:?}");
+            assert!(error.to_string().contains(name), "{error} does not name {name}");
+        }
+        let no_token = read(&[&HOSTS[..], &[("COMM_TOKEN", "")]].concat()).unwrap_err().to_string();
+        assert!(no_token.contains("COMM_TOKEN_FILE"), "{no_token}");
+    }
+}

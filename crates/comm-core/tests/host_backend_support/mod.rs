@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use comm_core::{BackendFactory, CreateContext, DeviceComm, HostComm, HostFactory, MemoryKind, run_threads};
 
-/// Peers' memory directly, and everything through shared memory as between processes.
-pub(crate) const TRANSPORTS: [&str; 2] = ["direct", "shm"];
+/// Peers' memory directly; as between processes, by shared memory and the kernel; and by shared memory alone.
+pub(crate) const TRANSPORTS: [&str; 3] = ["direct", "shm", "staged"];
 
 /// What `rank` needs to make a communicator.
 pub(crate) fn context(
@@ -19,7 +19,9 @@ pub(crate) fn context(
     timeout: Duration,
     checked: bool,
 ) -> CreateContext {
-    let options = BTreeMap::from([("host.transport".to_owned(), transport.to_owned())]);
+    let (transport, cross) = if transport == "staged" { ("shm", "off") } else { (transport, "on") };
+    let options = [("host.transport", transport), ("host.cross_read", cross)];
+    let options: BTreeMap<_, _> = options.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
     CreateContext { host, memory: MemoryKind::Host, timeout, checked, options }
 }
 

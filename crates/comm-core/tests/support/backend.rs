@@ -299,8 +299,8 @@ unsafe impl DeviceComm for GatherBackend {
         let sends: Vec<(usize, Vec<u8>)> = ops
             .iter()
             .filter_map(|op| match *op {
-                // SAFETY: the caller's promise.
                 P2pOp::Send { addr, count, dtype, peer } => {
+                    // SAFETY: the caller's promise.
                     Some((peer, unsafe { read(addr, count * dtype.size()) }))
                 }
                 P2pOp::Recv { .. } => None,

@@ -9,26 +9,26 @@
 // exchanges with the CTAs b of the others only.
 //
 // # Why a cell is never overwritten before it was read
-// Chunk r (numbered by rounds, across kernels) goes to buffer r mod 4. A's CTA b stores chunk r in iteration r - 1, when
-// it has finished `reduce(r - 2)`. For that it saw B's flag of r - 2, which B's CTA b raised in iteration r - 3, after
-// a CTA barrier behind its `reduce(r - 4)`, which read the cells. Every CTA takes part in every round of its kernel,
-// with data or without, so the argument runs on across kernels: A's last kernel ended with B's flag of its last round
-// K - 1, raised after `reduce(K - 3)`, and the next kernel's first two chunks, K and K + 1, replace K - 4 and K - 3. A
-// CTA that the kernel in between did not have is covered too: that kernel, of whatever kind, received something from B,
-// so B had started it and ended all before.
+// Chunk r (numbered by rounds, across kernels) goes to buffer r mod 4. A's CTA b stores chunk r in iteration r - 1,
+// when it has finished `reduce(r - 2)`. For that it saw B's flag of r - 2, which B's CTA b raised in iteration r - 3,
+// after a CTA barrier behind its `reduce(r - 4)`, which read the cells. Every CTA takes part in every round of its
+// kernel, with data or without, so the argument runs on across kernels: A's last kernel ended with B's flag of its last
+// round K - 1, raised after `reduce(K - 3)`, and the next kernel's first two chunks, K and K + 1, replace K - 4 and K
+// - 3. A CTA that the kernel in between did not have is covered too: that kernel, of whatever kind, received something
+// from B, so B had started it and ended all before.
 //
 // # Why the result buffers may be written
 // A writes into B's result after B's first flag: B's kernel has started, so what ran before on B's stream has ended.
 // A ends after B's exit flag, a release behind a CTA barrier behind B's last store: A's result is complete then.
 // In place: a slice of a result is written by its owner after that rank's CTA has sent the chunk and raised its flag.
 #pragma once
-#include "gather.cuh"
-#include "reduce.cuh"
+#include "meet.cuh"
+#include "numeric.cuh"
 
 namespace p2p {
 
 // A chunk is kUnits packs per thread and slice; a warp's packs of a slice lie together.
-constexpr uint32_t kMaxUnits = 2;
+constexpr uint32_t kMaxUnits = 4;
 constexpr uint32_t kCellBytes = 512 * kMaxUnits * kPackBytes;
 
 __host__ __device__ constexpr size_t cells_bytes(uint32_t world, uint32_t ctas) {
@@ -44,14 +44,16 @@ __device__ __forceinline__ char* cell(const Link& link, int owner, uint32_t roun
 // `kGatherToo`: an all-reduce, else a reduce-scatter. `cut` describes `send`; `to(r)` is where slice `link.rank`
 // lies in rank r's result; `align` divides all addresses and strides.
 template <class T, int kWorld, bool kGatherToo, int kUnits, class To>
-__device__ __forceinline__ void reduce_by_cells(const Link& link, const char* send, const Slices<4>& cut, To to, uint32_t align) {
+__device__ __forceinline__ void reduce_by_cells(const Link& link, const char* send, const Slices<4>& cut, To to,
+                                                uint32_t align) {
     using Data = Words<4>;
     const int rank = link.rank;
     // The packs of CTA b in round k: `per_cta` from (k * grid + b) * per_cta on.
     const uint32_t per_cta = blockDim.x * kUnits, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const size_t per_round = size_t(gridDim.x) * per_cta;
     const uint32_t rounds = uint32_t((cut.packs() + per_round - 1) / per_round);
-    // The exit of an all-reduce has a number of its own. A reduce-scatter's rounds must follow on one another without gap.
+    // The exit of an all-reduce has a number of its own. A reduce-scatter's rounds must follow on one another without
+    // gap.
     const uint32_t first = claim_rounds(link, kGatherToo ? rounds + 1 : rounds);
     const size_t whole = moves_wide<4>(align) ? cut.whole_packs(kWorld) : 0;
     auto peer = [&](int d) { return rank + d >= kWorld ? rank + d - kWorld : rank + d; };
@@ -59,8 +61,8 @@ __device__ __forceinline__ void reduce_by_cells(const Link& link, const char* se
 
     auto chunk = [&](uint32_t k) { return k * per_round + size_t(blockIdx.x) * per_cta; };
 
-    // In the common case the warps are dealt out over the peers, each with kUnits * 7 * 512 bytes on end: all links busy,
-    // in bursts. Which thread sends a pack does not matter, the flag speaks for the CTA.
+    // In the common case the warps are dealt out over the peers, each with kUnits * (kWorld - 1) * 512 bytes on end:
+    // all links busy, in bursts. Which thread sends a pack does not matter, the flag speaks for the CTA.
     auto push = [&](uint32_t k) {
         const size_t begin = chunk(k);
         if (begin + per_cta <= whole) {
@@ -76,7 +78,8 @@ __device__ __forceinline__ void reduce_by_cells(const Link& link, const char* se
 #pragma unroll
                 for (int i = 0; i < kWorld - 1; i++) {
                     const uint32_t g = (warp * kUnits + u) * (kWorld - 1) + i;
-                    store_pack(cell<kWorld>(link, peer(1 + g / rows), first + k, rank, g % rows * 32 + lane), v[i].w[0], v[i].w[1], v[i].w[2], v[i].w[3]);
+                    store_pack(cell<kWorld>(link, peer(1 + g / rows), first + k, rank, g % rows * 32 + lane), v[i].w[0],
+                               v[i].w[1], v[i].w[2], v[i].w[3]);
                 }
             }
         } else {
@@ -90,7 +93,8 @@ __device__ __forceinline__ void reduce_by_cells(const Link& link, const char* se
             }
         }
     };
-    // Behind a CTA barrier: tells the peers' CTAs that round k's chunk is there, and waits for theirs of round `wait`.
+    // Both stand between CTA barriers: the first tells the peers' CTAs that this one's chunk of round k is there, the
+    // second waits for theirs.
     const int other = threadIdx.x;
     const bool signals = other < kWorld && other != rank;
     auto raise = [&](uint32_t k) {
@@ -111,8 +115,10 @@ __device__ __forceinline__ void reduce_by_cells(const Link& link, const char* se
 #pragma unroll
         for (int s = 0; s < kWorld; s++) {
             const Data x = s == rank ? own : Lamport::payload(raw[s]);
-            if (s == 0) acc.set(x);
-            else acc.add(x);
+            if (s == 0)
+                acc.set(x);
+            else
+                acc.add(x);
         }
         return acc.rounded();
     };
@@ -171,7 +177,8 @@ __device__ __forceinline__ void all_reduce_cells(const Link& link, const T* send
 #pragma unroll
     for (int r = 0; r < kWorld; r++) bits |= address(recv.at[r]);
     reduce_by_cells<T, kWorld, true, kUnits>(
-        link, reinterpret_cast<const char*>(send), cut, [&](int r) { return recv.at[r] + link.rank * cut.stride; }, common_alignment(bits));
+        link, reinterpret_cast<const char*>(send), cut, [&](int r) { return recv.at[r] + link.rank * cut.stride; },
+        common_alignment(bits));
 }
 
 // `count`: elements each rank receives. In place (`recv == send + rank * count`) is allowed.
@@ -181,8 +188,8 @@ __device__ __forceinline__ void reduce_scatter_cells(const Link& link, const T* 
     wait_for_predecessor();
     const size_t stride = count * sizeof(T);
     reduce_by_cells<T, kWorld, false, kUnits>(
-        link, reinterpret_cast<const char*>(send), Slices<4>{stride, stride * kWorld}, [&](int) { return reinterpret_cast<char*>(recv); },
-        common_alignment(address(send) | address(recv) | stride));
+        link, reinterpret_cast<const char*>(send), Slices<4>{stride, stride * kWorld},
+        [&](int) { return reinterpret_cast<char*>(recv); }, common_alignment(address(send) | address(recv) | stride));
 }
 
 }  // namespace p2p

@@ -3,36 +3,10 @@
 //
 // Owns: the schedules and why they are safe. Thread mapping and launch rules of the packet forms are reduce.cuh's.
 #pragma once
+#include "meet.cuh"
 #include "numeric.cuh"
-#include "wait.cuh"
 
 namespace p2p {
-
-// The result buffer of every rank, as mapped on this device.
-struct Peers {
-    char* at[kMaxRanks];
-};
-
-// All ranks meet here, CTA by CTA: CTA b of a rank leaves when CTA b of every rank has entered. With `publish`, what a
-// rank's CTA b wrote before is visible to the peers' CTAs b afterwards.
-//
-// Between the CTA's writes and its flags stand a CTA barrier and a release store, between a peer's acquiring load and
-// that CTA's reads another CTA barrier: causality order carries every thread's writes along.
-template <int kWorld>
-__device__ __forceinline__ void meet(const Link& link, Waiter& waiter, uint32_t kind, uint32_t round, bool publish) {
-    __syncthreads();
-    const int peer = threadIdx.x;
-    if (peer < kWorld && peer != int(link.rank)) {
-        uint32_t* theirs = flag(link, peer, blockIdx.x, kind, link.rank);
-        if (publish) Flag::raise_after_writes(theirs, round);
-        else Flag::raise(theirs, round);
-        const uint32_t* ours = flag(link, link.rank, blockIdx.x, kind, peer);
-        waiter.until_arrived(link, round, [&] { return Flag::raised(ours, round) ? 0u : 1u << peer; });
-    }
-    __syncthreads();
-}
-
-enum FlagKind : uint32_t { kEnter = 0, kExit = 1, kChunk = 2, kToken = 3 };
 
 // One hop by packets. Rank r's `bytes` bytes at `send` come to `recv + r * bytes` everywhere; in place is allowed.
 //
@@ -72,7 +46,8 @@ __device__ __forceinline__ void all_gather_packets(const Link& link, const char*
         const uint32_t n = cut.bytes(0, pack);
         if (n != 0) {
             Data v[kWorld];
-            receive_all<Packet, kWorld>(link, waiter, first + k, kGather, thread, ((1u << kWorld) - 1) & ~(1u << rank), v);
+            receive_all<Packet, kWorld>(link, waiter, first + k, kGather, thread, ((1u << kWorld) - 1) & ~(1u << rank),
+                                        v);
 #pragma unroll
             for (int s = 0; s < kWorld; s++)
                 if (s != rank) write_pack<1>(recv + cut.offset(s, pack), v[s], n, align_out);
@@ -81,14 +56,15 @@ __device__ __forceinline__ void all_gather_packets(const Link& link, const char*
     }
 }
 
-// Broadcast by packets: the root sends everything to everyone (kRelay = false, smallest sizes), or a slice to each other
-// rank, which passes it on to the rest (kRelay = true). At most 2 rounds a call.
+// Broadcast by packets: the root sends everything to everyone (kRelay = false, smallest sizes), or a slice to each
+// other rank, which passes it on to the rest (kRelay = true). At most 2 rounds a call.
 //
 // The root receives no data, so nothing holds it back by itself. Every rank therefore sends every other a token when it
 // starts, and ends only with all tokens. When A starts a call, B has started the one before, so B's calls up to the
 // last but one have ended; that one and this one together use at most 4 rounds, so no slot is written twice.
 template <int kWorld, bool kRelay>
-__device__ __forceinline__ void broadcast_packets(const Link& link, const char* send, char* recv, size_t bytes, int root) {
+__device__ __forceinline__ void broadcast_packets(const Link& link, const char* send, char* recv, size_t bytes,
+                                                  int root) {
     using Data = Words<Packet::kWords>;
     allow_successor();
     wait_for_predecessor();
@@ -113,7 +89,8 @@ __device__ __forceinline__ void broadcast_packets(const Link& link, const char* 
                 for (int i = 0; i < kParts; i++) v[i] = read_wide<3>(send + cut.offset(i, pack));
 #pragma unroll
                 for (int i = 0; i < kWorld - 1; i++)
-                    Packet::send(slot<kWorld>(link, relay(i), first + k, kScatter, rank, thread), v[kParts == 1 ? 0 : i], first + k);
+                    Packet::send(slot<kWorld>(link, relay(i), first + k, kScatter, rank, thread),
+                                 v[kParts == 1 ? 0 : i], first + k);
                 if (recv != send) {
 #pragma unroll
                     for (int i = 0; i < kParts; i++) write_wide(recv + cut.offset(i, pack), v[i]);
@@ -126,7 +103,8 @@ __device__ __forceinline__ void broadcast_packets(const Link& link, const char* 
                 if (n == 0) continue;
                 const Data v = read_pack<1, 3>(send + cut.offset(slice, pack), n, align_in);
                 Packet::send(slot<kWorld>(link, relay(i), first + k, kScatter, rank, thread), v, first + k);
-                if (recv != send && (kParts > 1 || i == 0)) write_pack<1>(recv + cut.offset(slice, pack), v, n, align_out);
+                if (recv != send && (kParts > 1 || i == 0))
+                    write_pack<1>(recv + cut.offset(slice, pack), v, n, align_out);
             }
         }
     } else {
@@ -147,7 +125,8 @@ __device__ __forceinline__ void broadcast_packets(const Link& link, const char* 
 #pragma unroll
                     for (int d = 1; d < kWorld; d++) {
                         const int to = rank + d >= kWorld ? rank + d - kWorld : rank + d;
-                        if (to != root) Packet::send(slot<kWorld>(link, to, first + k, kGather, rank, thread), v, first + k);
+                        if (to != root)
+                            Packet::send(slot<kWorld>(link, to, first + k, kGather, rank, thread), v, first + k);
                     }
                 }
                 write_pack<1>(recv + cut.offset(slice, pack), v, n, align_out);
@@ -174,7 +153,8 @@ __device__ __forceinline__ void broadcast_packets(const Link& link, const char* 
 }
 
 // Copies `bytes` bytes with one warp, to `too` as well unless it is null; `align` divides all addresses.
-__device__ __forceinline__ void warp_copy(char* to, const char* from, size_t bytes, uint32_t align, char* too = nullptr) {
+__device__ __forceinline__ void warp_copy(char* to, const char* from, size_t bytes, uint32_t align,
+                                          char* too = nullptr) {
     const uint32_t lane = threadIdx.x & 31;
     if (align < 16) {
         for (size_t i = lane; i * 4 < bytes; i += 32) {
@@ -211,13 +191,15 @@ __device__ __forceinline__ void warp_copy(char* to, const char* from, size_t byt
     }
 }
 
-// Chunks that the warps deal out over the peers: fine enough that every peer is written to all the time.
+// What one warp copies to one peer on end: fine enough that every peer is written to all the time.
 constexpr size_t kDirectChunk = 4096;
 
-// One hop by stores into the peers' `recv`. Entry: a peer's buffer may be written once that peer has entered. Exit: a
+// One hop by stores into the peers' `recv`. The warps are dealt out over the peers, `chunk` bytes (a multiple of 4096)
+// at a time. Entry: a peer's buffer may be written once that peer has entered. Exit: a
 // rank leaves once everybody's stores to it are visible.
 template <int kWorld>
-__device__ __forceinline__ void all_gather_direct(const Link& link, const char* send, const Peers& recv, size_t bytes) {
+__device__ __forceinline__ void all_gather_direct(const Link& link, const char* send, const Peers& recv, size_t bytes,
+                                                  uint32_t chunk) {
     allow_successor();
     wait_for_predecessor();
     const uint32_t round = claim_rounds(link, 1);
@@ -228,28 +210,32 @@ __device__ __forceinline__ void all_gather_direct(const Link& link, const char* 
 #pragma unroll
     for (int r = 0; r < kWorld; r++) bits |= address(recv.at[r]);
     const uint32_t align = common_alignment(bits);
-    const size_t warp = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32, warps = size_t(gridDim.x) * blockDim.x / 32;
-    const size_t chunks = (bytes + kDirectChunk - 1) / kDirectChunk;
-    // Chunk by chunk all ranks' turns, this rank's own buffer included, so that the local copy runs beside the others.
-    // Turns rotate from pass to pass: with a whole number of groups per pass a warp would keep one target for ever.
-    for (size_t i = warp; i < chunks * kWorld; i += warps) {
-        const size_t chunk = i / kWorld, pass = chunk * kWorld / warps, begin = chunk * kDirectChunk;
-        const int d = int((i + pass) % kWorld);
+    const size_t warp = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32,
+                 warps = size_t(gridDim.x) * blockDim.x / 32;
+    const size_t chunks = (bytes + chunk - 1) / chunk;
+    for (size_t i = warp; i < chunks * (kWorld - 1); i += warps) {
+        const int d = 1 + int(i % (kWorld - 1));
+        const size_t begin = i / (kWorld - 1) * chunk;
         const int to = int(link.rank) + d >= kWorld ? int(link.rank) + d - kWorld : int(link.rank) + d;
-        char* const dst = recv.at[to] + link.rank * bytes + begin;
-        if (dst != send + begin) warp_copy(dst, send + begin, min(kDirectChunk, bytes - begin), align);
+        warp_copy(recv.at[to] + link.rank * bytes + begin, send + begin, min(size_t(chunk), bytes - begin), align);
+    }
+    char* const own = recv.at[link.rank] + link.rank * bytes;
+    if (own != send) {
+        for (size_t i = warp; i < chunks; i += warps)
+            warp_copy(own + i * chunk, send + i * chunk, min(size_t(chunk), bytes - i * chunk), align);
     }
     meet<kWorld>(link, waiter, kExit, round, true);
 }
 
-// Two hops by stores: the root writes slice i into relay i's `recv`, chunk by chunk, and raises a flag; the relay passes
-// each chunk on. CTA b of every rank handles the same chunks, so a flag per CTA is enough. `chunk`: bytes of one CTA
-// and slice between two flags, a multiple of kDirectChunk.
+// Two hops by stores: the root writes slice i into relay i's `recv`, chunk by chunk, and raises a flag; the relay
+// passes each chunk on. CTA b of every rank handles the same chunks, so a flag per CTA is enough. `chunk`: bytes of one
+// CTA and slice between two flags, a multiple of kDirectChunk.
 //
 // The relay reads what the root wrote: the root's CTA barrier and release store, and the relay's acquiring load and CTA
 // barrier, order the two.
 template <int kWorld>
-__device__ __forceinline__ void broadcast_direct(const Link& link, const char* send, const Peers& recv, size_t bytes, int root, uint32_t chunk) {
+__device__ __forceinline__ void broadcast_direct(const Link& link, const char* send, const Peers& recv, size_t bytes,
+                                                 int root, uint32_t chunk) {
     allow_successor();
     wait_for_predecessor();
     const auto cut = Slices<4>::cut(bytes, kWorld - 1);
@@ -279,7 +265,8 @@ __device__ __forceinline__ void broadcast_direct(const Link& link, const char* s
                 size_t n;
                 const size_t at = span(i % (kWorld - 1), begin + i / (kWorld - 1) * kDirectChunk, n);
                 if (n == 0) continue;
-                warp_copy(recv.at[relay(i % (kWorld - 1))] + at, send + at, n, align, recv.at[root] != send ? recv.at[root] + at : nullptr);
+                warp_copy(recv.at[relay(i % (kWorld - 1))] + at, send + at, n, align,
+                          recv.at[root] != send ? recv.at[root] + at : nullptr);
             }
             __syncthreads();
             if (threadIdx.x < kWorld && int(threadIdx.x) != root)

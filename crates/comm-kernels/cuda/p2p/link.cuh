@@ -9,10 +9,12 @@
 //     [ flags:   kFlagCtas x kFlagKinds x kMaxRanks 32-bit words, one line per (CTA, kind)            ]
 //     [ packs:   4 buffers x 2 stages x world sources x slot_packs x 16 bytes                        ]
 //
-// A channel is one scratch area with its `Channel` block. Ops of one channel run in the same order on all ranks; an
-// area serves one protocol only (Lamport areas and packet areas are separate channels), because the protocols tell
-// "not arrived" from "arrived" by different marks. Before first use, each rank sets its own area:
-// flags to `first_round - 1`, Lamport packs to 0xff bytes, packet packs of buffer b to the 32-bit pattern ~b.
+// A channel is one scratch area with its `Channel` block. A communicator has three: for Lamport packs, for packets
+// (whose flags the direct gathers use too) and for cells, which has cells in place of packs (cells.cuh). They are kept
+// apart because each tells "not arrived" from "arrived" by its own mark, which the others' data could forge. All ranks
+// run the same ops on a channel in the same order. Before first use, each rank sets its own areas: flags to
+// `first_round - 1`, Lamport packs to 0xff bytes, packets of buffer b to the 32-bit pattern ~b, and then all ranks meet
+// on the host.
 //
 // # Rounds
 // A round is one use of a buffer; round r uses buffer r mod 4. The number lives in device memory, so that a replayed
@@ -41,7 +43,7 @@ struct Channel {
     uint32_t round;    // the next round to use
     uint32_t arrived;  // CTAs of the running kernel that have read `round`
     uint32_t broken;   // 1 once a wait was given up: later waits end at their first check
-    uint32_t reserved;
+    uint32_t looked;   // when the abort word was last read, in units of 1024 ns
 };
 
 enum GaveUp : uint32_t { kTimedOut = 1, kAborted = 2 };
@@ -59,13 +61,13 @@ struct ErrorRecord {
 struct Link {
     char* scratch[kMaxRanks];  // every rank's area as mapped on this device; entries from `world` on are unused
     Channel* channel;
-    const uint32_t* abort;     // host-mapped word; nonzero ends all waits
+    const uint32_t* abort;  // host-mapped word; nonzero ends all waits
     ErrorRecord* error;
-    uint64_t timeout_ns;       // longest single wait
-    uint64_t stall_ns;         // tests only: each CTA sleeps this long between its sends and its first wait
+    uint64_t timeout_ns;  // longest single wait
+    uint64_t stall_ns;    // tests only: each CTA sleeps this long between its sends and its first wait
     uint32_t rank;
-    uint32_t slot_packs;       // packs that one source may have in one (buffer, stage)
-    uint32_t op;               // the host's sequence number for this kernel; goes into the error record only
+    uint32_t slot_packs;  // packs that one source may have in one (buffer, stage)
+    uint32_t op;          // the host's sequence number for this kernel; goes into the error record only
     uint32_t reserved;
 };
 

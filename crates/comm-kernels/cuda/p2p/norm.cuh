@@ -54,8 +54,8 @@ __device__ __forceinline__ uint32_t cluster_ctas() {
     return n;
 }
 
-// Shared memory of another CTA may be written once that CTA has started: every kernel that calls `cluster_sum` announces
-// itself with this first. Does not wait.
+// Shared memory of another CTA may be written once that CTA has started: every kernel that calls `cluster_sum`
+// announces itself with this first. Does not wait.
 __device__ __forceinline__ void cluster_enter() {
     if (cluster_ctas() > 1) asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 }
@@ -116,7 +116,8 @@ struct NormRow {
         for (int i = 0; i < Acc::kElems; i++) sum += x.v[i] * x.v[i];
         return sum;
     }
-    __device__ __forceinline__ void normed(const Data& r, const Data& weight, float scale, size_t row, size_t column, uint32_t bytes) const {
+    __device__ __forceinline__ void normed(const Data& r, const Data& weight, float scale, size_t row, size_t column,
+                                           uint32_t bytes) const {
         Acc x, w;
         x.set(r);
         w.set(weight);
@@ -136,8 +137,9 @@ __device__ __forceinline__ void norm_one_shot(const Link& link, const NormArgs<T
     allow_successor();
     wait_for_predecessor();
     const NormRow<T, Wire> rows(args);
-    R r{link, typename R::Cut{rows.pitch(), rows.pitch()}, reinterpret_cast<const char*>(args.input), rows.align,
-        size_t(blockIdx.x) * blockDim.x + threadIdx.x, size_t(gridDim.x) * blockDim.x, {}};
+    R r{link,       typename R::Cut{rows.pitch(), rows.pitch()},   reinterpret_cast<const char*>(args.input),
+        rows.align, size_t(blockIdx.x) * blockDim.x + threadIdx.x, size_t(gridDim.x) * blockDim.x,
+        {}};
     const uint32_t ctas = cluster_ctas();
     const size_t row = blockIdx.x / ctas * rows.pitch();
     const size_t pack = size_t(cluster_rank()) * blockDim.x + threadIdx.x, column = pack * R::Cut::kBytes;
@@ -148,7 +150,8 @@ __device__ __forceinline__ void norm_one_shot(const Link& link, const NormArgs<T
     if (bytes != 0) {
 #pragma unroll
         for (int d = 1; d < kWorld; d++)
-            Wire::send(slot<kWorld>(link, R::wrapped(int(link.rank) + d), round, kScatter, link.rank, r.thread), own, round);
+            Wire::send(slot<kWorld>(link, R::wrapped(int(link.rank) + d), round, kScatter, link.rank, r.thread), own,
+                       round);
     }
     injected_stall(link);
     // Fetched while the packs are under way.
@@ -179,10 +182,16 @@ __device__ __forceinline__ void norm_two_shot(const Link& link, const NormArgs<T
     allow_successor();
     wait_for_predecessor();
     const NormRow<T, Lamport> rows(args);
-    R r{link, R::Cut::cut(rows.pitch(), kWorld), nullptr, rows.align, size_t(blockIdx.x) * blockDim.x + threadIdx.x,
-        size_t(gridDim.x) * blockDim.x, {}};
+    R r{link,
+        R::Cut::cut(rows.pitch(), kWorld),
+        nullptr,
+        rows.align,
+        size_t(blockIdx.x) * blockDim.x + threadIdx.x,
+        size_t(gridDim.x) * blockDim.x,
+        {}};
     const size_t pack = threadIdx.x;
-    // All slices equal, whole and aligned: the usual shapes. The same for all threads, as the branch holds CTA barriers.
+    // All slices equal, whole and aligned: the usual shapes. The same for all threads, as the branch holds CTA
+    // barriers.
     const bool even = moves_wide<4>(rows.align) && r.cut.whole_packs(kWorld) == r.cut.packs();
     const uint32_t rounds = uint32_t((args.tokens + gridDim.x - 1) / gridDim.x);
     const uint32_t first = claim_rounds(link, rounds);
@@ -205,12 +214,15 @@ __device__ __forceinline__ void norm_two_shot(const Link& link, const NormArgs<T
 #pragma unroll
                 for (int s = 0; s < kWorld; s++)
                     weight[s] = read_wide<4>(reinterpret_cast<const char*>(args.weight) + r.cut.offset(s, pack));
-                const auto own = read_wide<4>(reinterpret_cast<const char*>(args.residual_out) + row + r.cut.offset(link.rank, pack));
+                const auto own = read_wide<4>(reinterpret_cast<const char*>(args.residual_out) + row +
+                                              r.cut.offset(link.rank, pack));
                 r.collect(first + k, kGather, r.thread, r.others(), v);
 #pragma unroll
                 for (int s = 0; s < kWorld; s++) {
-                    if (s == int(link.rank)) v[s] = own;
-                    else write_wide(reinterpret_cast<char*>(args.residual_out) + row + r.cut.offset(s, pack), v[s]);
+                    if (s == int(link.rank))
+                        v[s] = own;
+                    else
+                        write_wide(reinterpret_cast<char*>(args.residual_out) + row + r.cut.offset(s, pack), v[s]);
                     squares += rows.square(v[s]);
                 }
             }
@@ -238,7 +250,9 @@ __device__ __forceinline__ void norm_two_shot(const Link& link, const NormArgs<T
         for (int s = 0; s < kWorld; s++) {
             const uint32_t bytes = r.cut.bytes(s, pack);
             const size_t column = r.cut.offset(s, pack);
-            if (bytes != 0) rows.normed(rows.load(args.residual_out, row + column, bytes), rows.load(args.weight, column, bytes), scale, row, column, bytes);
+            if (bytes != 0)
+                rows.normed(rows.load(args.residual_out, row + column, bytes), rows.load(args.weight, column, bytes),
+                            scale, row, column, bytes);
         }
     };
     scatter(0);

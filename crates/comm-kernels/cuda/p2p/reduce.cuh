@@ -68,19 +68,23 @@ struct Reducer {
                 v[d - 1] = read_wide<Wire::kWords>(send + cut.offset(wrapped(int(link.rank) + d), pack));
 #pragma unroll
             for (int d = 1; d < kWorld; d++)
-                Wire::send(slot<kWorld>(link, wrapped(int(link.rank) + d), round, kScatter, link.rank, thread), v[d - 1], round);
+                Wire::send(slot<kWorld>(link, wrapped(int(link.rank) + d), round, kScatter, link.rank, thread),
+                           v[d - 1], round);
         } else {
             for (int d = 1; d < kWorld; d++) {
                 const int to = wrapped(int(link.rank) + d);
                 const uint32_t bytes = cut.bytes(to, pack);
-                if (bytes != 0) Wire::send(slot<kWorld>(link, to, round, kScatter, link.rank, thread), read(to, pack, bytes), round);
+                if (bytes != 0)
+                    Wire::send(slot<kWorld>(link, to, round, kScatter, link.rank, thread), read(to, pack, bytes),
+                               round);
             }
         }
     }
 
     // Waits for all ranks' copies of one pack in stage `stage` at slot `at` and restores the slots.
     // `sources`: bit s set if rank s sends one.
-    __device__ __forceinline__ void collect(uint32_t round, Stage stage, size_t at, uint32_t sources, Data (&v)[kWorld]) {
+    __device__ __forceinline__ void collect(uint32_t round, Stage stage, size_t at, uint32_t sources,
+                                            Data (&v)[kWorld]) {
         receive_all<Wire, kWorld>(link, waiter, round, stage, at, sources, v);
         if (Wire::kRestores) {
 #pragma unroll
@@ -95,8 +99,10 @@ struct Reducer {
 #pragma unroll
         for (int s = 0; s < kWorld; s++) {
             const Data x = s == int(link.rank) ? own : v[s];
-            if (s == 0) acc.set(x);
-            else acc.add(x);
+            if (s == 0)
+                acc.set(x);
+            else
+                acc.add(x);
         }
         return acc;
     }
@@ -127,8 +133,13 @@ __device__ __forceinline__ void all_reduce_one_shot(const Link& link, const T* s
     wait_for_predecessor();
     const uint32_t align_out = common_alignment(address(recv));
     const size_t total = count * sizeof(T);
-    R r{link,  typename R::Cut{total, total}, reinterpret_cast<const char*>(send), common_alignment(address(send)),
-        size_t(blockIdx.x) * blockDim.x + threadIdx.x, size_t(gridDim.x) * blockDim.x, {}};
+    R r{link,
+        typename R::Cut{total, total},
+        reinterpret_cast<const char*>(send),
+        common_alignment(address(send)),
+        size_t(blockIdx.x) * blockDim.x + threadIdx.x,
+        size_t(gridDim.x) * blockDim.x,
+        {}};
     const size_t packs = r.cut.packs();
     const uint32_t round = claim_rounds(link, 1);
     for (size_t p = r.thread; p < packs; p += r.threads) {
@@ -143,12 +154,14 @@ __device__ __forceinline__ void all_reduce_one_shot(const Link& link, const T* s
         const auto own = r.read(0, p, bytes);
         typename R::Data v[kWorld];
         r.collect(round, kScatter, p, r.others(), v);
-        write_pack<sizeof(T)>(reinterpret_cast<char*>(recv) + p * R::Cut::kBytes, r.add_up(v, own).rounded(), bytes, align_out);
+        write_pack<sizeof(T)>(reinterpret_cast<char*>(recv) + p * R::Cut::kBytes, r.add_up(v, own).rounded(), bytes,
+                              align_out);
     }
 }
 
-// Two hops, pipelined over rounds: while round k is summed, round k + 1 is on its way in and round k - 1 on its way back.
-// In place is allowed: each pack of `recv` is written by the thread that has sent or summed the same pack of `send`.
+// Two hops, pipelined over rounds: while round k is summed, round k + 1 is on its way in and round k - 1 on its way
+// back. In place is allowed: each pack of `recv` is written by the thread that has sent or summed the same pack of
+// `send`.
 template <class T, int kWorld, class Wire>
 __device__ __forceinline__ void all_reduce_two_shot(const Link& link, const T* send, T* recv, size_t count) {
     using R = Reducer<T, kWorld, Wire>;
@@ -156,8 +169,13 @@ __device__ __forceinline__ void all_reduce_two_shot(const Link& link, const T* s
     wait_for_predecessor();
     const uint32_t align_out = common_alignment(address(recv));
     char* const out = reinterpret_cast<char*>(recv);
-    R r{link,  R::Cut::cut(count * sizeof(T), kWorld), reinterpret_cast<const char*>(send),
-        common_alignment(address(send)), size_t(blockIdx.x) * blockDim.x + threadIdx.x, size_t(gridDim.x) * blockDim.x, {}};
+    R r{link,
+        R::Cut::cut(count * sizeof(T), kWorld),
+        reinterpret_cast<const char*>(send),
+        common_alignment(address(send)),
+        size_t(blockIdx.x) * blockDim.x + threadIdx.x,
+        size_t(gridDim.x) * blockDim.x,
+        {}};
     const uint32_t rounds = uint32_t((r.cut.packs() + r.threads - 1) / r.threads);
     const uint32_t first = claim_rounds(link, rounds);
     const size_t whole = moves_wide<Wire::kWords>(align_out) ? r.cut.whole_packs(kWorld) : 0;
@@ -178,7 +196,8 @@ __device__ __forceinline__ void all_reduce_two_shot(const Link& link, const T* s
         r.collect(first + k, kGather, r.thread, sources, v);
 #pragma unroll
         for (int s = 0; s < kWorld; s++)
-            if (sources >> s & 1) write_pack<sizeof(T)>(out + r.cut.offset(s, pack), v[s], r.cut.bytes(s, pack), align_out);
+            if (sources >> s & 1)
+                write_pack<sizeof(T)>(out + r.cut.offset(s, pack), v[s], r.cut.bytes(s, pack), align_out);
     };
 
     r.scatter(first, r.thread);
@@ -208,8 +227,13 @@ __device__ __forceinline__ void reduce_scatter(const Link& link, const T* send, 
     wait_for_predecessor();
     const uint32_t align_out = common_alignment(address(recv));
     const size_t stride = count * sizeof(T);
-    R r{link, typename R::Cut{stride, stride * kWorld}, reinterpret_cast<const char*>(send),
-        common_alignment(address(send) | stride), size_t(blockIdx.x) * blockDim.x + threadIdx.x, size_t(gridDim.x) * blockDim.x, {}};
+    R r{link,
+        typename R::Cut{stride, stride * kWorld},
+        reinterpret_cast<const char*>(send),
+        common_alignment(address(send) | stride),
+        size_t(blockIdx.x) * blockDim.x + threadIdx.x,
+        size_t(gridDim.x) * blockDim.x,
+        {}};
     const uint32_t rounds = uint32_t((r.cut.packs() + r.threads - 1) / r.threads);
     const uint32_t first = claim_rounds(link, rounds);
     r.scatter(first, r.thread);

@@ -7,9 +7,12 @@
 
 namespace p2p {
 
-// Looking at the clock and at the host's abort word costs a trip over PCIe, so it is done once in so many polls
-// (about 0.1 to 0.2 ms of waiting).
+// The clock and the `broken` word are looked at once in so many polls (about 0.1 to 0.2 ms of waiting).
 constexpr uint32_t kPollsPerCheck = 256;
+// The host's abort word is read by one thread of the device at a time, about once a millisecond. More would be harmful:
+// a few thousand waiting warps that read over PCIe hold their own rank up for longer than it takes the other ranks'
+// waits to come to the same point, and the ranks then keep each other in that state, op after op.
+constexpr uint32_t kAbortLookUnits = 1024;  // of 1024 ns
 
 __device__ __forceinline__ uint64_t now_ns() {
     uint64_t t;
@@ -20,14 +23,17 @@ __device__ __forceinline__ uint64_t now_ns() {
 // Decides about a wait that has lasted `kPollsPerCheck` polls more. `started` is 0 at its first check. Returns the time
 // the wait counts from, or 0 to give up. Out of line: it must not cost the spinning loop registers.
 __device__ __noinline__ uint64_t check_wait(const Link& link, uint32_t round, uint32_t missing, uint64_t started) {
-    volatile uint32_t* broken = &link.channel->broken;
-    if (*broken) return 0;
+    volatile Channel* channel = link.channel;
+    if (channel->broken) return 0;
     const uint64_t now = now_ns();
     if (started == 0) started = now;
-    // One reader per warp, so that a grid of waiting threads does not queue up on the PCIe bus; the others see `broken`.
-    const bool reader = (threadIdx.x & 31) == __ffs(__activemask()) - 1;
-    const bool aborted = reader && *reinterpret_cast<const volatile uint32_t*>(link.abort) != 0;
-    if (!aborted && now - started < link.timeout_ns) return started;
+    bool aborted = false;
+    if (now - started < link.timeout_ns) {
+        const uint32_t last = channel->looked, units = uint32_t(now >> 10);
+        if (units - last < kAbortLookUnits || atomicCAS(&link.channel->looked, last, units) != last) return started;
+        aborted = *reinterpret_cast<const volatile uint32_t*>(link.abort) != 0;
+        if (!aborted) return started;
+    }
     if (atomicExch(&link.channel->broken, 1u) == 0) {
         volatile ErrorRecord* error = link.error;
         error->op = link.op;

@@ -28,17 +28,17 @@ __device__ __forceinline__ void store_pack(char* to, uint32_t a, uint32_t b, uin
     asm volatile(
         "{\n\t.reg .b64 lo, hi;\n\t.reg .b128 v;\n\t"
         "mov.b64 lo, {%1, %2};\n\tmov.b64 hi, {%3, %4};\n\tmov.b128 v, {lo, hi};\n\t"
-        "st.relaxed.sys.global.b128 [%0], v;\n\t}" ::"l"(to), "r"(a), "r"(b), "r"(c), "r"(d)
+        "st.relaxed.sys.global.b128 [%0], v;\n\t}" ::"l"(to),
+        "r"(a), "r"(b), "r"(c), "r"(d)
         : "memory");
 }
 
 __device__ __forceinline__ uint4 load_pack(const char* from) {
     uint64_t lo, hi;
-    asm volatile(
-        "{\n\t.reg .b128 v;\n\tld.relaxed.sys.global.b128 v, [%2];\n\tmov.b128 {%0, %1}, v;\n\t}"
-        : "=l"(lo), "=l"(hi)
-        : "l"(from)
-        : "memory");
+    asm volatile("{\n\t.reg .b128 v;\n\tld.relaxed.sys.global.b128 v, [%2];\n\tmov.b128 {%0, %1}, v;\n\t}"
+                 : "=l"(lo), "=l"(hi)
+                 : "l"(from)
+                 : "memory");
     return make_uint4(uint32_t(lo), uint32_t(lo >> 32), uint32_t(hi), uint32_t(hi >> 32));
 }
 

@@ -37,6 +37,15 @@ fn call(case: &mut Case<'_, '_>, from: Region, to: Region) -> Result<()> {
     Ok(())
 }
 
+/// Waits until the work of all ranks has completed: what freeing and deregistering ask for.
+fn settle(case: &mut Case<'_, '_>) -> Result<()> {
+    if case.comm.supports(&OpQuery::new(OpKind::Barrier, DType::U8, 0)).is_supported() {
+        // SAFETY: the stream is the memory's own.
+        unsafe { case.comm.barrier(case.stream()) }?;
+    }
+    case.arena.memory().synchronize()
+}
+
 fn allocate(case: &mut Case<'_, '_>) -> Result<()> {
     for (turn, len) in SIZES.into_iter().enumerate() {
         let offset = turn * 12;
@@ -53,9 +62,8 @@ fn allocate(case: &mut Case<'_, '_>) -> Result<()> {
         for _ in 0..2 {
             call(case, Region::inside(from, offset, len / 4 * 4), Region::inside(to, offset, len / 4 * 4))?;
         }
-        case.arena.memory().synchronize()?;
-        // SAFETY: the calls have completed here, and the agreement on results came after them on the other ranks: a
-        // free is collective.
+        settle(case)?;
+        // SAFETY: the calls have completed on all ranks.
         unsafe { case.comm.free(from) }?;
         // SAFETY: as above.
         unsafe { case.comm.free(to) }?;
@@ -95,12 +103,12 @@ fn register(case: &mut Case<'_, '_>) -> Result<()> {
         for (at, bytes) in [(8, len), (len / 4 * 4, len / 2)] {
             call(case, Region::inside(from, at, bytes / 4 * 4), Region::inside(to, at, bytes / 4 * 4))?;
         }
-        memory.synchronize()?;
+        settle(case)?;
         if let Some(old) = last.as_ref().filter(|old| registered.contains(old)) {
             case.fail(format!("registration {old:?} was handed out twice"));
         }
         for registration in &registered {
-            // SAFETY: the calls have completed.
+            // SAFETY: the calls have completed on all ranks.
             unsafe { case.comm.deregister(registration) }?;
         }
         // SAFETY: as above; that it is no longer registered is what is tried.
@@ -108,7 +116,7 @@ fn register(case: &mut Case<'_, '_>) -> Result<()> {
         case.expect_error("a second deregister", "StaleHandle or InvalidArgument", again, refused)?;
         call(case, Region::inside(from, 8, len / 4 * 4), Region::inside(to, 8, len / 4 * 4))?;
         memory.synchronize()?;
-        // SAFETY: nothing uses the blocks any more; peers have finished with them when the call has completed.
+        // SAFETY: the last call on the blocks has completed, and they are not registered.
         unsafe { memory.free(from) }?;
         // SAFETY: as above.
         unsafe { memory.free(to) }?;

@@ -1,0 +1,72 @@
+//! Reading another process's memory through the kernel: one copy where staging takes two.
+//!
+//! The kernel checks the peer's mappings at every call, so a peer that is gone, or has freed its operand after a failed
+//! call, is an error here and never a fault.
+
+use std::sync::atomic::Ordering;
+
+use super::control::{Control, RankBlock};
+use super::layout::{Layout, runs};
+use super::wait::Waiting;
+use crate::error::{CommError, Result};
+
+/// Says how peers can reach this process's memory.
+pub(super) fn introduce(control: &Control) {
+    let own = control.own();
+    own.process.store(std::process::id(), Ordering::Relaxed);
+    own.home.store(std::ptr::from_ref(own) as u64, Ordering::Release);
+}
+
+/// Whether this rank can read all others' memory, once they have introduced themselves. Systems may forbid it.
+pub(super) fn possible(control: &Control) -> bool {
+    (0..control.size()).all(|rank| {
+        let peer = control.peer(rank);
+        let (process, home) = (peer.process.load(Ordering::Relaxed), peer.home.load(Ordering::Acquire));
+        let mut found = 0_u32;
+        let source = home as usize + std::mem::offset_of!(RankBlock, process);
+        // SAFETY: the destination is a local variable of four bytes.
+        let read = unsafe { once(process, std::ptr::from_mut(&mut found) as usize, source, 4) };
+        matches!(read, Ok(4)) && found == process
+    })
+}
+
+/// # Safety
+/// `target` is valid for writes of `len` bytes.
+unsafe fn once(process: u32, target: usize, source: usize, len: usize) -> std::io::Result<usize> {
+    let local = libc::iovec { iov_base: target as *mut libc::c_void, iov_len: len };
+    let remote = libc::iovec { iov_base: source as *mut libc::c_void, iov_len: len };
+    // SAFETY: the kernel checks the remote range; the local one is valid, as the caller vouches.
+    let read = unsafe {
+        libc::process_vm_readv(process as libc::pid_t, &raw const local, 1, &raw const remote, 1, 0)
+    };
+    usize::try_from(read).map_err(|_| std::io::Error::last_os_error())
+}
+
+/// Copies bytes number `from..to` from `src` in `rank`'s process to `dst` in this one.
+///
+/// # Safety
+/// They are valid for writes in `dst`.
+pub(super) unsafe fn copy(
+    control: &Control,
+    waiting: &Waiting<'_>,
+    rank: usize,
+    (dst, src): (Layout, Layout),
+    (from, to): (usize, usize),
+) -> Result<()> {
+    let process = control.peer(rank).process.load(Ordering::Relaxed);
+    let failed = |error: std::io::Error| match error.raw_os_error() {
+        Some(libc::ESRCH) => CommError::PeerDied { at: waiting.site(), rank },
+        _ => CommError::io(format!("reading rank {rank}'s memory in {}", waiting.site()), &error),
+    };
+    for (mut target, mut source, mut len) in runs(dst, src, from, to) {
+        while len > 0 {
+            // SAFETY: the run is part of `dst`, as the caller vouches.
+            let read = unsafe { once(process, target, source, len) }.map_err(failed)?;
+            if read == 0 {
+                return Err(failed(std::io::ErrorKind::UnexpectedEof.into()));
+            }
+            (target, source, len) = (target + read, source + read, len - read.min(len));
+        }
+    }
+    Ok(())
+}
