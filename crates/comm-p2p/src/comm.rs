@@ -3,6 +3,7 @@
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
+use comm_core::topology::Topology;
 use comm_core::{
     AlgorithmUsage, Block2d, CommError, CommInfo, DType, Deadline, DeviceAddr, DeviceComm, OpKind, OpQuery,
     P2pOp, ReduceOp, Registration, Result, RmsNormArgs, StreamHandle, Support, TwoGroupNormArgs,
@@ -45,6 +46,12 @@ impl P2pComm {
         let owned = lock(&self.shared.owned);
         let region = owned.table.registered(&self.shared.info.name, registration)?;
         Ok(region.peers.as_ref().err().cloned())
+    }
+
+    /// How the ranks' GPUs are connected, as all ranks agreed.
+    #[must_use]
+    pub fn topology(&self) -> &Topology {
+        &self.shared.topology
     }
 
     fn close_and_wait(&self) -> Result<()> {
@@ -99,7 +106,7 @@ unsafe impl DeviceComm for P2pComm {
         let group = shared.control()?.split(color, key.into(), deadline).map_err(lost)?;
         let Some(group) = group else { return Ok(None) };
         let hosts = Hosts { control: group, parent: None };
-        let comm = create::create(hosts, Ok(shared.base.clone()))?;
+        let comm = create::create(hosts, Ok(shared.base.clone()), true)?;
         Ok(Some(Arc::new(comm)))
     }
 

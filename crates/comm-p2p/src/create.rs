@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use comm_core::{CommError, CommInfo, Deadline, DeviceAddr, HostComm, MemoryKind, Result};
+use comm_core::topology::Topology;
+use comm_core::{CommError, CommInfo, Deadline, DeviceAddr, HostComm, HostCommExt as _, MemoryKind, Result};
 use comm_kernels::p2p::{
     BUFFERS, FLAG_BYTES, Link, MAX_RANKS, P2pKernels, PAIR_COUNTERS_BYTES, Peers, buffer_bytes, cells_bytes,
     scratch_bytes,
@@ -15,6 +16,8 @@ use crate::state::{Base, Channels, Hosts, Owned, Shared};
 use crate::symmetric::table::Table;
 use crate::symmetric::words::Words;
 use crate::symmetric::{Block, agree, shifted};
+use crate::topology::links::Links;
+use crate::topology::{self, verify};
 use crate::watchdog;
 
 /// Where the parts of a rank's scratch block begin.
@@ -67,8 +70,9 @@ pub(crate) fn sibling(host: &dyn HostComm, deadline: Deadline) -> Result<Arc<dyn
 }
 
 /// Makes this rank's end of a communicator over the ranks of `hosts.control`. Collective. A rank that could not even
-/// start passes its error, so that the others learn why there will be no communicator.
-pub(crate) fn create(hosts: Hosts, base: Result<Base>) -> Result<P2pComm> {
+/// start passes its error, so that the others learn why there will be no communicator. `verified`: the ranks are known to
+/// reach each other's memory.
+pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result<P2pComm> {
     let control = Arc::clone(&hosts.control);
     let deadline = Deadline::after(base.as_ref().map_or(control.timeout(), |base| base.timeout));
     agree(&*control, &base.as_ref().map(|_| 0).map_err(Clone::clone))?;
@@ -81,6 +85,7 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>) -> Result<P2pComm> {
         size: control.size(),
         memory: MemoryKind::Cuda { ordinal: base.ordinal },
     };
+    let (topology, uuids) = meet(&*control, &base)?;
     let words = Words::new().map(Arc::new);
     let sentinel = Event::new();
     let (channels, scratch) = if info.size > 1 {
@@ -91,6 +96,11 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>) -> Result<P2pComm> {
         agree(&*control, &prepared.as_ref().map(|_| 0).map_err(Clone::clone))?;
         let (words, kernels) = prepared?;
         let (channels, block) = channels(&*control, &base, &words, kernels, deadline)?;
+        if !verified {
+            let own = (block.own(), Layout::new(info.size, &base).staging);
+            let driver = &base.device.driver;
+            verify::verify(&*control, &base.kernels, &channels.staging, own, driver, &uuids)?;
+        }
         (Some(channels), Some(block))
     } else {
         (None, None)
@@ -99,9 +109,32 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>) -> Result<P2pComm> {
     let generations = COMMUNICATORS.fetch_add(1, Ordering::Relaxed) << 32;
     let owned =
         Owned { table: Table::new(generations), scratch, words: Some(words?), sentinel: Some(sentinel?) };
-    let shared = Arc::new(Shared::new(info, base, channels, owned, hosts));
+    let shared = Arc::new(Shared::new(info, base, topology, channels, owned, hosts));
     watchdog::spawn(Arc::clone(&shared))?;
     Ok(P2pComm::new(shared))
+}
+
+/// Exchanges what the ranks' devices are, and agrees on their topology. Returns the devices' names as well.
+fn meet(host: &dyn HostComm, base: &Base) -> Result<(Topology, Vec<String>)> {
+    let imposed = std::env::var("COMM_P2P_TOPOLOGY").ok().filter(|name| !name.is_empty());
+    let device = &base.device;
+    let all: Vec<(String, Links, Option<String>)> =
+        host.all_gather(&(device.uuid.clone(), device.links.clone(), imposed.clone()))?;
+    let links: Vec<_> = all.iter().map(|(_, links, _)| links.clone()).collect();
+    // Every rank comes to this verdict for the same values, so all of them fail or none.
+    if let Some(rank) = all.iter().position(|(_, _, other)| *other != all[0].2) {
+        return Err(CommError::invalid(
+            "COMM_P2P_TOPOLOGY",
+            format!("{:?} on rank {rank}, but {:?} on rank 0", all[rank].2, all[0].2),
+        ));
+    }
+    let topology = topology::of_ranks(&links, imposed.as_deref())?;
+    for (rank, (_, links, _)) in all.iter().enumerate() {
+        if let Some(reason) = &links.unknown {
+            tracing::debug!(rank, reason, "the NVLinks of a rank's GPU are not known");
+        }
+    }
+    Ok((topology, all.into_iter().map(|(uuid, ..)| uuid).collect()))
 }
 
 fn channels(

@@ -12,10 +12,11 @@ use comm_kernels::p2p::{MAX_RANKS, P2pKernels};
 use comm_kernels::raw;
 use cudarc::driver::{CudaContext, DriverError, sys};
 
-use crate::comm::hosts;
+use crate::comm::{P2pComm, hosts};
 use crate::create;
 use crate::options::Options;
-use crate::state::Base;
+use crate::state::{Base, Device};
+use crate::topology::links::Links;
 
 /// Raised when ranks of different builds would no longer understand each other.
 const PROTOCOL: u32 = 1;
@@ -36,6 +37,18 @@ const PROTOCOL: u32 = 1;
 /// | `p2p.stall_ns` | for tests: how long every kernel sleeps before its first wait | 0 |
 #[derive(Clone, Copy, Default, Debug)]
 pub struct P2pFactory;
+
+impl P2pFactory {
+    /// Makes this rank's end of a communicator, as [`create`](BackendFactory::create) does, with the backend's own
+    /// methods.
+    ///
+    /// # Errors
+    /// As [`create`](BackendFactory::create).
+    pub fn connect(&self, context: &CreateContext, capabilities: &[Capability]) -> Result<P2pComm> {
+        let hosts = hosts(&context.host, Deadline::after(context.timeout))?;
+        create::create(hosts, base(context, capabilities), false)
+    }
+}
 
 mod fact {
     pub(super) const HOST: &str = "host";
@@ -61,6 +74,13 @@ fn host_name() -> String {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let boot = read("/proc/sys/kernel/random/boot_id");
     format!("{} {}", read("/proc/sys/kernel/hostname").trim(), boot.trim())
+}
+
+/// The driver's version: as the kernel module says it, and the newest CUDA that it knows.
+fn driver_version() -> Result<String> {
+    let module = std::fs::read_to_string("/sys/module/nvidia/version").unwrap_or_default();
+    let (major, minor) = version()?;
+    Ok(format!("{} CUDA {major}.{minor}", module.trim()))
 }
 
 fn attribute(device: &CudaContext, attribute: sys::CUdevice_attribute) -> Result<u32> {
@@ -154,12 +174,11 @@ impl BackendFactory for P2pFactory {
             P2pKernels::load(&device, ranks)?;
         }
         let sm = attribute(&device, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
-        let (major, minor) = version()?;
         let facts = [
             (fact::HOST, host_name()),
             (fact::GPU, uuid(&device)?),
             (fact::MULTIPROCESSORS, sm.to_string()),
-            (fact::DRIVER, format!("{major}.{minor}")),
+            (fact::DRIVER, driver_version()?),
         ];
         Ok(Capability {
             protocol: PROTOCOL,
@@ -168,9 +187,7 @@ impl BackendFactory for P2pFactory {
     }
 
     fn create(&self, context: &CreateContext, capabilities: &[Capability]) -> Result<Arc<dyn DeviceComm>> {
-        let hosts = hosts(&context.host, Deadline::after(context.timeout))?;
-        let base = base(context, capabilities);
-        Ok(Arc::new(create::create(hosts, base)?))
+        Ok(Arc::new(self.connect(context, capabilities)?))
     }
 }
 
@@ -182,12 +199,17 @@ fn base(context: &CreateContext, capabilities: &[Capability]) -> Result<Base> {
     let smallest = capabilities.iter().filter_map(|c| c.facts.get(fact::MULTIPROCESSORS)?.parse().ok()).min();
     Ok(Base {
         kernels: Kernels::load(&device)?,
-        context: device,
+        context: Arc::clone(&device),
         ordinal,
         timeout: context.timeout,
         checked: context.checked,
         options: Arc::new(Options::parse(&context.options)?),
         multiprocessors: smallest.unwrap_or(1).max(1),
+        device: Arc::new(Device {
+            uuid: uuid(&device)?,
+            driver: driver_version()?,
+            links: Links::of_device(ordinal)?,
+        }),
     })
 }
 

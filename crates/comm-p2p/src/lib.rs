@@ -12,6 +12,10 @@
 //! - Everything else, any type, reduction and shape, goes through staging memory.
 //!
 //! Every operation is a fixed row of kernels on the caller's stream: it can be captured into a CUDA graph and replayed.
+//! When a communicator is made, what its GPUs store into and load from each other is checked in both directions, once
+//! for a driver and set of GPUs: the verdict is kept in the user's cache folder. `COMM_P2P_CHECK` is `skip` or `force`.
+//! `COMM_P2P_TOPOLOGY` imposes a topology ([`P2pComm::topology`]).
+//!
 //! Every wait in a kernel ends by the communicator's timeout, or as soon as a rank's death is known.
 
 #![deny(missing_docs)]
@@ -24,7 +28,9 @@ mod ops;
 mod options;
 mod select;
 mod state;
+mod stream;
 mod symmetric;
+mod topology;
 mod usage;
 mod watchdog;
 

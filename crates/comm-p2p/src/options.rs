@@ -35,6 +35,10 @@ impl Default for Options {
     }
 }
 
+/// Enough for the check of the devices, and for a chunk of every type to every rank.
+const LEAST_STAGING: usize = 8192;
+const _: () = assert!(crate::topology::verify::NEEDED <= LEAST_STAGING);
+
 const PREFIX: &str = "p2p.";
 
 impl Options {
@@ -47,7 +51,7 @@ impl Options {
         for (name, value) in options {
             let Some(own) = name.strip_prefix(PREFIX) else { continue };
             match own {
-                "staging_bytes" => parsed.staging_bytes = number(name, value, 4096..=1 << 34)?,
+                "staging_bytes" => parsed.staging_bytes = number(name, value, LEAST_STAGING..=1 << 34)?,
                 "pair_bytes" => parsed.pair_bytes = number(name, value, 256..=1 << 30)?,
                 "packet_slots" => parsed.packet_slots = number(name, value, 512..=1 << 20)?,
                 "lamport_slots" => parsed.lamport_slots = number(name, value, 512..=1 << 20)?,

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use comm_core::topology::Topology;
 use comm_core::{CallSite, CommError, CommInfo, Deadline, DeviceAddr, HostComm, OpKind, Result};
 use comm_kernels::Kernels;
 use comm_kernels::p2p::{ErrorRecord, Link, P2pKernels, Peers};
@@ -14,6 +15,7 @@ use crate::options::Options;
 use crate::symmetric::table::Table;
 use crate::symmetric::words::Words;
 use crate::symmetric::{Block, Hold};
+use crate::topology::links::Links;
 use crate::usage::{Algorithm, Usage};
 
 const OPEN: u8 = 0;
@@ -38,6 +40,14 @@ pub(crate) struct Base {
     pub(crate) checked: bool,
     pub(crate) options: Arc<Options>,
     pub(crate) multiprocessors: u32,
+    pub(crate) device: Arc<Device>,
+}
+
+/// This rank's device, as the other ranks need to know it.
+pub(crate) struct Device {
+    pub(crate) uuid: String,
+    pub(crate) driver: String,
+    pub(crate) links: Links,
 }
 
 /// The channels of a communicator of at least two ranks, and the kernels that use them.
@@ -77,6 +87,7 @@ pub(crate) struct Ending {
 pub(crate) struct Shared {
     pub(crate) info: CommInfo,
     pub(crate) base: Base,
+    pub(crate) topology: Topology,
     /// `None` with one rank.
     pub(crate) channels: Option<Channels>,
     pub(crate) usage: Usage,
@@ -101,6 +112,7 @@ impl Shared {
     pub(crate) fn new(
         info: CommInfo,
         base: Base,
+        topology: Topology,
         channels: Option<Channels>,
         owned: Owned,
         hosts: Hosts,
@@ -108,6 +120,7 @@ impl Shared {
         Self {
             info,
             base,
+            topology,
             channels,
             usage: Usage::default(),
             words: Mutex::new(owned.words.clone()),

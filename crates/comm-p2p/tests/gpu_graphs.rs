@@ -116,3 +116,34 @@ fn many_calls_of_changing_size_back_to_back() {
         rank.comm.close().unwrap();
     });
 }
+
+#[test]
+fn the_backend_says_how_its_gpus_are_connected_and_why_it_stages() {
+    use comm_core::{BackendFactory as _, CreateContext, HostCommExt as _, MemoryKind};
+    let Some(size) = world_size() else { return };
+    comm_core::run_threads(size, PATIENT, |host| {
+        let context = CreateContext {
+            host: host.clone(),
+            memory: MemoryKind::Cuda { ordinal: host.rank() },
+            timeout: PATIENT,
+            checked: false,
+            options: Default::default(),
+        };
+        let factory = comm_p2p::P2pFactory;
+        let own = factory.probe(&context).unwrap();
+        let start = std::time::Instant::now();
+        let comm = factory.connect(&context, &host.all_gather(&own).unwrap()).unwrap();
+        println!("rank {}: {} in {:?}", host.rank(), comm.topology(), start.elapsed());
+        let addr = comm_core::DeviceComm::allocate(&comm, 4096).unwrap();
+        // SAFETY: the memory is freed after the registration; it cannot be exported, which is what is tried.
+        unsafe {
+            let registration = comm_core::DeviceComm::register(&comm, addr, 4096).unwrap();
+            let reason = comm.staging_reason(&registration).unwrap().unwrap();
+            assert!(reason.contains("allocate it with the communicator"), "{reason}");
+            comm_core::DeviceComm::deregister(&comm, &registration).unwrap();
+            assert!(comm.staging_reason(&registration).is_err());
+        }
+        comm_core::DeviceComm::close(&comm).unwrap();
+    })
+    .unwrap();
+}

@@ -160,11 +160,12 @@ impl Mapping {
             return Err(CommError::invalid("range", format!("{bytes} bytes at {offset} of {}", self.bytes)));
         }
         let at = self.base + offset as u64;
-        // SAFETY: the range is inside the mapping; the calls are ordered on the default stream and waited for.
-        unsafe {
-            check("cuMemsetD32", sys::cuMemsetD32_v2(at, word as c_uint, bytes / 4))?;
-            check("cuStreamSynchronize", sys::cuStreamSynchronize(std::ptr::null_mut()))
-        }
+        let stream = crate::stream::Stream::new()?;
+        // SAFETY: the range is inside the mapping, and the stream outlives the call.
+        check("cuMemsetD32Async", unsafe {
+            sys::cuMemsetD32Async(at, word as c_uint, bytes / 4, stream.raw())
+        })?;
+        stream.wait()
     }
 }
 
