@@ -31,7 +31,7 @@ const PROTOCOL: u32 = 1;
 /// | `p2p.staging_bytes` | staging memory of a rank | 33554432 |
 /// | `p2p.pair_bytes` | the largest chunk of a send | 1048576 |
 /// | `p2p.packet_slots`, `p2p.lamport_slots` | packs in flight between two ranks | 33792, 67584 |
-/// | `p2p.cell_ctas` | blocks of the largest kernels | 264 |
+/// | `p2p.cell_ctas` | blocks of the largest kernels | 132 |
 /// | `p2p.algorithm` | use this one wherever it can be, as `COMM_P2P_ALGO` does | by size |
 /// | `p2p.first_round` | for tests: the first round's number | 0 |
 /// | `p2p.stall_ns` | for tests: how long every kernel sleeps before its first wait | 0 |

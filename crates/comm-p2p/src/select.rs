@@ -2,7 +2,7 @@
 //!
 //! Thresholds scale with the number of ranks by what a rank sends: `(world - 1)` times the buffer in one hop.
 
-use comm_kernels::p2p::Shape;
+use comm_kernels::p2p::{Shape, Units};
 
 use crate::usage::Algorithm;
 
@@ -22,8 +22,10 @@ pub(crate) struct Limits {
 pub(crate) struct Plan {
     pub(crate) algorithm: Algorithm,
     pub(crate) shape: Shape,
-    /// Of the direct broadcast: bytes between two flags.
+    /// Of direct gathers and broadcasts: bytes of a burst or between two flags. Of the norm: blocks of a cluster.
     pub(crate) chunk: u32,
+    /// Of cells.
+    pub(crate) units: Units,
 }
 
 const PACKET_PAYLOAD: usize = 12;
@@ -50,12 +52,15 @@ impl Limits {
         Shape { grid: u32::try_from(grid).unwrap_or(u32::MAX).min(resident), block }
     }
 
-    fn full(&self) -> Shape {
-        Shape { grid: self.multiprocessors.min(self.cell_ctas as u32), block: 512 }
+    fn plan(&self, algorithm: Algorithm, shape: Shape) -> Plan {
+        Plan { algorithm, shape, chunk: 0, units: Units::Two }
     }
 
-    fn plan(&self, algorithm: Algorithm, shape: Shape) -> Plan {
-        Plan { algorithm, shape, chunk: 0 }
+    /// Cells, in long bursts where the message is long enough to fill the pipeline with them.
+    fn cells(&self, long: bool, short_block: u32) -> Plan {
+        let grid = self.multiprocessors.min(self.cell_ctas as u32);
+        let (block, units) = if long { (512, Units::Four) } else { (short_block, Units::Two) };
+        Plan { units, ..self.plan(Algorithm::Cells, Shape { grid, block }) }
     }
 
     fn packets(&self, packs: usize) -> Shape {
@@ -75,7 +80,7 @@ impl Limits {
             let slice = bytes.div_ceil(PACK).div_ceil(self.world);
             self.plan(Algorithm::TwoShot, self.lamport(slice))
         };
-        let cells = || self.plan(Algorithm::Cells, self.full());
+        let cells = || self.cells(bytes >= 24 << 20, 256);
         match self.forced {
             Some(Algorithm::OneShot) if fits_one_hop => return one_shot(),
             Some(Algorithm::TwoShot) => return two_shot(),
@@ -95,7 +100,7 @@ impl Limits {
     /// A sum reduce-scatter of `part` bytes a rank.
     pub(crate) fn reduce_scatter(&self, part: usize) -> Plan {
         let two_shot = || self.plan(Algorithm::TwoShot, self.lamport(part.div_ceil(PACK)));
-        let cells = || self.plan(Algorithm::Cells, self.full());
+        let cells = || self.cells(part.saturating_mul(self.world) >= 128 << 20, 512);
         match self.forced {
             Some(Algorithm::TwoShot) => two_shot(),
             Some(Algorithm::Cells) => cells(),
@@ -113,8 +118,13 @@ impl Limits {
             self.plan(Algorithm::Packets, self.spread(packs, self.packet_slots, &table))
         };
         let direct = || {
-            let block = if part.saturating_mul(self.world) < 32 << 20 { 256 } else { 512 };
-            self.plan(Algorithm::Direct, Shape { grid: self.multiprocessors, block })
+            let (block, chunk) = match part.saturating_mul(self.world) {
+                total if total < 32 << 20 => (256, 4096),
+                total if total < 128 << 20 => (256, 8192),
+                _ => (512, 16_384),
+            };
+            let shape = Shape { grid: self.multiprocessors, block };
+            Plan { chunk, ..self.plan(Algorithm::Direct, shape) }
         };
         match self.forced {
             Some(Algorithm::Packets) => packets(),
@@ -130,16 +140,14 @@ impl Limits {
         let packs = bytes.div_ceil(PACKET_PAYLOAD);
         let one_hop = || self.plan(Algorithm::Packets, self.packets(packs));
         let relayed = || self.plan(Algorithm::Relayed, self.packets(packs.div_ceil(self.world - 1)));
-        let direct = || Plan {
-            algorithm: Algorithm::Direct,
-            shape: Shape { grid: 64.min(self.multiprocessors), block: 512 },
-            chunk: if bytes < 32 << 20 {
-                4096
-            } else if bytes < 128 << 20 {
-                8192
-            } else {
-                16_384
-            },
+        let direct = || {
+            let (grid, chunk) = match bytes {
+                total if total < 32 << 20 => (64, 4096),
+                total if total < 128 << 20 => (128, 4096),
+                _ => (128, 8192),
+            };
+            let shape = Shape { grid: self.multiprocessors.min(grid), block: 256 };
+            Plan { chunk, ..self.plan(Algorithm::Direct, shape) }
         };
         let fits_one_hop = packs <= self.packet_slots;
         match self.forced {
@@ -169,7 +177,8 @@ impl Limits {
             let grid = tokens.checked_mul(cluster)?;
             let fits = block <= 512 && grid <= sm && grid * block <= self.packet_slots;
             let shape = Shape { grid: grid as u32, block: block as u32 };
-            fits.then_some(Plan { algorithm: Algorithm::OneShot, shape, chunk: cluster as u32 })
+            let plan = Plan { chunk: cluster as u32, ..self.plan(Algorithm::OneShot, shape) };
+            fits.then_some(plan)
         };
         let two_hops = || {
             let block = row.div_ceil(PACK).div_ceil(self.world).next_multiple_of(32);
@@ -205,7 +214,7 @@ mod tests {
             world,
             packet_slots: 33_792,
             lamport_slots: 67_584,
-            cell_ctas: 264,
+            cell_ctas: 132,
             multiprocessors: 132,
             forced,
         }

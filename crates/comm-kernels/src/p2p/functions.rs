@@ -44,13 +44,12 @@ macro_rules! per_float {
 
 /// Every entry point for one world size.
 pub(super) struct Functions {
-    pub(super) one_shot_packets: PerFloat,
-    pub(super) one_shot_lamport: PerFloat,
-    pub(super) two_shot_packets: PerFloat,
-    pub(super) two_shot_lamport: PerFloat,
-    pub(super) reduce_scatter_lamport: PerFloat,
-    pub(super) all_reduce_cells: PerFloat,
-    pub(super) reduce_scatter_cells: PerFloat,
+    pub(super) one_shot: PerFloat,
+    pub(super) two_shot: PerFloat,
+    pub(super) reduce_scatter: PerFloat,
+    /// By cells: two packs per thread, slice and chunk, then four.
+    pub(super) all_reduce_cells: [PerFloat; 2],
+    pub(super) reduce_scatter_cells: [PerFloat; 2],
     pub(super) norm_one_shot: PerFloat,
     pub(super) norm_two_shot: PerFloat,
     pub(super) all_gather_packets: Function,
@@ -76,13 +75,14 @@ impl Functions {
         let norm = Module::load(context, "p2p_norm")?;
         let meet = Module::load(context, "p2p_meet")?;
         Ok(Self {
-            one_shot_packets: per_float!(reduce, world, "p2p_ar1_packet"),
-            one_shot_lamport: per_float!(reduce, world, "p2p_ar1_lamport"),
-            two_shot_packets: per_float!(reduce, world, "p2p_ar2_packet"),
-            two_shot_lamport: per_float!(reduce, world, "p2p_ar2_lamport"),
-            reduce_scatter_lamport: per_float!(reduce, world, "p2p_rs_lamport"),
-            all_reduce_cells: per_float!(cells, world, "p2p_arc"),
-            reduce_scatter_cells: per_float!(cells, world, "p2p_rsc"),
+            one_shot: per_float!(reduce, world, "p2p_ar1"),
+            two_shot: per_float!(reduce, world, "p2p_ar2"),
+            reduce_scatter: per_float!(reduce, world, "p2p_rs"),
+            all_reduce_cells: [per_float!(cells, world, "p2p_arc2"), per_float!(cells, world, "p2p_arc4")],
+            reduce_scatter_cells: [
+                per_float!(cells, world, "p2p_rsc2"),
+                per_float!(cells, world, "p2p_rsc4"),
+            ],
             norm_one_shot: per_float!(norm, world, "p2p_norm1"),
             norm_two_shot: per_float!(norm, world, "p2p_norm2"),
             all_gather_packets: gather.function(by_world!(world, "p2p_ag_packet"))?,

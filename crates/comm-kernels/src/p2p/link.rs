@@ -15,7 +15,7 @@ pub const PACK_BYTES: usize = 16;
 /// Buffers that rounds rotate through.
 pub const BUFFERS: usize = 4;
 const STAGES: usize = 2;
-const CELL_BYTES: usize = 8192;
+const CELL_BYTES: usize = 512 * 4 * PACK_BYTES;
 
 /// Bytes of the scratch area of a pack channel, `slot_packs` packs a source, between `world` ranks.
 #[must_use]
@@ -44,7 +44,7 @@ pub struct Channel {
     arrived: u32,
     /// Whether a wait was given up.
     pub broken: u32,
-    reserved: u32,
+    looked: u32,
 }
 
 /// Bytes of a pair channel's counters, in device memory, zero at first.
@@ -105,6 +105,6 @@ mod tests {
         assert_eq!(size_of::<ErrorRecord>(), 24);
         assert_eq!(size_of::<Channel>(), 16);
         assert_eq!(scratch_bytes(2, 1), 65_536 + 4 * 2 * 2 * 16);
-        assert_eq!(cells_bytes(8, 1), 65_536 + 4 * 8 * 8192);
+        assert_eq!(cells_bytes(8, 1), 65_536 + 4 * 8 * 32_768);
     }
 }

@@ -22,13 +22,14 @@ pub use self::link::{
 use crate::kernels::parameters;
 use crate::module::Function;
 
-/// How packs announce themselves; each has channels of its own.
+/// Packs that a thread moves per slice and chunk in kernels by cells: more make longer bursts per peer, which the links
+/// carry better, and need a longer message to fill the pipeline.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum Wire {
-    /// 12 bytes of payload and the round's number.
-    Packet,
-    /// 16 bytes of payload over a mark that the receiver puts back.
-    Lamport,
+pub enum Units {
+    /// Two blocks of 512 threads fit on a multiprocessor.
+    Two = 0,
+    /// One does.
+    Four = 1,
 }
 
 /// How a kernel is launched: blocks, and threads of a block (at most 512).
@@ -90,6 +91,20 @@ fn check_shape(shape: Shape, most_threads: u64) -> Result<()> {
     Ok(())
 }
 
+fn check_direct(shape: Shape, chunk: u32) -> Result<()> {
+    check_shape(shape, u64::MAX)?;
+    if shape.grid > FLAG_CTAS || !shape.block.is_multiple_of(32) {
+        return Err(CommError::invalid(
+            "shape",
+            format!("{} blocks of {} threads; at most {FLAG_CTAS}, of whole warps", shape.grid, shape.block),
+        ));
+    }
+    if chunk == 0 || !chunk.is_multiple_of(4096) {
+        return Err(CommError::invalid("chunk", format!("{chunk} is no multiple of 4096")));
+    }
+    Ok(())
+}
+
 /// # Safety contract shared by all launchers
 /// `link` describes live memory of the layout that the kernels document, on all ranks; operands are valid, for reads or
 /// writes, until the work has completed; all ranks launch the same kernel with equal counts and shapes, in the same
@@ -122,44 +137,37 @@ impl P2pKernels {
         unsafe { function.launch_ahead(&self.context, shape.grid, shape.block, 1, stream, parameters) }
     }
 
-    /// Sum all-reduce of bf16, f16 or f32 in one hop: at most `slot_packs` packs.
+    /// Sum all-reduce of bf16, f16 or f32 in one hop, by packets: at most `slot_packs` of 12 bytes.
     ///
     /// # Errors
     /// [`CommError::InvalidArgument`], [`CommError::Cuda`].
     pub unsafe fn all_reduce_one_shot(
         &self,
         link: &Link,
-        wire: Wire,
         (send, recv): (DeviceAddr, DeviceAddr),
         count: usize,
         dtype: DType,
         shape: Shape,
         stream: StreamHandle,
     ) -> Result<()> {
-        let payload = if wire == Wire::Packet { 12 } else { 16 };
-        let packs = (count * dtype.size()).div_ceil(payload);
+        let packs = (count * dtype.size()).div_ceil(12);
         if packs > link.slot_packs as usize {
             return Err(CommError::invalid("count", format!("{packs} packs, {} fit", link.slot_packs)));
         }
         check_shape(shape, u64::MAX)?;
-        let table = match wire {
-            Wire::Packet => &self.functions.one_shot_packets,
-            Wire::Lamport => &self.functions.one_shot_lamport,
-        };
-        let function = &table[float_index(dtype)?];
+        let function = &self.functions.one_shot[float_index(dtype)?];
         let count = count as u64;
         // SAFETY: these are the kernel's parameters; the caller vouches for what they name.
         unsafe { self.launch(function, shape, stream, &mut parameters![*link, send, recv, count]) }
     }
 
-    /// Sum all-reduce in two hops, any count.
+    /// Sum all-reduce in two hops, by Lamport packs; any count.
     ///
     /// # Errors
     /// [`CommError::InvalidArgument`], [`CommError::Cuda`].
     pub unsafe fn all_reduce_two_shot(
         &self,
         link: &Link,
-        wire: Wire,
         (send, recv): (DeviceAddr, DeviceAddr),
         count: usize,
         dtype: DType,
@@ -167,11 +175,7 @@ impl P2pKernels {
         stream: StreamHandle,
     ) -> Result<()> {
         check_shape(shape, link.slot_packs.into())?;
-        let table = match wire {
-            Wire::Packet => &self.functions.two_shot_packets,
-            Wire::Lamport => &self.functions.two_shot_lamport,
-        };
-        let function = &table[float_index(dtype)?];
+        let function = &self.functions.two_shot[float_index(dtype)?];
         let count = count as u64;
         // SAFETY: as above.
         unsafe { self.launch(function, shape, stream, &mut parameters![*link, send, recv, count]) }
@@ -185,6 +189,7 @@ impl P2pKernels {
     pub unsafe fn all_reduce_cells(
         &self,
         link: &Link,
+        units: Units,
         send: DeviceAddr,
         recv: &Peers,
         count: usize,
@@ -193,30 +198,32 @@ impl P2pKernels {
         stream: StreamHandle,
     ) -> Result<()> {
         check_shape(shape, u64::MAX)?;
-        let function = &self.functions.all_reduce_cells[float_index(dtype)?];
+        let function = &self.functions.all_reduce_cells[units as usize][float_index(dtype)?];
         let count = count as u64;
         // SAFETY: as above.
         unsafe { self.launch(function, shape, stream, &mut parameters![*link, send, *recv, count]) }
     }
 
-    /// Sum reduce-scatter, `count` elements a rank: by Lamport packs, or by cells where `cells` says so (`link` is then
-    /// the cells' channel).
+    /// Sum reduce-scatter, `count` elements a rank: by Lamport packs, or by cells where `cells` says with how many
+    /// units (`link` is then the cells' channel).
     ///
     /// # Errors
     /// [`CommError::InvalidArgument`], [`CommError::Cuda`].
     pub unsafe fn reduce_scatter(
         &self,
         link: &Link,
-        cells: bool,
+        cells: Option<Units>,
         (send, recv): (DeviceAddr, DeviceAddr),
         count: usize,
         dtype: DType,
         shape: Shape,
         stream: StreamHandle,
     ) -> Result<()> {
-        check_shape(shape, if cells { u64::MAX } else { link.slot_packs.into() })?;
-        let table =
-            if cells { &self.functions.reduce_scatter_cells } else { &self.functions.reduce_scatter_lamport };
+        check_shape(shape, if cells.is_some() { u64::MAX } else { link.slot_packs.into() })?;
+        let table = match cells {
+            Some(units) => &self.functions.reduce_scatter_cells[units as usize],
+            None => &self.functions.reduce_scatter,
+        };
         let function = &table[float_index(dtype)?];
         let count = count as u64;
         // SAFETY: as above.
@@ -242,7 +249,8 @@ impl P2pKernels {
         unsafe { self.launch(function, shape, stream, &mut parameters![*link, send, recv, bytes]) }
     }
 
-    /// All-gather by stores into the peers' results, `bytes` bytes a rank.
+    /// All-gather by stores into the peers' results, `bytes` bytes a rank. `chunk`: bytes that a warp stores to one
+    /// peer before it turns to the next, a multiple of 4096.
     ///
     /// # Errors
     /// [`CommError::InvalidArgument`], [`CommError::Cuda`].
@@ -251,15 +259,15 @@ impl P2pKernels {
         link: &Link,
         send: DeviceAddr,
         recv: &Peers,
-        bytes: usize,
+        (bytes, chunk): (usize, u32),
         shape: Shape,
         stream: StreamHandle,
     ) -> Result<()> {
-        check_shape(shape, u64::from(FLAG_CTAS * MAX_BLOCK))?;
+        check_direct(shape, chunk)?;
         let bytes = bytes as u64;
         let function = &self.functions.all_gather_direct;
         // SAFETY: as above.
-        unsafe { self.launch(function, shape, stream, &mut parameters![*link, send, *recv, bytes]) }
+        unsafe { self.launch(function, shape, stream, &mut parameters![*link, send, *recv, bytes, chunk]) }
     }
 
     /// Broadcast by packets, in one hop or `relayed` over the other ranks; at most
@@ -311,10 +319,7 @@ impl P2pKernels {
         shape: Shape,
         stream: StreamHandle,
     ) -> Result<()> {
-        check_shape(shape, u64::from(FLAG_CTAS * MAX_BLOCK))?;
-        if chunk == 0 || !chunk.is_multiple_of(4096) {
-            return Err(CommError::invalid("chunk", format!("{chunk} is no multiple of 4096")));
-        }
+        check_direct(shape, chunk)?;
         let (bytes, root) = (bytes as u64, root as u32);
         let function = &self.functions.broadcast_direct;
         let mut parameters = parameters![*link, send, *recv, bytes, root, chunk];

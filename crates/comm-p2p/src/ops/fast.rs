@@ -1,7 +1,7 @@
 //! All-reduce, reduce-scatter, all-gather, broadcast, reduce, all-to-all and barrier.
 
 use comm_core::{DType, DeviceAddr, OpKind, ReduceOp, Result, StreamHandle, check};
-use comm_kernels::p2p::{Peers, Wire};
+use comm_kernels::p2p::Peers;
 
 use super::is_fast;
 use super::staged::{Staging, copy};
@@ -43,7 +43,7 @@ impl P2pComm {
         }
         let limits = self.limits();
         let found = call.owned.table.find(recv, bytes);
-        let Plan { algorithm, shape, .. } = limits.all_reduce(bytes, found.is_some());
+        let Plan { algorithm, shape, units, .. } = limits.all_reduce(bytes, found.is_some());
         let kernels = &channels.kernels;
         match (algorithm, found) {
             (Algorithm::OneShot, _) => {
@@ -51,15 +51,14 @@ impl P2pComm {
                 // SAFETY: here and below, the channels are live while the communicator is open, the plan is the same
                 // on all ranks, and the caller vouches for the operands.
                 call.fatal(unsafe {
-                    let wire = Wire::Packet;
-                    kernels.all_reduce_one_shot(&link, wire, (send, recv), count, dtype, shape, stream)
+                    kernels.all_reduce_one_shot(&link, (send, recv), count, dtype, shape, stream)
                 })?;
             }
             (Algorithm::Cells, Some(found)) => {
                 let link = call.link(&channels.cells);
                 // SAFETY: see above; `recv` lies in a region of all ranks.
                 call.fatal(unsafe {
-                    kernels.all_reduce_cells(&link, send, &found.peers, count, dtype, shape, stream)
+                    kernels.all_reduce_cells(&link, units, send, &found.peers, count, dtype, shape, stream)
                 })?;
             }
             (Algorithm::Staged, _) => {
@@ -69,8 +68,7 @@ impl P2pComm {
                 let link = call.link(&channels.lamport);
                 // SAFETY: see above.
                 call.fatal(unsafe {
-                    let wire = Wire::Lamport;
-                    kernels.all_reduce_two_shot(&link, wire, (send, recv), count, dtype, shape, stream)
+                    kernels.all_reduce_two_shot(&link, (send, recv), count, dtype, shape, stream)
                 })?;
             }
         }
@@ -150,8 +148,8 @@ impl P2pComm {
             call.finish(Algorithm::Staged);
             return Ok(());
         }
-        let cells = plan.algorithm == Algorithm::Cells;
-        let link = call.link(if cells { &channels.cells } else { &channels.lamport });
+        let cells = (plan.algorithm == Algorithm::Cells).then_some(plan.units);
+        let link = call.link(if cells.is_some() { &channels.cells } else { &channels.lamport });
         // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks, and the
         // caller vouches for the operands.
         call.fatal(unsafe {
@@ -218,14 +216,21 @@ impl P2pComm {
             return self.local(call, send, recv, part, stream);
         };
         let found = call.owned.table.find(recv, part * info.size);
-        let Plan { algorithm, shape, .. } = self.limits().all_gather(part, found.is_some());
+        let Plan { algorithm, shape, chunk, .. } = self.limits().all_gather(part, found.is_some());
         let link = call.link(&channels.packet);
         match (algorithm, found) {
             (Algorithm::Direct, Some(found)) => {
                 // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks,
                 // `recv` lies in a region of all ranks, and the caller vouches for the operands.
                 call.fatal(unsafe {
-                    channels.kernels.all_gather_direct(&link, send, &found.peers, part, shape, stream)
+                    channels.kernels.all_gather_direct(
+                        &link,
+                        send,
+                        &found.peers,
+                        (part, chunk),
+                        shape,
+                        stream,
+                    )
                 })?;
             }
             (Algorithm::Staged, _) => {

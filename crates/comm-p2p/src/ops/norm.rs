@@ -32,7 +32,7 @@ impl P2pComm {
             call.finish(Algorithm::Local);
             return Ok(());
         };
-        let Plan { algorithm, shape, chunk } =
+        let Plan { algorithm, shape, chunk, .. } =
             self.limits().norm(args.tokens, args.hidden * args.dtype.size());
         if algorithm == Algorithm::Composed {
             let (count, dtype) = (args.tokens * args.hidden, args.dtype);
