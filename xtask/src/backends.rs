@@ -62,6 +62,15 @@ pub fn open_device(backend: &str, local_rank: usize) -> Result<Box<dyn Device>> 
     Ok(Box::new(HostDevice::default()))
 }
 
+/// Which library the backend works with, in the process that asks; `None` for a backend that needs none.
+pub fn library(backend: &str) -> Option<String> {
+    if backend != comm_nccl::NAME {
+        return None;
+    }
+    let library = comm_nccl::NcclLibrary::load().ok()?;
+    Some(format!("NCCL {} at {}", library.version(), library.path().display()))
+}
+
 /// Whether NCCL can be loaded here.
 ///
 /// # Errors

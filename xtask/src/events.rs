@@ -22,6 +22,8 @@ pub const EVENTS_ENV: &str = "COMM_XTASK_EVENTS";
 pub enum Event {
     /// What the rank is doing from now on; shown when it hangs, waited for by fault injection.
     Phase(String),
+    /// The library that the rank's backend works with.
+    Library(String),
     /// A finished row of the benchmark table. Sent by rank 0.
     Row(Box<Row>),
     /// A finished test case.

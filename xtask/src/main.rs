@@ -8,6 +8,7 @@
 mod backends;
 mod bench;
 mod bundle;
+mod command;
 mod cuda_device;
 mod device;
 mod doctor;

@@ -299,3 +299,37 @@ fn descriptors_and_mappings_are_given_back() {
     assert!(settled(&|| mappings() == 0), "{} mappings left", mappings());
     assert!(settled(&|| count("/proc/self/fd") < 40), "{} descriptors left", count("/proc/self/fd"));
 }
+
+#[test]
+fn a_rank_that_learns_of_a_death_by_polling_is_not_blamed_for_leaving() {
+    for transport in TRANSPORTS {
+        let left = Barrier::new(3);
+        on_ranks(3, transport, false, |comm| {
+            sum(&*comm, 10).unwrap();
+            let rank = comm.rank();
+            // The last rank leaves first, then the one that a search in rank order meets first.
+            if rank == 2 {
+                drop(comm);
+                left.wait();
+                return;
+            }
+            if rank == 0 {
+                let limit = Instant::now() + Duration::from_secs(10);
+                let error = loop {
+                    match comm.poll() {
+                        Err(error) => break error,
+                        Ok(()) => assert!(Instant::now() < limit, "the departure was never noticed"),
+                    }
+                };
+                assert!(matches!(error, CommError::PeerDied { rank: 2, .. }), "{error:?}");
+                assert_eq!(sum(&*comm, 10), Err(error), "the failure stays");
+                drop(comm);
+                left.wait();
+                return;
+            }
+            left.wait();
+            let error = sum(&*comm, 10).unwrap_err();
+            assert!(matches!(error, CommError::PeerDied { rank: 2, .. }), "{error:?}");
+        });
+    }
+}

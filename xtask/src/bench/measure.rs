@@ -7,6 +7,7 @@ use comm_core::{DeviceAddr, DeviceComm, DeviceMemory, HostCommExt, HostReduceOp,
 
 use comm_kernels::pattern::Pattern;
 
+use crate::backends;
 use crate::bench::data::{Segment, pattern};
 use crate::bench::norm;
 use crate::bench::operands::{Operands, ROOT, query};
@@ -25,6 +26,11 @@ use crate::rank::RankContext;
 pub fn run(job: &BenchJob, context: &RankContext) -> Result<()> {
     let device = context.open_device(&job.backend)?;
     let comm = context.create(&job.backend, device.memory())?;
+    if context.host.rank() == 0
+        && let Some(library) = backends::library(&job.backend)
+    {
+        context.events.emit(Event::Library(library));
+    }
     let bench = Bench { job, context, device: &*device, comm: &comm };
     for (number, case) in job.cases(context.host.size()).into_iter().enumerate() {
         context.events.phase(format!("{} {}", case.op, human(case.bytes)));

@@ -5,6 +5,7 @@ pub mod data;
 pub mod measure;
 mod norm;
 mod operands;
+mod peer;
 pub mod plan;
 mod plot;
 pub mod row;
@@ -12,9 +13,11 @@ mod sizes;
 mod stats;
 mod table;
 mod targets;
+mod versus;
 
+use std::collections::BTreeMap;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -31,8 +34,16 @@ use crate::launch::{LaunchSpec, Mode};
 use crate::rank::Job;
 pub use sizes::human;
 
+use peer::{Figure, Peer, Torch};
 use plan::{BenchJob, Effort};
 use row::Row;
+use versus::Versus;
+
+/// The environment variable that names the file which the ranks load NCCL from.
+const NCCL_LIBRARY: &str = "COMM_NCCL_LIBRARY";
+
+/// The interpreter whose PyTorch is the peer.
+const PYTHON: &str = "python3";
 
 /// Options of `cargo xtask bench`.
 #[derive(Args, Debug)]
@@ -94,9 +105,16 @@ pub struct BenchArgs {
     /// What --check holds times against: `target`, or a peer's name in the file, for example nccl.
     #[arg(long, default_value = "target", requires = "check")]
     against: check::Against,
-    /// Percent by which --check lets a bound be exceeded.
-    #[arg(long, default_value_t = 0.0, requires = "check")]
-    tolerance: f64,
+    /// Percent by which a time may be exceeded [default: 0 for --check, 3 for --peer].
+    #[arg(long)]
+    tolerance: Option<f64>,
+    /// Measure another system on the same GPUs right after ours, and compare. Our ranks then use its NCCL, unless
+    /// COMM_NCCL_LIBRARY names another.
+    #[arg(long, value_name = "PEER")]
+    peer: Option<Peer>,
+    /// Fail where slower than the peer beyond the tolerance, or where it cannot be measured.
+    #[arg(long, requires = "peer")]
+    check_peer: bool,
 }
 
 /// What `--json` writes.
@@ -104,8 +122,25 @@ pub struct BenchArgs {
 struct Report<'a> {
     schema: u32,
     host: String,
+    /// What each backend works with.
+    libraries: &'a BTreeMap<String, String>,
     rows: &'a [Row],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    peer: Option<&'a PeerReport>,
 }
+
+/// A peer's part of the report.
+#[derive(Serialize)]
+struct PeerReport {
+    #[serde(flatten)]
+    torch: Torch,
+    figures: Vec<Figure>,
+    #[serde(flatten)]
+    versus: Versus,
+}
+
+/// Percent by which we may be slower than a peer, unless told otherwise: what two runs of the same code differ by.
+const PEER_TOLERANCE: f64 = 3.0;
 
 /// Runs the command.
 ///
@@ -113,29 +148,75 @@ struct Report<'a> {
 /// When an argument makes no sense, a rank fails, an element is wrong, or a checked time is exceeded.
 pub fn run(args: &BenchArgs) -> Result<()> {
     ensure!(args.reps > 0 && args.iters != Some(0), "--reps and --iters must be at least 1");
-    let mut rows = Vec::new();
+    ensure!(args.tolerance.is_none_or(|percent| percent >= 0.0), "--tolerance must not be negative");
+    let torch = args.peer.map(|Peer::Torch| find_torch());
+    let found = torch.as_ref().and_then(|torch| torch.as_ref().ok());
+    let (mut rows, mut libraries) = (Vec::new(), BTreeMap::new());
     println!("{}", table::header());
     for name in backend_names(args) {
-        rows.extend(run_backend(args, backends::find(&name)?)?);
+        rows.extend(run_backend(args, backends::find(&name)?, found, &mut libraries)?);
     }
     println!("{}", table::summary(&rows));
+    let peer = match torch {
+        Some(Ok(torch)) => Some(compare_with(args, torch, &rows)?),
+        Some(Err(reason)) if args.check_peer => return Err(reason.context("--check-peer")),
+        Some(Err(reason)) => {
+            println!("# no comparison with PyTorch: {reason:#}");
+            None
+        }
+        None => None,
+    };
     if let Some(path) = &args.json {
-        let report = Report { schema: 1, host: hostname(), rows: &rows };
+        let report =
+            Report { schema: 1, host: hostname(), libraries: &libraries, rows: &rows, peer: peer.as_ref() };
         let text = serde_json::to_string_pretty(&report)?;
         std::fs::write(path, text + "\n").with_context(|| format!("writing {}", path.display()))?;
     }
     if let Some(path) = &args.plot {
-        plot::plot(path, &rows)?;
+        plot::plot(path, &rows, peer.as_ref().map_or(&[], |peer| &peer.figures))?;
     }
     let wrong = table::wrong(&rows);
     ensure!(wrong == 0, "{wrong} elements are wrong");
     if let Some(path) = &args.check {
-        let verdicts = check::compare(&rows, &targets::Targets::load(path)?, &args.against, args.tolerance)?;
+        let tolerance = args.tolerance.unwrap_or(0.0);
+        let verdicts = check::compare(&rows, &targets::Targets::load(path)?, &args.against, tolerance)?;
         let (text, missed) = check::report(&verdicts, &args.against);
         println!("{text}");
         ensure!(missed == 0, "{missed} of {} checked times are exceeded", verdicts.len());
     }
+    if let Some(peer) = peer.filter(|_| args.check_peer) {
+        ensure!(!peer.versus.compared.is_empty(), "no row could be compared with PyTorch's");
+        ensure!(
+            peer.versus.slower() == 0,
+            "{} of {} rows are slower than PyTorch's",
+            peer.versus.slower(),
+            peer.versus.compared.len()
+        );
+    }
     Ok(())
+}
+
+fn find_torch() -> Result<Torch> {
+    gpus::visible().map_err(anyhow::Error::msg)?;
+    Torch::find(Path::new(PYTHON), peer::PROBE)
+}
+
+/// Measures PyTorch and prints the comparison.
+fn compare_with(args: &BenchArgs, torch: Torch, rows: &[Row]) -> Result<PeerReport> {
+    eprintln!("measuring {} ...", torch.describe());
+    let method = peer::Method {
+        python: Path::new(PYTHON),
+        script: peer::SCRIPT,
+        reps: args.reps,
+        iters: args.iters,
+        timeout: Duration::from_secs(args.timeout),
+    };
+    let gpus = gpus::visible().map_err(anyhow::Error::msg)?;
+    let (figures, bad_end) = peer::measure(rows, &gpus, &method)?;
+    let tolerance = args.tolerance.unwrap_or(PEER_TOLERANCE);
+    let versus = versus::compare(rows, &figures, bad_end.as_deref(), tolerance);
+    println!("{}", versus.table(&torch.describe(), tolerance));
+    Ok(PeerReport { torch, figures, versus })
 }
 
 fn backend_names(args: &BenchArgs) -> Vec<String> {
@@ -155,8 +236,22 @@ fn backend_names(args: &BenchArgs) -> Vec<String> {
     }
 }
 
-fn run_backend(args: &BenchArgs, backend: Backend) -> Result<Vec<Row>> {
-    let (job, spec) = prepare(args, backend)?;
+fn run_backend(
+    args: &BenchArgs,
+    backend: Backend,
+    torch: Option<&Torch>,
+    libraries: &mut BTreeMap<String, String>,
+) -> Result<Vec<Row>> {
+    let (job, mut spec) = prepare(args, backend)?;
+    let same_library = torch.and_then(|torch| torch.library.clone()).filter(|_| backend.on_gpus);
+    match same_library {
+        Some(file) if std::env::var_os(NCCL_LIBRARY).is_none() => {
+            note(&format!("{} uses PyTorch's NCCL, so that like is compared with like", backend.name));
+            spec.env.push((NCCL_LIBRARY.into(), file.into()));
+        }
+        Some(_) => note(&format!("{NCCL_LIBRARY} is set, so PyTorch may use another NCCL than ours")),
+        None => {}
+    }
     let total = job.cases(spec.world).len() as u64;
     let bar =
         ProgressBar::new(total).with_style(ProgressStyle::with_template("{pos}/{len} {msg} {elapsed}")?);
@@ -167,6 +262,10 @@ fn run_backend(args: &BenchArgs, backend: Backend) -> Result<Vec<Row>> {
     let spec = LaunchSpec { output, ..spec };
     let mut rows: Vec<Row> = Vec::new();
     let report = job::launch_job(spec, &Job::Bench(job), &mut |message| match &message.event {
+        Event::Library(library) => {
+            bar.suspend(|| note(&format!("{}: {library}", backend.name)));
+            libraries.insert(backend.name.to_owned(), library.clone());
+        }
         Event::Phase(text) if message.rank == 0 => bar.set_message(text.clone()),
         Event::Row(row) => {
             bar.inc(1);
@@ -187,6 +286,11 @@ fn run_backend(args: &BenchArgs, backend: Backend) -> Result<Vec<Row>> {
     }
     ensure!(rows.len() as u64 == total, "{} of {total} rows were measured", rows.len());
     Ok(rows)
+}
+
+/// A line of the table that is not a row.
+fn note(text: &str) {
+    println!("# {text}");
 }
 
 fn prepare(args: &BenchArgs, backend: Backend) -> Result<(BenchJob, LaunchSpec)> {

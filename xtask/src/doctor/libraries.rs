@@ -1,12 +1,13 @@
 //! Libraries, the compiler and the compiled kernels: where they were found, and in which version.
 
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
+use std::time::Duration;
 
 use comm_kernels::locate::KernelSet;
 use comm_nccl::NcclLibrary;
 
+use crate::command;
 use crate::doctor::Findings;
 
 /// The longest that a program is given to tell its version.
@@ -99,24 +100,6 @@ fn python_site_packages() -> Vec<PathBuf> {
     text.lines().map(PathBuf::from).collect()
 }
 
-/// What a program prints, if it ends well and in time.
 fn output_of(command: &mut Command) -> Option<String> {
-    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().ok()?;
-    let give_up = Instant::now() + PATIENCE;
-    loop {
-        match child.try_wait() {
-            // Versions fit into a pipe's buffer, so nothing need be read before the end.
-            Ok(Some(status)) => {
-                let mut text = String::new();
-                let read = std::io::Read::read_to_string(&mut child.stdout.take()?, &mut text);
-                return (status.success() && read.is_ok()).then_some(text);
-            }
-            Ok(None) if Instant::now() < give_up => std::thread::sleep(Duration::from_millis(5)),
-            _ => {
-                let _ = child.kill();
-                let _ = child.wait();
-                return None;
-            }
-        }
-    }
+    command::output_of(command, PATIENCE)
 }

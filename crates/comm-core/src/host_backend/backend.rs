@@ -404,19 +404,24 @@ unsafe impl DeviceComm for HostBackend {
 
     fn poll(&self) -> Result<()> {
         self.core.usable()?;
+        let state = match self.state.try_lock() {
+            Ok(state) => Some(state),
+            Err(TryLockError::Poisoned(state)) => Some(state.into_inner()),
+            // A call is under way on another thread: its number is not worth waiting for, and it fails by itself.
+            Err(TryLockError::WouldBlock) => None,
+        };
         let waiting = Waiting {
             comm: &self.core.info.name,
             op: OpKind::Poll,
-            seq: match self.state.try_lock() {
-                Ok(state) => state.seq,
-                Err(TryLockError::Poisoned(state)) => state.into_inner().seq,
-                // A call is under way on another thread; its number is not worth waiting for.
-                Err(TryLockError::WouldBlock) => 0,
-            },
+            seq: state.as_ref().map_or(0, |state| state.seq),
             deadline: Deadline::after(self.core.timeout),
         };
-        self.core.waiter.failure(&waiting)?;
-        self.core.waiter.host.poll().map_err(|error| at_home(&waiting, error))
+        let host = || self.core.waiter.host.poll().map_err(|error| at_home(&waiting, error));
+        let result = self.core.waiter.failure(&waiting).and_then(|()| host());
+        if let (Err(error), Some(_)) = (&result, &state) {
+            self.core.give_up(error);
+        }
+        result
     }
 
     fn abort(&self) {

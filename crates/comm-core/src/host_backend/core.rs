@@ -113,10 +113,16 @@ impl Core {
         self.control().declare(standing, cause);
     }
 
-    /// Ends the communicator with `error`. On return no peer touches this rank's operands any more.
-    fn fail(&self, error: &CommError) {
+    /// Ends the communicator with `error` and tells the peers, which would otherwise take this rank for the culprit when
+    /// it leaves.
+    pub(super) fn give_up(&self, error: &CommError) {
         lock(&self.failure).get_or_insert_with(|| error.clone());
         self.declare(Standing::GaveUp, Some(error));
+    }
+
+    /// Ends the communicator with a call's error. On return no peer touches this rank's operands any more.
+    fn fail(&self, error: &CommError) {
+        self.give_up(error);
         if self.direct {
             self.waiter.untouched();
         }
