@@ -10,6 +10,9 @@ use crate::select::Plan;
 use crate::state::{Call, Channels};
 use crate::usage::Algorithm;
 
+/// Bytes from which a staged all-reduce is worth a second barrier: each rank then reduces a slice instead of everything.
+const SLICED: usize = 256 << 10;
+
 /// The address `count` elements of `size` bytes on.
 fn at(addr: DeviceAddr, count: usize, size: usize) -> DeviceAddr {
     addr.offset((count * size) as u64)
@@ -111,15 +114,38 @@ impl P2pComm {
         let mut staging = Staging::new(call, channels, stream);
         let most = staging.room(1, size) / size;
         let mut done = 0;
+        let world = self.shared().info.size;
         while done < count {
             let part = most.min(count - done);
-            staging.exchange(
-                |staging, own| staging.copy(at(send, done, size), own, part * size),
-                |staging, halves| match root {
+            let fill = |staging: &Staging<'_>, own| staging.copy(at(send, done, size), own, part * size);
+            let to = at(recv, done, size);
+            if root.is_some() || part * size < SLICED {
+                staging.exchange(fill, |staging, halves| match root {
                     Some(root) if root != rank => Ok(()),
-                    _ => staging.reduce(halves, 0, at(recv, done, size), part, (dtype, op)),
-                },
-            )?;
+                    _ => staging.reduce(halves, 0, to, part, (dtype, op)),
+                })?;
+            } else {
+                // Slices of whole 16-byte units: a rank reduces its own where it lies, and the others fetch it.
+                let slice = part.div_ceil(world).next_multiple_of(16);
+                let length = |of: usize| part.saturating_sub(of * slice).min(slice);
+                let offset = |of: usize| of * slice * size;
+                staging.exchange_twice(
+                    fill,
+                    |staging, halves| match length(rank) {
+                        0 => Ok(()),
+                        count => {
+                            let own = halves[rank].offset(offset(rank) as u64);
+                            staging.reduce(halves, offset(rank), own, count, (dtype, op))
+                        }
+                    },
+                    |staging, halves| {
+                        (0..world).map(|turn| (rank + turn) % world).try_for_each(|of| {
+                            let from = halves[of].offset(offset(of) as u64);
+                            staging.copy(from, to.offset(offset(of) as u64), length(of) * size)
+                        })
+                    },
+                )?;
+            }
             done += part;
         }
         staging.finish()

@@ -53,6 +53,21 @@ impl<'a> Staging<'a> {
         Ok(())
     }
 
+    /// One chunk in two steps: between them every rank has done `combine`, which may write this rank's half where no
+    /// other rank has read it.
+    pub(crate) fn exchange_twice(
+        &mut self,
+        write: impl FnOnce(&Self, DeviceAddr) -> Result<()>,
+        combine: impl FnOnce(&Self, &Peers) -> Result<()>,
+        read: impl FnOnce(&Self, &Peers) -> Result<()>,
+    ) -> Result<()> {
+        self.exchange(write, |staging, halves| {
+            combine(staging, halves)?;
+            staging.barrier()?;
+            read(staging, halves)
+        })
+    }
+
     /// Reduces what every rank has at `offset` of its half.
     pub(crate) fn reduce(
         &self,
