@@ -97,9 +97,8 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result
         let (words, kernels) = prepared?;
         let (channels, block) = channels(&*control, &base, &words, kernels, deadline)?;
         if !verified {
-            let own = (block.own(), Layout::new(info.size, &base).staging);
             let driver = &base.device.driver;
-            verify::verify(&*control, &base.kernels, &channels.staging, own, driver, &uuids)?;
+            verify::verify(&*control, &base.kernels, &channels.staging, driver, &uuids)?;
         }
         (Some(channels), Some(block))
     } else {

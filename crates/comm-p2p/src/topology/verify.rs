@@ -12,7 +12,7 @@ use cudarc::driver::sys;
 
 use super::cache::{Policy, Verdict};
 use crate::stream::Stream;
-use crate::symmetric::{agree, vmm::Mapping};
+use crate::symmetric::agree;
 
 /// Words of a pattern.
 const WORDS: usize = 64;
@@ -28,12 +28,11 @@ fn pattern(rank: usize, word: usize) -> u32 {
 }
 
 /// Checks unless `verdict` says that it was done. Collective; the context is current. `staging` is every rank's staging
-/// memory, and begins at `offset` of `own`.
+/// memory.
 pub(crate) fn verify(
     host: &dyn HostComm,
     kernels: &Kernels,
     staging: &Peers,
-    (own, offset): (&Mapping, usize),
     driver: &str,
     uuids: &[String],
 ) -> Result<()> {
@@ -48,7 +47,7 @@ pub(crate) fn verify(
         return Ok(());
     }
     let (rank, size) = (host.rank(), host.size());
-    let stored = exchange(kernels, staging, (own, offset), rank, size);
+    let stored = exchange(kernels, staging, rank, size);
     agree(host, &stored.map(|()| 0))?;
     let seen = inspect(kernels, staging, rank, size);
     agree(host, &seen.map(|()| 0))?;
@@ -60,19 +59,15 @@ fn slot(base: DeviceAddr, index: usize) -> DeviceAddr {
     base.offset((index * BYTES) as u64)
 }
 
-fn exchange(
-    kernels: &Kernels,
-    staging: &Peers,
-    (own, offset): (&Mapping, usize),
-    rank: usize,
-    size: usize,
-) -> Result<()> {
+fn exchange(kernels: &Kernels, staging: &Peers, rank: usize, size: usize) -> Result<()> {
     let stream = Stream::new()?;
     let handle = stream.handle();
-    for word in 0..WORDS {
-        own.fill(offset + word * 4, pattern(rank, word), 4)?;
-    }
     let mine = staging[rank];
+    let words: [u32; WORDS] = std::array::from_fn(|word| pattern(rank, word));
+    // SAFETY: the slot is as large as the array, which lives until the stream has been waited for.
+    check("cuMemcpyHtoDAsync", unsafe {
+        sys::cuMemcpyHtoDAsync_v2(mine.0, words.as_ptr().cast(), BYTES, stream.raw())
+    })?;
     for peer in (0..size).filter(|&peer| peer != rank) {
         let to = slot(staging[peer], 1 + rank);
         // SAFETY: both slots lie in staging memory that nothing else uses yet.
@@ -93,10 +88,10 @@ fn inspect(kernels: &Kernels, staging: &Peers, rank: usize, size: usize) -> Resu
     }
     stream.wait()?;
     for peer in peers() {
-        compare(slot(own, 1 + peer), peer, || {
+        compare(&stream, slot(own, 1 + peer), peer, || {
             format!("what rank {peer}'s GPU stores into rank {rank}'s memory does not arrive")
         })?;
-        compare(loaded(peer), peer, || {
+        compare(&stream, loaded(peer), peer, || {
             format!("rank {rank}'s GPU loads wrong data from rank {peer}'s memory")
         })?;
     }
@@ -104,10 +99,13 @@ fn inspect(kernels: &Kernels, staging: &Peers, rank: usize, size: usize) -> Resu
 }
 
 /// Compares a slot with what `peer` wrote.
-fn compare(at: DeviceAddr, peer: usize, problem: impl FnOnce() -> String) -> Result<()> {
+fn compare(stream: &Stream, at: DeviceAddr, peer: usize, problem: impl FnOnce() -> String) -> Result<()> {
     let mut words = [0_u32; WORDS];
-    // SAFETY: the slot is that large, and so is the array.
-    check("cuMemcpyDtoH", unsafe { sys::cuMemcpyDtoH_v2(words.as_mut_ptr().cast(), at.0, BYTES) })?;
+    // SAFETY: the slot is that large, and so is the array, which lives until the stream has been waited for.
+    check("cuMemcpyDtoHAsync", unsafe {
+        sys::cuMemcpyDtoHAsync_v2(words.as_mut_ptr().cast(), at.0, BYTES, stream.raw())
+    })?;
+    stream.wait()?;
     let Some(wrong) = (0..WORDS).find(|&word| words[word] != pattern(peer, word)) else { return Ok(()) };
     Err(CommError::invalid(
         "memory",
