@@ -1,8 +1,9 @@
 //! The operations: arguments are checked, an algorithm is chosen, and its kernels are enqueued.
 
-mod fast;
+mod moves;
 mod norm;
 mod pairs;
+mod reductions;
 mod staged;
 mod vector;
 
