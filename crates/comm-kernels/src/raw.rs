@@ -6,6 +6,7 @@
 
 use std::ffi::c_uint;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use comm_core::{CommError, DeviceAddr, Result, StreamHandle};
 use cudarc::driver::{CudaContext, DriverError, sys};
@@ -137,6 +138,88 @@ pub fn allocate(bytes: usize) -> Result<DeviceAddr> {
     check("cuMemAlloc", unsafe { sys::cuMemAlloc_v2(&raw mut address, bytes) })?;
     Ok(DeviceAddr(address))
 }
+
+/// Sets device memory to zero, on a stream of its own: no other work is waited for.
+///
+/// # Safety
+/// The range is valid and nothing else uses it.
+pub(crate) unsafe fn zero(addr: DeviceAddr, bytes: usize) -> Result<()> {
+    let mut stream = std::ptr::null_mut();
+    let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as c_uint;
+    // SAFETY: the pointer is valid for the write.
+    check("cuStreamCreate", unsafe { sys::cuStreamCreate(&raw mut stream, flags) })?;
+    // SAFETY: the caller vouches for the range; the stream is live.
+    let code = unsafe { sys::cuMemsetD8Async(addr.0, 0, bytes, stream) };
+    let start = Instant::now();
+    let done = check("cuMemsetD8Async", code).and_then(|()| {
+        loop {
+            // SAFETY: the stream is live.
+            match unsafe { sys::cuStreamQuery(stream) } {
+                sys::CUresult::CUDA_ERROR_NOT_READY if start.elapsed() < ZERO_TIME => {
+                    std::thread::yield_now()
+                }
+                code => return check("cuStreamQuery", code),
+            }
+        }
+    });
+    // SAFETY: the stream is not used again; the driver lets its work finish.
+    let _ = unsafe { sys::cuStreamDestroy_v2(stream) };
+    done
+}
+
+/// Host memory that the current device can write: zeroed, readable here while the device writes.
+pub(crate) struct HostPage {
+    words: *mut u64,
+    count: usize,
+    device: DeviceAddr,
+}
+
+// SAFETY: the page is owned, and page-locked memory belongs to no thread.
+unsafe impl Send for HostPage {}
+
+impl HostPage {
+    /// `count` words.
+    pub(crate) fn new(count: usize) -> Result<Self> {
+        let mut words = std::ptr::null_mut();
+        let flags = sys::CU_MEMHOSTALLOC_DEVICEMAP | sys::CU_MEMHOSTALLOC_PORTABLE;
+        // SAFETY: the pointer is valid for the write.
+        check("cuMemHostAlloc", unsafe { sys::cuMemHostAlloc(&raw mut words, count * 8, flags) })?;
+        let words = words.cast::<u64>();
+        let mut device = 0;
+        // SAFETY: the memory has just been allocated, for `count` words; the pointer is valid for the write.
+        let code = unsafe {
+            words.write_bytes(0, count);
+            sys::cuMemHostGetDevicePointer_v2(&raw mut device, words.cast(), 0)
+        };
+        let page = Self { words, count, device: DeviceAddr(device) };
+        match check("cuMemHostGetDevicePointer", code) {
+            Ok(()) => Ok(page),
+            Err(error) => {
+                page.free();
+                Err(error)
+            }
+        }
+    }
+
+    /// The word at `index` as the device last wrote it; zero outside the page.
+    pub(crate) fn read(&self, index: usize) -> u64 {
+        // SAFETY: the index is inside the page, which is live; the device writes whole words.
+        if index < self.count { unsafe { self.words.add(index).read_volatile() } } else { 0 }
+    }
+
+    /// Where the device sees the word at `index`.
+    pub(crate) const fn device(&self, index: usize) -> DeviceAddr {
+        self.device.offset(index as u64 * 8)
+    }
+
+    pub(crate) fn free(self) {
+        // SAFETY: it was allocated here and is not used again. A failure means that the context is lost.
+        let _ = unsafe { sys::cuMemFreeHost(self.words.cast()) };
+    }
+}
+
+/// How long zeroing a few bytes may take on a busy device.
+const ZERO_TIME: Duration = Duration::from_secs(5);
 
 /// Gives memory of [`allocate`] back.
 ///

@@ -13,9 +13,10 @@ use super::state::{Shared, lock};
 /// A communicator over NCCL.
 ///
 /// Calls make the communicator's device current for their own duration and put back what was current before. They
-/// enqueue on the caller's stream and allocate nothing, so all can be captured into CUDA graphs. Work that is captured
-/// is not watched for time-outs, only for deaths and failures of ranks. Graphs hold the communicator inside NCCL: drop
-/// them before [`close`](DeviceComm::close), and do not launch them after.
+/// enqueue on the caller's stream and allocate nothing, so all can be captured into CUDA graphs. A captured call is
+/// watched for time-outs by a tiny kernel on either side of it, unless the option `nccl.watch_graphs` is `off` or a rank
+/// has no kernels. Graphs hold the communicator inside NCCL: drop them before [`close`](DeviceComm::close), and do not
+/// launch them after.
 ///
 /// A send to this rank itself needs its receive in the same [`group`](DeviceComm::group).
 ///

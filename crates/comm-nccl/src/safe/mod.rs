@@ -6,9 +6,11 @@
 mod comm;
 mod create;
 mod diagnose;
+mod exit;
 mod factory;
 mod gather2d;
 mod limits;
+mod marks;
 mod memory;
 mod norm;
 mod ops;
