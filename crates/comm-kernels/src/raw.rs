@@ -143,7 +143,7 @@ pub fn allocate(bytes: usize) -> Result<DeviceAddr> {
 ///
 /// # Safety
 /// The range is valid and nothing else uses it.
-pub(crate) unsafe fn zero(addr: DeviceAddr, bytes: usize) -> Result<()> {
+pub unsafe fn zero(addr: DeviceAddr, bytes: usize) -> Result<()> {
     let mut stream = std::ptr::null_mut();
     let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as c_uint;
     // SAFETY: the pointer is valid for the write.
@@ -168,7 +168,7 @@ pub(crate) unsafe fn zero(addr: DeviceAddr, bytes: usize) -> Result<()> {
 }
 
 /// Host memory that the current device can write: zeroed, readable here while the device writes.
-pub(crate) struct HostPage {
+pub struct HostPage {
     words: *mut u64,
     count: usize,
     device: DeviceAddr,
@@ -179,7 +179,7 @@ unsafe impl Send for HostPage {}
 
 impl HostPage {
     /// `count` words.
-    pub(crate) fn new(count: usize) -> Result<Self> {
+    pub fn new(count: usize) -> Result<Self> {
         let mut words = std::ptr::null_mut();
         let flags = sys::CU_MEMHOSTALLOC_DEVICEMAP | sys::CU_MEMHOSTALLOC_PORTABLE;
         // SAFETY: the pointer is valid for the write.
@@ -202,17 +202,20 @@ impl HostPage {
     }
 
     /// The word at `index` as the device last wrote it; zero outside the page.
-    pub(crate) fn read(&self, index: usize) -> u64 {
+    #[must_use]
+    pub fn read(&self, index: usize) -> u64 {
         // SAFETY: the index is inside the page, which is live; the device writes whole words.
         if index < self.count { unsafe { self.words.add(index).read_volatile() } } else { 0 }
     }
 
     /// Where the device sees the word at `index`.
-    pub(crate) const fn device(&self, index: usize) -> DeviceAddr {
+    #[must_use]
+    pub const fn device(&self, index: usize) -> DeviceAddr {
         self.device.offset(index as u64 * 8)
     }
 
-    pub(crate) fn free(self) {
+    /// Gives it back; its context is current and the device no longer writes.
+    pub fn free(self) {
         // SAFETY: it was allocated here and is not used again. A failure means that the context is lost.
         let _ = unsafe { sys::cuMemFreeHost(self.words.cast()) };
     }

@@ -7,6 +7,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use comm_core::{CommError, Deadline, OpKind, Result};
+use comm_kernels::exit;
 use comm_kernels::raw::{self, Current, check};
 use cudarc::driver::sys;
 
@@ -18,9 +19,15 @@ const INTERVAL: Duration = Duration::from_millis(25);
 
 /// Starts the watchdog.
 pub(crate) fn spawn(shared: Arc<Shared>) -> Result<()> {
+    let live = exit::Live::new();
     std::thread::Builder::new()
         .name(format!("p2p-watch-{}", shared.info.rank))
-        .spawn(move || run(&shared))
+        .spawn(move || {
+            run(&shared);
+            // It may be what keeps the context alive, so this too is before the thread counts as ended.
+            drop(shared);
+            drop(live);
+        })
         .map(drop)
         .map_err(|error| CommError::io("starting a communicator's watchdog thread", &error))
 }
@@ -49,6 +56,12 @@ fn watch(shared: &Shared) -> Result<()> {
         };
         if close || dropped {
             return end(shared, close);
+        }
+        if exit::is_near() {
+            // Nobody is ending the communicator, so it goes with the process.
+            shared.forget_words();
+            std::mem::forget(take(shared));
+            return Err(shared.closed());
         }
         // A failed communicator keeps its memory until it is closed or dropped: a graph may still be replayed, whose
         // kernels then leave at once.
