@@ -125,11 +125,11 @@ fn index_of(dtype: DType) -> usize {
 
 /// The array of parameter addresses that a launch takes. The values must outlive the launch call.
 macro_rules! parameters {
-    ($($value:ident),* $(,)?) => {
+    ($($value:expr),* $(,)?) => {
         [$((&raw const $value).cast_mut().cast::<std::ffi::c_void>()),*]
     };
 }
-use parameters;
+pub(crate) use parameters;
 
 #[cfg(test)]
 mod tests {

@@ -6,7 +6,6 @@
 mod comm;
 mod create;
 mod diagnose;
-mod exit;
 mod factory;
 mod gather2d;
 mod limits;

@@ -8,8 +8,8 @@ use std::sync::TryLockError;
 use std::time::{Duration, Instant};
 
 use comm_core::{CommError, Deadline, OpKind, Result};
+use comm_kernels::exit;
 
-use super::exit;
 use super::state::{Native, Pause, Shared, lock};
 use super::track::Progress;
 use crate::driver::{self, Current};

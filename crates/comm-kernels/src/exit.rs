@@ -1,16 +1,14 @@
 //! What the end of the process waits for.
 //!
-//! A dropped or failed communicator is taken down by its watchdog's thread. Were the process to end meanwhile, the driver
-//! and NCCL would be torn down under that thread, which can crash. So the first watchdog registers a handler that runs
-//! before theirs, because it is registered after them: it lets takedowns finish, within a bound, and sends home watchdogs
+//! A dropped or failed communicator is taken down by a thread of its own. Were the process to end meanwhile, the driver
+//! would be torn down under that thread, which can crash. So the first such thread registers a handler that runs before
+//! the driver's, because it is registered after it: it lets takedowns finish, within a bound, and sends home threads
 //! whose communicators nobody is ending.
 
 use std::ffi::c_int;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Condvar, Mutex, Once, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, Once, PoisonError};
 use std::time::Duration;
-
-use super::state::lock;
 
 unsafe extern "C" {
     /// C's own.
@@ -25,11 +23,15 @@ static ENDED: Condvar = Condvar::new();
 static EXITING: AtomicBool = AtomicBool::new(false);
 static HANDLER: Once = Once::new();
 
-/// A thread that uses the driver and NCCL, counted while this lives.
-pub(crate) struct Live(());
+/// A thread that uses the driver, counted while this lives.
+#[derive(Debug)]
+pub struct Live(());
 
 impl Live {
-    pub(crate) fn new() -> Self {
+    /// Counts the calling thread, or one that it is about to start. The driver has been initialised.
+    #[must_use]
+    #[allow(clippy::new_without_default, reason = "counting is an act, not a value")]
+    pub fn new() -> Self {
         HANDLER.call_once(|| {
             // SAFETY: the handler takes nothing, never unwinds, and code of this program stays loaded until its end. If
             // there is no room for it, the end does not wait.
@@ -48,8 +50,13 @@ impl Drop for Live {
 }
 
 /// Whether the process is ending.
-pub(crate) fn is_near() -> bool {
+#[must_use]
+pub fn is_near() -> bool {
     EXITING.load(Ordering::Acquire)
+}
+
+fn lock(mutex: &Mutex<usize>) -> MutexGuard<'_, usize> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 extern "C" fn at_exit() {
