@@ -240,7 +240,7 @@ mod tests {
         assert_eq!(mesh(8, ring).classify(), Topology::Other);
         // A hypercube with its long diagonals: every far rank is two hops away in several ways.
         let cube = |a: usize, b: usize| matches!((a ^ b).count_ones(), 1 | 3) && (a ^ b) != 0;
-        assert_eq!(mesh(8, |a, b| cube(a, b)).classify(), Topology::Other);
+        assert_eq!(mesh(8, cube).classify(), Topology::Other);
     }
 
     #[test]
