@@ -3,6 +3,7 @@
 use anyhow::{Result, bail};
 use comm_core::{HostFactory, Registry};
 use comm_nccl::NcclFactory;
+use comm_p2p::P2pFactory;
 
 use crate::cuda_device::CudaDevice;
 use crate::device::{Device, HostDevice};
@@ -21,8 +22,9 @@ pub struct Backend {
 }
 
 /// Every backend of the workspace.
-pub const BACKENDS: [Backend; 2] = [
+pub const BACKENDS: [Backend; 3] = [
     Backend { name: "host", on_gpus: false, ordered_sums: true, nan_propagates: true },
+    Backend { name: "p2p", on_gpus: true, ordered_sums: true, nan_propagates: true },
     // NCCL's order of summation is its algorithm's, and its minima are its own.
     Backend { name: "nccl", on_gpus: true, ordered_sums: false, nan_propagates: false },
 ];
@@ -45,6 +47,7 @@ pub fn registry() -> Registry {
     let mut registry = Registry::new();
     registry.register(Box::new(HostFactory));
     registry.register(Box::new(NcclFactory::new()));
+    registry.register(Box::new(P2pFactory));
     registry
 }
 

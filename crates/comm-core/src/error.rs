@@ -84,7 +84,7 @@ pub enum CommError {
         at: CallSite,
         /// The rank that failed.
         rank: usize,
-        /// What that rank reported.
+        /// What that rank reported. Part of this error's text, and so not its source: a chain of errors prints it once.
         cause: Box<CommError>,
     },
     /// Checked mode found that ranks called different operations, or the same with different arguments.
@@ -144,8 +144,7 @@ pub enum CommError {
         backend: Cow<'static, str>,
         /// The lowest rank on which creation failed.
         rank: usize,
-        /// That rank's error.
-        #[source]
+        /// That rank's error. Part of this error's text, and so not its source: a chain of errors prints it once.
         cause: Box<CommError>,
     },
     /// The rendezvous address belongs to another program.
@@ -243,5 +242,20 @@ mod tests {
         for part in ["world/1", "all_reduce", "42", "rank 3"] {
             assert!(text.contains(part), "{text:?} lacks {part:?}");
         }
+    }
+
+    #[test]
+    fn a_chain_of_errors_tells_each_cause_once() {
+        let cause = CommError::invalid("device", "the one cause");
+        let at = CallSite::new("world", OpKind::Create, 0);
+        let failed = CommError::PeerFailed { at, rank: 1, cause: Box::new(cause) };
+        let created = CommError::CreationFailed { backend: "host".into(), rank: 1, cause: Box::new(failed) };
+        let mut text = String::new();
+        let mut link: Option<&dyn std::error::Error> = Some(&created);
+        while let Some(error) = link {
+            text.push_str(&error.to_string());
+            link = error.source();
+        }
+        assert_eq!(text.matches("the one cause").count(), 1, "{text}");
     }
 }

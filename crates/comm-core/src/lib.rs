@@ -23,6 +23,7 @@ pub mod norm;
 mod op;
 mod registry;
 mod tiered;
+pub mod topology;
 mod typed;
 
 pub use addr::{DeviceAddr, StreamHandle};

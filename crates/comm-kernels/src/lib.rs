@@ -3,10 +3,12 @@
 //!
 //! - [`Kernels`]: the launchers. Every launch is asynchronous and can be captured in a CUDA graph: it allocates
 //!   nothing and waits for nothing.
+//! - [`p2p`]: the launchers of kernels that reach into other ranks' memory.
 //! - [`pattern`]: the data that [`Kernels::fill`] and [`Kernels::verify`] make and check, on the host. No CUDA needed.
 //! - [`mod@reference`]: what the kernels should compute, slowly, on the host; for tests.
 //! - [`CudaMemory`], [`CapturedGraph`], [`EventTimer`]: memory, graphs and time for tests, benchmarks and examples.
 //! - [`driver`]: whether there is a driver; call [`driver::probe`] before anything else that touches CUDA.
+//! - [`raw`] and [`exit`]: driver calls that backends share, and what the end of the process waits for.
 //! - [`locate`] and [`manifest`]: where compiled kernels come from. They are built by `cargo xtask kernels`; without
 //!   them this crate compiles, and using a kernel says what to do.
 //!
@@ -15,13 +17,16 @@
 #![deny(missing_docs)]
 
 pub mod driver;
+pub mod exit;
 mod graph;
 mod kernels;
 pub mod locate;
 pub mod manifest;
 mod memory;
 pub mod module;
+pub mod p2p;
 pub mod pattern;
+pub mod raw;
 pub mod reference;
 
 pub use graph::{CapturedGraph, EventTimer};

@@ -30,7 +30,7 @@ pub struct Manifest {
     pub nvcc: String,
     /// The architectures compiled for, as given to `--arch`: `80`, `90a`, `ptx`.
     pub archs: Vec<String>,
-    /// The modules by name: the stem of the `.cu` file.
+    /// The modules by name; see [`module_name`].
     pub modules: BTreeMap<String, Module>,
 }
 
@@ -62,23 +62,37 @@ pub struct Resources {
     pub spill_loads: u32,
 }
 
-/// The CUDA sources and headers in `dir`, sorted by name.
+/// The CUDA sources and headers in `dir` and its folders, sorted by path.
 ///
 /// # Errors
-/// When the folder cannot be read.
+/// When a folder cannot be read.
 pub fn sources(dir: &Path) -> io::Result<Vec<PathBuf>> {
     let mut files = Vec::new();
-    for entry in fs::read_dir(dir)? {
-        let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "cu" || extension == "cuh") {
-            files.push(path);
+    let mut folders = vec![dir.to_path_buf()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder)? {
+            let path = entry?.path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "cu" || extension == "cuh") {
+                files.push(path);
+            }
         }
     }
     files.sort();
     Ok(files)
 }
 
-/// The fingerprint of all CUDA sources and headers in `dir`: names and contents. A launcher and a compiled module fit
+/// The name of the module that the source at `path`, relative to the sources' folder, becomes: its stem, after the
+/// names of the folders it lies in. `p2p/gather.cu` becomes `p2p_gather`.
+#[must_use]
+pub fn module_name(path: &Path) -> String {
+    let stem = path.with_extension("");
+    let parts: Vec<_> = stem.components().map(|part| part.as_os_str().to_string_lossy()).collect();
+    parts.join("_")
+}
+
+/// The fingerprint of all CUDA sources and headers in `dir` and its folders: names and contents. A launcher and a compiled module fit
 /// each other exactly when both were built from sources with the same fingerprint.
 ///
 /// # Errors
@@ -87,7 +101,7 @@ pub fn sources_sha256(dir: &Path) -> io::Result<String> {
     let mut hash = Sha256::new();
     for path in sources(dir)? {
         let content = fs::read(&path)?;
-        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let name = path.strip_prefix(dir).unwrap_or(&path).to_string_lossy().into_owned();
         hash.update((name.len() as u64).to_le_bytes());
         hash.update(name.as_bytes());
         hash.update((content.len() as u64).to_le_bytes());

@@ -91,7 +91,7 @@ impl Module {
         Ok(module)
     }
 
-    /// The kernel called `name`.
+    /// The kernel called `name`, its code loaded.
     ///
     /// # Errors
     /// [`CommError::Library`] when the module has no such kernel; [`CommError::Cuda`] otherwise.
@@ -106,6 +106,10 @@ impl Module {
                 },
                 code => driver::error("cuModuleGetFunction", code),
             })?;
+        // The driver would load the code at the first launch, and may wait for the device then, on which a kernel may be
+        // waiting for what this very thread is to launch next.
+        // SAFETY: the function belongs to a module that stays loaded.
+        unsafe { sys::cuFuncLoad(raw) }.result().map_err(driver::failed("cuFuncLoad"))?;
         Ok(Function { raw, name })
     }
 }
@@ -146,5 +150,48 @@ impl Function {
             )
         }
         .map_err(driver::failed("cuLaunchKernel"))
+    }
+
+    /// Launches as [`launch`](Self::launch) does, in clusters of `cluster` blocks, and lets the kernel become resident
+    /// while the stream's kernel before it still runs, if that one permits it (programmatic dependent launch).
+    ///
+    /// # Errors
+    /// [`CommError::Cuda`].
+    ///
+    /// # Safety
+    /// As for [`launch`](Self::launch); and the kernel waits for its predecessors (`griddepcontrol.wait`) before it
+    /// touches memory.
+    pub unsafe fn launch_ahead(
+        &self,
+        context: &Arc<CudaContext>,
+        grid: u32,
+        block: u32,
+        cluster: u32,
+        stream: StreamHandle,
+        parameters: &mut [*mut c_void],
+    ) -> Result<()> {
+        context.bind_to_thread().map_err(driver::failed("cuCtxSetCurrent"))?;
+        // SAFETY: the structures are plain data, for which zero is a valid value.
+        let mut attributes: [sys::CUlaunchAttribute; 2] = unsafe { std::mem::zeroed() };
+        attributes[0].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        attributes[0].value.programmaticStreamSerializationAllowed = 1;
+        attributes[1].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+        attributes[1].value.clusterDim.x = cluster;
+        attributes[1].value.clusterDim.y = 1;
+        attributes[1].value.clusterDim.z = 1;
+        // SAFETY: as above.
+        let mut config: sys::CUlaunchConfig = unsafe { std::mem::zeroed() };
+        (config.gridDimX, config.gridDimY, config.gridDimZ) = (grid, 1, 1);
+        (config.blockDimX, config.blockDimY, config.blockDimZ) = (block, 1, 1);
+        config.hStream = stream.0 as sys::CUstream;
+        config.attrs = attributes.as_mut_ptr();
+        config.numAttrs = if cluster > 1 { 2 } else { 1 };
+        // SAFETY: the configuration and its attributes outlive the call; the function belongs to a module that stays
+        // loaded; the caller vouches for the rest.
+        unsafe {
+            sys::cuLaunchKernelEx(&raw const config, self.raw, parameters.as_mut_ptr(), std::ptr::null_mut())
+        }
+        .result()
+        .map_err(driver::failed("cuLaunchKernelEx"))
     }
 }

@@ -115,6 +115,25 @@ fn a_captured_graph_runs_when_it_is_replayed_and_not_before() {
 }
 
 #[test]
+fn marks_count_the_replays() {
+    let Some(device) = common::device() else { return };
+    let (memory, kernels, stream) = (&device.memory, &device.kernels, device.stream());
+    let (counter, slots) = (device.filled(&[0; 8], 0), device.filled(&[0; 4 * 16], 0));
+    let mut graph =
+        memory.capture(|| unsafe { kernels.mark(counter.addr(), slots.addr(), 4, 0xabc, stream) }).unwrap();
+    for _ in 0..6 {
+        unsafe { graph.launch(stream) }.unwrap();
+    }
+    unsafe { kernels.mark(counter.addr(), slots.addr(), 4, 0xdef, stream) }.unwrap();
+    let words: Vec<u64> =
+        slots.content().chunks(8).map(|bytes| u64::from_le_bytes(bytes.try_into().unwrap())).collect();
+    assert_eq!(words, [4, 0xabc, 5, 0xabc, 6, 0xabc, 7, 0xdef]);
+    assert_eq!(counter.content(), 7_u64.to_le_bytes());
+    let refused = |slots, count| unsafe { kernels.mark(counter.addr(), slots, count, 0, stream) };
+    assert!(refused(slots.addr(), 0).is_err() && refused(slots.addr().offset(8), 2).is_err());
+}
+
+#[test]
 fn a_failed_capture_leaves_the_stream_usable() {
     let Some(device) = common::device() else { return };
     let (memory, stream, data) = (&device.memory, device.stream(), device.buffer(4000, 0));

@@ -1,20 +1,21 @@
-//! Host time of enqueueing an all-reduce through the backend, beside NCCL's own call on a communicator of the same kind
-//! followed by the same wait for NCCL to have enqueued it.
+//! Host time of enqueueing an all-reduce through the backend, beside NCCL's own call: on a blocking communicator, and on a
+//! non-blocking one followed by the wait for NCCL to have enqueued it.
 //!
-//! One rank on one GPU: what is measured is the path on the host, which does not depend on the other ranks.
+//! Two ranks on two GPUs, because NCCL launches nothing for a single one. Rank 0 is measured; rank 1 does the same.
 
 #![allow(missing_docs, reason = "criterion's macros make undocumented items")]
 
 use std::collections::BTreeMap;
 use std::hint::black_box;
 use std::sync::Arc;
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use comm_core::{
-    BackendFactory, CommError, CreateContext, DType, DeviceComm, DeviceMemory, ReduceOp, Result,
-    StreamHandle, ThreadComm,
+    BackendFactory, CommError, CreateContext, DType, DeviceAddr, DeviceComm, DeviceMemory, HostComm,
+    HostCommExt, ReduceOp, Result, ThreadComm,
 };
-use comm_kernels::CudaMemory;
+use comm_kernels::{CudaMemory, driver};
 use comm_nccl::result::Progress;
 use comm_nccl::{NcclFactory, NcclLibrary, sys};
 use criterion::{Criterion, criterion_group, criterion_main};
@@ -22,6 +23,9 @@ use criterion::{Criterion, criterion_group, criterion_main};
 /// Enqueued between two waits for the device, so that its queue never fills up and slows the host down.
 const BATCH: u64 = 128;
 const COUNT: usize = 1024;
+const TIMEOUT: Duration = Duration::from_secs(60);
+/// What is compared, in the order of the measurements.
+const NAMES: [&str; 3] = ["raw, blocking", "raw, non-blocking", "comm-nccl"];
 
 struct Raw {
     library: Arc<NcclLibrary>,
@@ -29,13 +33,19 @@ struct Raw {
 }
 
 impl Raw {
-    fn new(library: Arc<NcclLibrary>) -> Result<Self> {
+    fn new(library: Arc<NcclLibrary>, host: &dyn HostComm, blocking: i32) -> Result<Self> {
+        let own = library.unique_id()?.internal.to_vec();
+        let all: Vec<Vec<u8>> = host.all_gather(&own)?;
+        let internal = all.into_iter().next().and_then(|id| id.try_into().ok());
+        let id = sys::UniqueId {
+            internal: internal.ok_or_else(|| CommError::invalid("id", "rank 0 sent another length"))?,
+        };
         let mut config = sys::Config::new();
-        config.blocking = 0;
+        config.blocking = blocking;
         let mut comm = std::ptr::null_mut();
-        let id = library.unique_id()?;
+        let (size, rank) = (host.size(), host.rank());
         // SAFETY: both pointers outlive the wait; the benchmark has made its device current.
-        let _ = unsafe { library.comm_init_rank_config(&raw mut comm, 1, id, 0, &raw mut config) }?;
+        let _ = unsafe { library.comm_init_rank_config(&raw mut comm, size, id, rank, &raw mut config) }?;
         let raw = Self { library, comm };
         raw.settle()?;
         Ok(raw)
@@ -45,7 +55,7 @@ impl Raw {
         let start = Instant::now();
         // SAFETY: the communicator is live and used by this thread alone.
         while unsafe { self.library.comm_state(self.comm) }? == Progress::Running {
-            if start.elapsed() > Duration::from_secs(60) {
+            if start.elapsed() > TIMEOUT {
                 return Err(CommError::invalid("library", "NCCL has been busy for a minute"));
             }
             std::hint::spin_loop();
@@ -53,7 +63,8 @@ impl Raw {
         Ok(())
     }
 
-    fn all_reduce(&self, at: comm_core::DeviceAddr, stream: StreamHandle) -> Result<()> {
+    fn all_reduce(&self, rank: &Rank) -> Result<()> {
+        let (at, stream) = (rank.at, rank.memory.stream());
         // SAFETY: the buffer holds `COUNT` elements and outlives the benchmark.
         let progress =
             unsafe { self.library.all_reduce(at, at, COUNT, sys::FLOAT32, sys::SUM, self.comm, stream) }?;
@@ -61,57 +72,110 @@ impl Raw {
     }
 }
 
-fn timed(iterations: u64, memory: &CudaMemory, mut enqueue: impl FnMut() -> Result<()>) -> Duration {
-    let mut total = Duration::ZERO;
-    let mut left = iterations;
-    while left > 0 {
-        let batch = left.min(BATCH);
-        let start = Instant::now();
-        for _ in 0..batch {
-            if let Err(error) = black_box(enqueue()) {
-                panic!("{error}");
-            }
-        }
-        total += start.elapsed();
-        if let Err(error) = memory.synchronize() {
-            panic!("{error}");
-        }
-        left -= batch;
+/// One rank with what it measures.
+struct Rank {
+    memory: CudaMemory,
+    at: DeviceAddr,
+    raws: [Raw; 2],
+    comm: Arc<dyn DeviceComm>,
+}
+
+impl Rank {
+    fn new(host: Arc<dyn HostComm>) -> Result<Self> {
+        let library = NcclLibrary::load()?;
+        let memory = CudaMemory::new(host.rank())?;
+        let context = CreateContext {
+            host: host.clone(),
+            memory: memory.kind(),
+            timeout: TIMEOUT,
+            checked: false,
+            options: BTreeMap::new(),
+        };
+        let factory = NcclFactory::with_library(library.clone());
+        let capabilities = host.all_gather(&factory.probe(&context)?)?;
+        let comm = factory.create(&context, &capabilities)?;
+        let at = memory.allocate(COUNT * 4)?;
+        let raws = [Raw::new(library.clone(), &*host, 1)?, Raw::new(library, &*host, 0)?];
+        Ok(Self { memory, at, raws, comm })
     }
-    total
+
+    fn enqueue(&self, which: usize) -> Result<()> {
+        if let Some(raw) = self.raws.get(which) {
+            return raw.all_reduce(self);
+        }
+        let (at, stream) = (self.at, self.memory.stream());
+        // SAFETY: the buffer holds `COUNT` elements and outlives the benchmark.
+        unsafe { self.comm.all_reduce(at, at, COUNT, DType::F32, ReduceOp::Sum, stream) }
+    }
+
+    /// The time of `iterations` calls, without the waits between them.
+    fn run(&self, which: usize, iterations: u64) -> Result<Duration> {
+        let mut total = Duration::ZERO;
+        let mut left = iterations;
+        while left > 0 {
+            let batch = left.min(BATCH);
+            let start = Instant::now();
+            for _ in 0..batch {
+                black_box(self.enqueue(which))?;
+            }
+            total += start.elapsed();
+            self.memory.synchronize()?;
+            left -= batch;
+        }
+        Ok(total)
+    }
+
+    fn close(self) -> Result<()> {
+        for raw in self.raws {
+            // SAFETY: the benchmark has waited for the communicator's work and does not use it again.
+            let _ = unsafe { raw.library.comm_abort(raw.comm) }?;
+        }
+        self.comm.close()
+    }
 }
 
 fn compare(c: &mut Criterion) -> Result<()> {
-    let library = NcclLibrary::load()?;
-    let memory = CudaMemory::new(0)?;
-    let timeout = Duration::from_secs(60);
-    let host = ThreadComm::create(1, timeout)?.remove(0);
-    let context = CreateContext {
-        host: Arc::new(host),
-        memory: memory.kind(),
-        timeout,
-        checked: false,
-        options: BTreeMap::new(),
+    let gpus = driver::device_count()?;
+    if gpus < 2 {
+        return Err(CommError::invalid("device count", format!("two GPUs are needed, {gpus} are there")));
+    }
+    let mut hosts = ThreadComm::create(2, TIMEOUT)?;
+    let (second, first) = (hosts.pop(), hosts.pop());
+    let (Some(first), Some(second)) = (first, second) else {
+        return Err(CommError::invalid("host", "fewer than two ranks"));
     };
-    let factory = NcclFactory::with_library(library.clone());
-    let comm: Arc<dyn DeviceComm> = factory.create(&context, &[factory.probe(&context)?])?;
-    let at = memory.allocate(COUNT * 4)?;
-    let raw = Raw::new(library)?;
-    let stream = memory.stream();
-    let mut group = c.benchmark_group("enqueue all_reduce");
-    group.bench_function("raw", |b| {
-        b.iter_custom(|n| timed(n, &memory, || raw.all_reduce(at, stream)));
-    });
-    group.bench_function("comm-nccl", |b| {
-        b.iter_custom(|n| {
-            // SAFETY: the buffer holds `COUNT` elements and outlives the benchmark.
-            timed(n, &memory, || unsafe { comm.all_reduce(at, at, COUNT, DType::F32, ReduceOp::Sum, stream) })
+    let (send, orders) = mpsc::channel::<(usize, u64)>();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let follow = || {
+                let rank = Rank::new(Arc::new(second))?;
+                for (which, iterations) in orders {
+                    rank.run(which, iterations)?;
+                }
+                rank.close()
+            };
+            if let Err(error) = follow() {
+                println!("rank 1: {error}");
+            }
         });
-    });
-    group.finish();
-    // SAFETY: the benchmark has waited for the communicator's work and does not use it again.
-    let _ = unsafe { raw.library.comm_abort(raw.comm) }?;
-    comm.close()
+        let rank = Rank::new(Arc::new(first))?;
+        let mut group = c.benchmark_group("enqueue all_reduce");
+        for (which, name) in NAMES.into_iter().enumerate() {
+            group.bench_function(name, |b| {
+                b.iter_custom(|iterations| {
+                    // Without the other rank the work below fails by the communicator's own bounds.
+                    let _ = send.send((which, iterations));
+                    match rank.run(which, iterations) {
+                        Ok(time) => time,
+                        Err(error) => panic!("{error}"),
+                    }
+                });
+            });
+        }
+        group.finish();
+        drop(send);
+        rank.close()
+    })
 }
 
 fn enqueue(c: &mut Criterion) {

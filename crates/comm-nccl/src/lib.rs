@@ -9,7 +9,7 @@
 
 #![deny(missing_docs)]
 
-mod driver;
+use comm_kernels::raw as driver;
 pub mod result;
 mod safe;
 pub mod sys;

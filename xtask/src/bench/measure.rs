@@ -3,7 +3,10 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use comm_core::{DeviceAddr, DeviceComm, DeviceMemory, HostCommExt, HostReduceOp, OpKind, ReduceOp, Support};
+use comm_core::{
+    DType, DeviceAddr, DeviceComm, DeviceMemory, HostCommExt, HostReduceOp, OpKind, OpQuery, ReduceOp,
+    Registration, Support,
+};
 
 use comm_kernels::pattern::Pattern;
 
@@ -108,6 +111,7 @@ impl Bench<'_> {
         let memory = self.device.memory();
         let send = Buffer::new(memory, operands.send_count * size)?;
         let recv = Buffer::new(memory, operands.recv_count * size)?;
+        let _registered = (Registered::new(&**self.comm, &send)?, Registered::new(&**self.comm, &recv)?);
         // SAFETY: `Operands` sized both buffers; they outlive the work, which `verify` and `time` wait for.
         let mut issue =
             || unsafe { operands.issue(&**self.comm, send.addr, recv.addr, dtype, memory.stream()) };
@@ -139,6 +143,7 @@ impl Bench<'_> {
         let memory = self.device.memory();
         let elements = (places.0 + operands.send_count).max(places.1 + operands.recv_count);
         let both = Buffer::new(memory, elements * size)?;
+        let _registered = Registered::new(&**self.comm, &both)?;
         let (send, recv) =
             (both.addr.offset((places.0 * size) as u64), both.addr.offset((places.1 * size) as u64));
         let input = Segment { offset: places.0, ..operands.input() };
@@ -212,6 +217,36 @@ impl Drop for Buffer<'_> {
         if self.memory.synchronize().is_ok() {
             // SAFETY: the stream's work, which alone could use the buffer, has ended.
             let _ = unsafe { self.memory.free(self.addr) };
+        }
+    }
+}
+
+/// A buffer made known to the communicator, where its backend takes registrations; until it is dropped, which the
+/// buffer must outlive.
+struct Registered<'a> {
+    comm: &'a dyn DeviceComm,
+    registration: Option<Registration>,
+}
+
+impl<'a> Registered<'a> {
+    /// # Errors
+    /// When the backend takes registrations, but not this one.
+    fn new(comm: &'a dyn DeviceComm, buffer: &Buffer<'_>) -> Result<Self> {
+        let query = OpQuery::new(OpKind::Register, DType::U8, buffer.bytes);
+        let registration = match buffer.bytes > 0 && comm.supports(&query).is_supported() {
+            // SAFETY: the caller drops this before the buffer.
+            true => Some(unsafe { comm.register(buffer.addr, buffer.bytes)? }),
+            false => None,
+        };
+        Ok(Self { comm, registration })
+    }
+}
+
+impl Drop for Registered<'_> {
+    fn drop(&mut self) {
+        if let Some(registration) = &self.registration {
+            // SAFETY: the ranks have exchanged the times of the work that used it, so it has ended on all of them.
+            let _ = unsafe { self.comm.deregister(registration) };
         }
     }
 }

@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 /// The architecture whose PTX stands in for all later GPUs.
-const PTX_BASE: &str = "80";
+const PTX_BASE: u32 = 80;
 
 /// One target of the compilation.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -16,11 +16,17 @@ pub(crate) enum Arch {
 }
 
 impl Arch {
-    /// The compiler option that asks for it.
-    pub(crate) fn gencode(&self) -> String {
+    /// The compiler option that asks for it; `None` for machine code below architecture `least`. PTX is raised to it.
+    pub(crate) fn gencode(&self, least: u32) -> Option<String> {
         match self {
-            Self::Machine(name) => format!("-gencode=arch=compute_{name},code=sm_{name}"),
-            Self::Ptx => format!("-gencode=arch=compute_{PTX_BASE},code=compute_{PTX_BASE}"),
+            Self::Machine(name) => {
+                let number: u32 = name.trim_end_matches(['a', 'f']).parse().ok()?;
+                (number >= least).then(|| format!("-gencode=arch=compute_{name},code=sm_{name}"))
+            }
+            Self::Ptx => {
+                let base = PTX_BASE.max(least);
+                Some(format!("-gencode=arch=compute_{base},code=compute_{base}"))
+            }
         }
     }
 }

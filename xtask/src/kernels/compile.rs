@@ -13,10 +13,14 @@ use super::arch::Arch;
 use super::ptxas;
 use super::toolchain::Nvcc;
 
+/// The least architecture of the kernels that are launched ahead of their predecessors and in clusters.
+const HOPPER: u32 = 90;
+
 /// How modules are compiled in one run.
 pub(crate) struct Compiler<'a> {
     nvcc: &'a Nvcc,
     flags: Vec<String>,
+    archs: Vec<Arch>,
     cuda: PathBuf,
     out: PathBuf,
     verbose: bool,
@@ -30,24 +34,35 @@ impl<'a> Compiler<'a> {
         out: &Path,
         verbose: bool,
     ) -> anyhow::Result<Self> {
-        let mut flags: Vec<String> = ["--fatbin", "-std=c++17", "-O3", "-DNDEBUG", "-Xptxas=-v"]
-            .map(str::to_owned)
-            .into_iter()
-            .chain(archs.iter().map(Arch::gencode))
-            .collect();
+        let mut flags: Vec<String> =
+            ["--fatbin", "-std=c++17", "-O3", "-DNDEBUG", "-Xptxas=-v"].map(str::to_owned).to_vec();
         if nvcc.compresses() {
             flags.push("--compress-mode=size".to_owned());
         }
         Ok(Self {
             nvcc,
             flags,
+            archs: archs.to_vec(),
             cuda: fs::canonicalize(cuda).with_context(|| format!("finding {}", cuda.display()))?,
             out: fs::canonicalize(out).with_context(|| format!("finding {}", out.display()))?,
             verbose,
         })
     }
 
-    /// Compiles `source` unless `old` is still what the compilation would give. Says whether it compiled.
+    /// Options that choose the architectures for one source: those given, less those that it cannot run on.
+    ///
+    /// # Errors
+    /// When none is left.
+    fn targets(&self, source: &Path) -> anyhow::Result<Vec<String>> {
+        let least = if source.starts_with("p2p") { HOPPER } else { 0 };
+        let targets: Vec<String> = self.archs.iter().filter_map(|arch| arch.gencode(least)).collect();
+        if targets.is_empty() {
+            bail!("{} needs an architecture of {least} at least", source.display());
+        }
+        Ok(targets)
+    }
+
+    /// Compiles `source`, a path relative to the sources' folder, unless `old` is still what the compilation would give. Says whether it compiled.
     pub(crate) fn build(
         &self,
         name: &str,
@@ -57,7 +72,7 @@ impl<'a> Compiler<'a> {
         let dependencies_file = self.out.join(format!("{name}.d"));
         if let Some(old) = old
             && let Ok(text) = fs::read_to_string(&dependencies_file)
-            && self.inputs_sha256(&text).is_ok_and(|inputs| inputs == old.inputs_sha256)
+            && self.inputs_sha256(source, &text).is_ok_and(|inputs| inputs == old.inputs_sha256)
             && is_intact(&self.out, old)
         {
             return Ok((old.clone(), false));
@@ -66,10 +81,10 @@ impl<'a> Compiler<'a> {
         let scratch = tempfile::tempdir_in(&self.out).context("creating a scratch folder")?;
         let (fatbin, depfile) = (scratch.path().join("module.fatbin"), scratch.path().join("module.d"));
         let mut command = Command::new(&self.nvcc.path);
-        command.args(&self.flags).arg("-I").arg(&self.cuda);
+        command.args(&self.flags).args(self.targets(source)?).arg("-I").arg(&self.cuda);
         command.arg("-MD").arg("-MF").arg(&depfile).arg("-o").arg(&fatbin);
-        // The source by its bare name, so that no path of this machine gets into the output.
-        command.arg(source.file_name().context("a source without a name")?).current_dir(&self.cuda);
+        // The source by its relative path, so that no path of this machine gets into the output.
+        command.arg(source).current_dir(&self.cuda);
         if self.verbose {
             println!("{command:?}");
         }
@@ -92,7 +107,7 @@ impl<'a> Compiler<'a> {
         let module = Module {
             file: format!("{name}.fatbin"),
             sha256: manifest::sha256(&bytes),
-            inputs_sha256: self.inputs_sha256(&dependencies)?,
+            inputs_sha256: self.inputs_sha256(source, &dependencies)?,
             kernels: ptxas::parse(&text),
         };
         write_atomically(&self.out.join(&module.file), &bytes)?;
@@ -102,7 +117,7 @@ impl<'a> Compiler<'a> {
 
     /// The hash of what the output depends on: compiler, flags, and the project's own files among the dependencies.
     /// The toolkit's headers are covered by the compiler's version.
-    fn inputs_sha256(&self, dependencies: &str) -> anyhow::Result<String> {
+    fn inputs_sha256(&self, source: &Path, dependencies: &str) -> anyhow::Result<String> {
         let mut files = BTreeMap::new();
         for path in parse_depfile(dependencies) {
             let full = self.cuda.join(path);
@@ -112,7 +127,7 @@ impl<'a> Compiler<'a> {
                 files.insert(relative.to_path_buf(), manifest::sha256(&content));
             }
         }
-        let key = (&self.nvcc.version, &self.flags, files);
+        let key = (&self.nvcc.version, &self.flags, self.targets(source)?, files);
         Ok(manifest::sha256(&serde_json::to_vec(&key)?))
     }
 }

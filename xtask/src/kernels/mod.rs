@@ -130,8 +130,11 @@ fn build_all(
     previous: Option<&Manifest>,
 ) -> anyhow::Result<BTreeMap<String, Module>> {
     let sources = manifest::sources(cuda)?;
-    let sources: VecDeque<PathBuf> =
-        sources.into_iter().filter(|path| path.extension().is_some_and(|e| e == "cu")).collect();
+    let sources: VecDeque<PathBuf> = sources
+        .into_iter()
+        .filter(|path| path.extension().is_some_and(|e| e == "cu"))
+        .map(|path| path.strip_prefix(cuda).map(Path::to_path_buf))
+        .collect::<Result<_, _>>()?;
     if sources.is_empty() {
         bail!("there is no .cu file in {}", cuda.display());
     }
@@ -152,7 +155,7 @@ fn build_all(
                     else {
                         return;
                     };
-                    let name = source.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+                    let name = manifest::module_name(&source);
                     progress.set_message(name.clone());
                     let old = previous.and_then(|m| m.modules.get(&name)).filter(|_| !args.force);
                     let result = compiler.build(&name, &source, old);

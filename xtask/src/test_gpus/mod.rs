@@ -30,7 +30,7 @@ pub struct TestGpusArgs {
     #[arg(long, value_delimiter = ',', default_value = "2,4,8", value_name = "N,..")]
     pub world: Vec<usize>,
     /// Backends, comma separated.
-    #[arg(long, value_delimiter = ',', default_value = "nccl", value_name = "NAME,..")]
+    #[arg(long, value_delimiter = ',', default_value = "p2p,nccl", value_name = "NAME,..")]
     pub backend: Vec<String>,
     /// How the ranks run, comma separated.
     #[arg(long, value_delimiter = ',', default_value = "processes,threads")]

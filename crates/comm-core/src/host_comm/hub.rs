@@ -57,11 +57,12 @@ struct Encoded {
     fds: Option<Arc<[OwnedFd]>>,
 }
 
-/// Rank 0's answer to a round, which waits until the other ranks' answers have left this process.
+/// Rank 0's answer to a round, which waits until the other ranks' answers to it have left this process.
 struct Held {
     group: u64,
     seq: u64,
-    frame: Encoded,
+    /// The descriptors that the answer brings come first, and nothing may come in between.
+    frames: Vec<Encoded>,
     /// Ranks, and how much of their queues has to be written.
     after: Vec<(usize, u64)>,
 }
@@ -278,6 +279,8 @@ impl Hub {
                 self.groups.contribute(from, (group, seq), call, part, &mut replies);
             }
             ToHub::WhoIsMissing { group, seq } => {
+                // What has been written since goes before the news that nobody is missing.
+                self.release_held();
                 let mut ranks = self.groups.missing(group, seq);
                 if from == 0
                     && let Some(held) = self.held.iter().find(|held| (held.group, held.seq) == (group, seq))
@@ -303,33 +306,33 @@ impl Hub {
         true
     }
 
+    /// Sends the replies to one message, which ends one round at most.
     fn send_all(&mut self, replies: Vec<Reply>) {
-        let receivers: Vec<usize> = replies.iter().map(|reply| reply.to).filter(|&to| to != 0).collect();
+        let mut answered = None;
+        let mut frames = Vec::new();
+        let mut after: Vec<(usize, u64)> = Vec::new();
         for reply in replies {
-            let (group, seq) = match &reply.message {
-                FromHub::Complete { group, seq, .. } | FromHub::Split { group, seq, .. } => (*group, *seq),
-                // Descriptors must not overtake, nor be overtaken by, the answer they belong to.
-                FromHub::Descriptors { .. } if reply.to == 0 => (u64::MAX, u64::MAX),
-                _ => {
-                    self.send(reply);
-                    continue;
+            let is_answer = match &reply.message {
+                FromHub::Complete { group, seq, .. } | FromHub::Split { group, seq, .. } => {
+                    answered = Some((*group, *seq));
+                    true
                 }
+                FromHub::Descriptors { .. } => true,
+                _ => false,
             };
-            if reply.to != 0 {
-                self.send(reply);
+            if is_answer && reply.to == 0 {
+                frames.extend(self.encode(&reply));
                 continue;
             }
-            let Some(frame) = self.encode(&reply) else { continue };
-            let mut after: Vec<(usize, u64)> = Vec::new();
-            for &rank in &receivers {
-                if let Some(connection) = &self.ranks[rank]
-                    && !connection.out.is_empty()
-                    && !after.iter().any(|&(known, _)| known == rank)
-                {
-                    after.push((rank, connection.out.progress().0));
-                }
+            let to = reply.to;
+            self.send(reply);
+            if let Some(connection) = self.ranks[to].as_ref().filter(|c| to != 0 && !c.out.is_empty()) {
+                after.retain(|&(known, _)| known != to);
+                after.push((to, connection.out.progress().0));
             }
-            self.held.push(Held { group, seq, frame, after });
+        }
+        if let Some((group, seq)) = answered.filter(|_| !frames.is_empty()) {
+            self.held.push(Held { group, seq, frames, after });
         }
         self.release_held();
     }
@@ -338,14 +341,14 @@ impl Hub {
         self.ranks[rank].as_ref().is_none_or(|connection| connection.out.progress().1 >= mark)
     }
 
-    /// Sends rank 0 the answers that wait for nothing any more, in order: its process may exit once it has them.
+    /// Sends rank 0 the answers that wait for nothing any more: its process may exit once it has them. One round's
+    /// never waits for another's, so a rank that does not read holds up the rounds that it takes part in and no others.
     fn release_held(&mut self) {
-        while let Some(first) = self.held.first()
-            && first.after.iter().all(|&(rank, mark)| self.has_written(rank, mark))
-        {
-            let held = self.held.remove(0);
-            if let Some(connection) = &mut self.ranks[0] {
-                connection.queue(held.frame);
+        for held in std::mem::take(&mut self.held) {
+            if !held.after.iter().all(|&(rank, mark)| self.has_written(rank, mark)) {
+                self.held.push(held);
+            } else if let Some(connection) = &mut self.ranks[0] {
+                held.frames.into_iter().for_each(|frame| connection.queue(frame));
             }
         }
     }

@@ -79,15 +79,16 @@ impl SocketComm {
         }
     }
 
-    /// Contributes to this rank's next round and returns its outcome.
-    fn exchange(&self, call: Call, part: Part<'_>, deadline: Deadline) -> Result<Answer> {
+    /// Contributes to this rank's next round and returns its outcome. A part that this rank could not make up is a call
+    /// that failed, which the others learn of at once.
+    fn exchange(&self, call: Call, part: Result<Part<'_>>, deadline: Deadline) -> Result<Answer> {
         let mut calls = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(error) = &calls.broken {
             return Err(error.clone());
         }
         let seq = calls.seq;
         calls.seq += 1;
-        let result = self.round(call, seq, part, deadline);
+        let result = part.and_then(|part| self.round(call, seq, part, deadline));
         if let Err(error) = &result {
             calls.broken = Some(error.clone());
             let mut state = self.link.lock();
@@ -187,7 +188,7 @@ impl SocketComm {
     }
 
     /// A round whose outcome is all ranks' bytes and descriptors.
-    fn gather(&self, call: Call, part: Part<'_>, deadline: Deadline) -> Result<Gathered> {
+    fn gather(&self, call: Call, part: Result<Part<'_>>, deadline: Deadline) -> Result<Gathered> {
         match self.exchange(call, part, deadline)? {
             Answer::Complete { frame, lengths, fds } => Ok(Gathered { frame, lengths, fds }),
             Answer::Split(_) | Answer::Failed(_) => Err(wrong_answer()),
@@ -251,7 +252,7 @@ impl HostComm for SocketComm {
 
     fn split(&self, color: Option<u32>, key: i64, deadline: Deadline) -> Result<Option<Arc<dyn HostComm>>> {
         let part = Part { color, key, ..Part::default() };
-        match self.exchange(Call::new(OpKind::Split), part, deadline)? {
+        match self.exchange(Call::new(OpKind::Split), Ok(part), deadline)? {
             Answer::Split(child) => Ok(child.map(|child| {
                 let comm = Self::new(self.link.clone(), child, self.timeout, self.passes_fds);
                 Arc::new(comm) as Arc<dyn HostComm>
@@ -261,7 +262,7 @@ impl HostComm for SocketComm {
     }
 
     fn barrier(&self, deadline: Deadline) -> Result<()> {
-        self.gather(Call::new(OpKind::HostBarrier), Part::default(), deadline).map(drop)
+        self.gather(Call::new(OpKind::HostBarrier), Ok(Part::default()), deadline).map(drop)
     }
 
     fn broadcast_bytes(&self, bytes: &[u8], root: usize, deadline: Deadline) -> Result<Vec<u8>> {
@@ -270,13 +271,13 @@ impl HostComm for SocketComm {
         self.check_length(bytes, BODY_LIMIT)?;
         let call = Call { op: OpKind::HostBroadcast, root };
         let part = Part { bytes, ..Part::default() };
-        self.gather(call, part, deadline).map(|gathered| gathered.frame.body().to_vec())
+        self.gather(call, Ok(part), deadline).map(|gathered| gathered.frame.body().to_vec())
     }
 
     fn all_gather_bytes(&self, bytes: &[u8], deadline: Deadline) -> Result<Vec<Vec<u8>>> {
         self.check_length(bytes, BODY_LIMIT / self.size)?;
         let part = Part { bytes, ..Part::default() };
-        let gathered = self.gather(Call::new(OpKind::HostAllGather), part, deadline)?;
+        let gathered = self.gather(Call::new(OpKind::HostAllGather), Ok(part), deadline)?;
         let mut rest = gathered.frame.body();
         let take = |&length: &u64| {
             let (part, later) = rest.split_at_checked(length as usize).unwrap_or((rest, &[]));
@@ -304,8 +305,8 @@ impl HostComm for SocketComm {
         let duplicate = |fd: &BorrowedFd<'_>| {
             fd.try_clone_to_owned().map_err(|e| CommError::io("duplicating a descriptor", &e))
         };
-        let fds = fds.iter().map(duplicate).collect::<Result<Arc<[_]>>>()?;
-        let part = Part { fds: Some(fds), ..Part::default() };
+        let fds = fds.iter().map(duplicate).collect::<Result<Arc<[_]>>>();
+        let part = fds.map(|fds| Part { fds: Some(fds), ..Part::default() });
         self.gather(Call::new(OpKind::HostExchangeFds), part, deadline).map(|gathered| gathered.fds)
     }
 

@@ -123,27 +123,31 @@ impl ThreadComm {
         CallSite::new(&self.group.name, op, seq)
     }
 
-    /// Contributes to this rank's next round and returns all contributions, in rank order, with the round's number.
-    fn exchange(
+    /// Contributes to this rank's next round and returns what `take` makes of all contributions, in rank order, and of
+    /// the round's number. A part that this rank could not make up, or an outcome that it cannot take, is a call that
+    /// failed, which the others learn of at once.
+    fn exchange<T>(
         &self,
         call: Call,
-        part: Contribution,
+        part: Result<Contribution>,
         deadline: Deadline,
-    ) -> Result<(u64, Vec<Contribution>)> {
+        take: impl FnOnce(u64, Vec<Contribution>) -> Result<T>,
+    ) -> Result<T> {
         let mut calls = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(error) = &calls.broken {
             return Err(error.clone());
         }
         let seq = calls.seq;
         calls.seq += 1;
-        let result = self.round(call, seq, part, deadline);
+        let result = part.and_then(|part| self.round(call, seq, part, deadline));
+        let result = result.and_then(|parts| take(seq, parts));
         if let Err(error) = &result {
             calls.broken = Some(error.clone());
             if !matches!(error, CommError::Aborted { .. }) {
                 self.group.mark(self.rank, Status::GaveUp(error.clone()));
             }
         }
-        result.map(|parts| (seq, parts))
+        result
     }
 
     fn round(
@@ -267,7 +271,8 @@ impl HostComm for ThreadComm {
 
     fn split(&self, color: Option<u32>, key: i64, deadline: Deadline) -> Result<Option<Arc<dyn HostComm>>> {
         let part = Contribution { color, key, ..Contribution::default() };
-        let (seq, parts) = self.exchange(Call::new(OpKind::Split), part, deadline)?;
+        let both = |seq, parts| Ok((seq, parts));
+        let (seq, parts) = self.exchange(Call::new(OpKind::Split), Ok(part), deadline, both)?;
         let Some(color) = color else { return Ok(None) };
         let mut members: Vec<(i64, usize)> = parts
             .iter()
@@ -291,21 +296,22 @@ impl HostComm for ThreadComm {
     }
 
     fn barrier(&self, deadline: Deadline) -> Result<()> {
-        self.exchange(Call::new(OpKind::HostBarrier), Contribution::default(), deadline).map(drop)
+        self.exchange(Call::new(OpKind::HostBarrier), Ok(Contribution::default()), deadline, |_, _| Ok(()))
     }
 
     fn broadcast_bytes(&self, bytes: &[u8], root: usize, deadline: Deadline) -> Result<Vec<u8>> {
         check_root(root, self.size())?;
         let bytes = if self.rank == root { Arc::from(bytes) } else { Arc::default() };
         let part = Contribution { bytes, ..Contribution::default() };
-        let (_, parts) = self.exchange(Call { op: OpKind::HostBroadcast, root }, part, deadline)?;
-        Ok(parts[root].bytes.to_vec())
+        let call = Call { op: OpKind::HostBroadcast, root };
+        self.exchange(call, Ok(part), deadline, |_, parts| Ok(parts[root].bytes.to_vec()))
     }
 
     fn all_gather_bytes(&self, bytes: &[u8], deadline: Deadline) -> Result<Vec<Vec<u8>>> {
         let part = Contribution { bytes: Arc::from(bytes), ..Contribution::default() };
-        let (_, parts) = self.exchange(Call::new(OpKind::HostAllGather), part, deadline)?;
-        Ok(parts.iter().map(|part| part.bytes.to_vec()).collect())
+        self.exchange(Call::new(OpKind::HostAllGather), Ok(part), deadline, |_, parts| {
+            Ok(parts.iter().map(|part| part.bytes.to_vec()).collect())
+        })
     }
 
     fn can_exchange_fds(&self) -> bool {
@@ -316,10 +322,11 @@ impl HostComm for ThreadComm {
         let duplicate = |fd: BorrowedFd<'_>| {
             fd.try_clone_to_owned().map_err(|e| CommError::io("duplicating a descriptor", &e))
         };
-        let fds = fds.iter().map(|fd| duplicate(*fd)).collect::<Result<Arc<[_]>>>()?;
-        let part = Contribution { fds, ..Contribution::default() };
-        let (_, parts) = self.exchange(Call::new(OpKind::HostExchangeFds), part, deadline)?;
-        parts.iter().map(|part| part.fds.iter().map(|fd| duplicate(fd.as_fd())).collect()).collect()
+        let fds = fds.iter().map(|fd| duplicate(*fd)).collect::<Result<Arc<[_]>>>();
+        let part = fds.map(|fds| Contribution { fds, ..Contribution::default() });
+        self.exchange(Call::new(OpKind::HostExchangeFds), part, deadline, |_, parts| {
+            parts.iter().map(|part| part.fds.iter().map(|fd| duplicate(fd.as_fd())).collect()).collect()
+        })
     }
 
     fn poll(&self) -> Result<()> {

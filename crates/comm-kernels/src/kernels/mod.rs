@@ -3,6 +3,7 @@
 //! Each checks its arguments, chooses the launch shape, and enqueues one kernel: no allocation, no copy, no wait.
 
 mod data;
+mod mark;
 mod reduce;
 mod rmsnorm;
 
@@ -35,6 +36,7 @@ pub struct Kernels {
     fill: PerType,
     verify: PerType,
     verify_reset: Function,
+    mark: Function,
     reduce: PerType,
     rmsnorm: rmsnorm::Variants,
 }
@@ -80,6 +82,7 @@ impl Kernels {
             fill: per_type!(fill, "fill"),
             verify: per_type!(verify, "verify"),
             verify_reset: verify.function("verify_reset")?,
+            mark: Module::load(context, "mark")?.function("mark")?,
             reduce: per_type!(reduce, "reduce"),
             rmsnorm: rmsnorm::Variants::load(&Module::load(context, "rmsnorm")?)?,
             context: Arc::clone(context),
@@ -122,11 +125,11 @@ fn index_of(dtype: DType) -> usize {
 
 /// The array of parameter addresses that a launch takes. The values must outlive the launch call.
 macro_rules! parameters {
-    ($($value:ident),* $(,)?) => {
+    ($($value:expr),* $(,)?) => {
         [$((&raw const $value).cast_mut().cast::<std::ffi::c_void>()),*]
     };
 }
-use parameters;
+pub(crate) use parameters;
 
 #[cfg(test)]
 mod tests {

@@ -13,16 +13,18 @@ use super::state::{Shared, lock};
 /// A communicator over NCCL.
 ///
 /// Calls make the communicator's device current for their own duration and put back what was current before. They
-/// enqueue on the caller's stream and allocate nothing, so all can be captured into CUDA graphs. Work that is captured
-/// is not watched for time-outs, only for deaths and failures of ranks. Graphs hold the communicator inside NCCL: drop
-/// them before [`close`](DeviceComm::close), and do not launch them after.
+/// enqueue on the caller's stream and allocate nothing, so all can be captured into CUDA graphs. A captured call is
+/// watched for time-outs by a tiny kernel on either side of it, unless the option `nccl.watch_graphs` is `off` or a rank
+/// has no kernels. Graphs hold the communicator inside NCCL: drop them before [`close`](DeviceComm::close), and do not
+/// launch them after.
 ///
 /// A send to this rank itself needs its receive in the same [`group`](DeviceComm::group).
 ///
 /// Memory from [`allocate`](DeviceComm::allocate) lives until it is freed or the communicator ends.
 ///
 /// Dropping the handle returns at once: a thread of its own lets enqueued work finish, within the timeout, and ends the
-/// communicator. Before the process exits, [`close`](DeviceComm::close) is the better end, because it waits for that.
+/// communicator. The end of the process waits for that thread, for five seconds at most;
+/// [`close`](DeviceComm::close) waits for it anyway and reports how it went.
 pub struct NcclComm {
     shared: Arc<Shared>,
 }

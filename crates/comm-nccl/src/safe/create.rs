@@ -8,10 +8,11 @@ use comm_core::{
 };
 
 use super::comm::NcclComm;
-use super::state::{Base, Hosts, Scratch, Shared, lock};
+use super::state::{Base, Hosts, Pause, Scratch, Shared, lock};
 use super::track::Tracker;
 use super::watchdog;
 use crate::driver::{self, Current};
+use crate::result::Progress;
 use crate::sys::{self, Config, UniqueId};
 
 /// What NCCL may write to, or read, after the call that was given it has returned.
@@ -61,7 +62,7 @@ pub(crate) fn draft(base: Base, hosts: Hosts, ordinal: usize) -> Result<Draft> {
     let barrier = driver::allocate(256)?;
     let staging = if staging_bytes == 0 { Ok(DeviceAddr::NULL) } else { driver::allocate(staging_bytes) };
     let tracker = staging.and_then(|staging| {
-        Tracker::new().map(|tracker| (staging, tracker)).inspect_err(|_| {
+        Tracker::new(base.graph_watch()).map(|tracker| (staging, tracker)).inspect_err(|_| {
             // SAFETY: it has just been allocated.
             unsafe { driver::free(staging) }
         })
@@ -163,16 +164,27 @@ impl Shared {
         let call = self.begin(OpKind::Split)?;
         let slot =
             Box::into_raw(Box::new(Slot { comm: std::ptr::null_mut(), config: self.base.options.config() }));
-        // SAFETY: the communicator is live under the lock; the slot is live until NCCL is through with it.
-        call.nccl(|library, comm| unsafe {
-            library.comm_split(comm, color, key, &raw mut (*slot).comm, &raw mut (*slot).config)
+        call.nccl(|library, comm| {
+            // SAFETY: the communicator is live under the lock; the slot is live until NCCL is through with it.
+            let _ = unsafe {
+                library.comm_split(comm, color, key, &raw mut (*slot).comm, &raw mut (*slot).config)
+            }?;
+            // A split on a non-blocking communicator goes on in the background even where the call reports success;
+            // only the parent's state tells when the new handle has been written.
+            Ok(Progress::Running)
         })?;
-        // SAFETY: it came from `Box::into_raw`, and the parent is ready again, so NCCL is through with it.
-        let slot = unsafe { Box::from_raw(slot) };
-        if color.is_some() && slot.comm.is_null() {
-            return Err(self.fail(no_communicator(&self.base, "ncclCommSplit")));
+        // SAFETY: the slot is live; NCCL writes the handle from its own thread.
+        let child = || unsafe { (&raw const (*slot).comm).read_volatile() };
+        // The parent is ready again, so the handle is there already; the wait is for versions that tell too early.
+        let mut pause = Pause::new();
+        while color.is_some() && child().is_null() {
+            if pause.wait() > self.base.timeout {
+                return Err(self.fail(no_communicator(&self.base, "ncclCommSplit")));
+            }
+            self.healthy()?;
         }
-        Ok(slot.comm)
+        // SAFETY: it came from `Box::into_raw`, and the handle, which NCCL writes last, is there.
+        Ok(unsafe { Box::from_raw(slot) }.comm)
     }
 
     /// Takes a native communicator that a split has made and waits until it is ready. Collective.

@@ -33,7 +33,7 @@ impl NcclComm {
         if block.height == 0 || block.width == 0 {
             return shared.healthy();
         }
-        let call = shared.begin(KIND)?;
+        let call = shared.begin_on(KIND, stream)?;
         // The choice uses only what all ranks share; the send pitch may differ between them.
         let row_bytes = block.width * block.dtype.size();
         let side_by_side = block.rank_stride == block.width;

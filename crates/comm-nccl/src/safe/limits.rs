@@ -13,9 +13,14 @@ pub(crate) mod fact {
     pub(crate) const GPU: &str = "cuda.uuid";
     pub(crate) const COMPUTE: &str = "cuda.compute_capability";
     pub(crate) const HOST: &str = "host";
-    /// Empty when the norm kernel is there, otherwise why not.
-    pub(crate) const NORM: &str = "norm_kernel";
+    /// Empty when the compiled kernels are there, otherwise why not.
+    pub(crate) const KERNELS: &str = "kernels";
+    /// `on`, or why captured work cannot be watched.
+    pub(crate) const WATCH: &str = "nccl.watch_graphs";
 }
+
+/// What [`fact::WATCH`] says when captured work can be watched.
+pub(crate) const WATCHED: &str = "on";
 
 /// The first version that has everything a communicator needs.
 pub(crate) const OLDEST: Version = Version::new(2, 19, 0);
@@ -30,13 +35,15 @@ pub(crate) struct Limits {
     compute: u32,
     /// Why the fused norm is not to be had, if it is not.
     norm: Option<String>,
+    watch_graphs: bool,
 }
 
 impl Limits {
     /// From all ranks' facts, which must not name a GPU twice.
     pub(crate) fn agree(capabilities: &[Capability]) -> Result<Self> {
         let mut owners: BTreeMap<&str, usize> = BTreeMap::new();
-        let mut limits = Self { version: Version::new(u32::MAX, 0, 0), compute: u32::MAX, norm: None };
+        let mut limits =
+            Self { version: Version::new(u32::MAX, 0, 0), compute: u32::MAX, norm: None, watch_graphs: true };
         for (rank, capability) in capabilities.iter().enumerate() {
             let get = |name: &'static str| {
                 capability.facts.get(name).map(String::as_str).ok_or_else(|| {
@@ -61,7 +68,8 @@ impl Limits {
             }
             limits.version = limits.version.min(Version::from_code(number(fact::VERSION)?));
             limits.compute = limits.compute.min(number(fact::COMPUTE)?);
-            let norm = get(fact::NORM)?;
+            limits.watch_graphs &= get(fact::WATCH)? == WATCHED;
+            let norm = get(fact::KERNELS)?;
             if !norm.is_empty() && limits.norm.is_none() {
                 limits.norm = Some(format!("rank {rank} has no norm kernel: {norm}"));
             }
@@ -73,8 +81,14 @@ impl Limits {
         self.version >= ALL_TO_ALL_SINCE
     }
 
-    pub(crate) const fn has_norm(&self) -> bool {
+    /// Whether all ranks have the compiled kernels.
+    pub(crate) const fn has_kernels(&self) -> bool {
         self.norm.is_none()
+    }
+
+    /// Whether captured work is watched, which takes kernels on all ranks: how far each is counts the same everywhere.
+    pub(crate) const fn watches_graphs(&self) -> bool {
+        self.watch_graphs && self.has_kernels()
     }
 
     /// The answer of `DeviceComm::supports`.
@@ -166,7 +180,8 @@ mod tests {
             (fact::VERSION, version.to_string()),
             (fact::COMPUTE, compute.to_string()),
             (fact::HOST, "node".to_owned()),
-            (fact::NORM, norm.to_owned()),
+            (fact::KERNELS, norm.to_owned()),
+            (fact::WATCH, if norm.is_empty() { WATCHED } else { "no kernels" }.to_owned()),
         ];
         Capability { protocol: 1, facts: facts.map(|(k, v)| (k.to_owned(), v)).into() }
     }
@@ -184,12 +199,12 @@ mod tests {
         let query = OpQuery::new(OpKind::AllReduce, DType::F8E4M3, 1).with_reduce(ReduceOp::Sum);
         let new = capability("a", 22809, 90, "");
         let limits = Limits::agree(&[new.clone(), capability("b", 22809, 90, "")]).unwrap();
-        assert!(limits.supports(&query).is_supported() && limits.has_all_to_all());
+        assert!(limits.supports(&query).is_supported() && limits.has_all_to_all() && limits.watches_graphs());
         let limits = Limits::agree(&[new.clone(), capability("b", 22203, 90, "")]).unwrap();
         assert!(!limits.supports(&query).is_supported() && !limits.has_all_to_all());
         assert!(limits.supports(&OpQuery::new(OpKind::AllGather, DType::F8E4M3, 1)).is_supported());
         let limits = Limits::agree(&[new, capability("b", 22809, 80, "not built")]).unwrap();
-        assert!(!limits.supports(&query).is_supported());
+        assert!(!limits.supports(&query).is_supported() && !limits.watches_graphs());
         let norm = limits.supports(&OpQuery::new(OpKind::AllReduceRmsNorm, DType::BF16, 1));
         assert!(
             matches!(norm, Support::No { reason } if reason.contains("rank 1") && reason.contains("not built"))

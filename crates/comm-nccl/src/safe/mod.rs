@@ -9,6 +9,7 @@ mod diagnose;
 mod factory;
 mod gather2d;
 mod limits;
+mod marks;
 mod memory;
 mod norm;
 mod ops;

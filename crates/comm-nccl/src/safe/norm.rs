@@ -14,7 +14,7 @@ impl NcclComm {
     fn norm(&self, op: OpKind) -> Result<&Kernels> {
         self.shared()
             .base
-            .norm
+            .kernels
             .as_deref()
             .ok_or_else(|| CommError::unsupported(op, crate::NAME, "this rank has no norm kernel"))
     }
@@ -34,7 +34,7 @@ impl NcclComm {
             return self.shared().healthy();
         }
         let norm = self.norm(KIND)?;
-        let call = self.shared().begin(KIND)?;
+        let call = self.shared().begin_on(KIND, stream)?;
         let (dtype, sum) = (limits::element(args.dtype), limits::reduction(ReduceOp::Sum));
         // SAFETY: the operands have been checked and the caller vouches for them; the sums go to `output`, which is
         // `input` only if the caller said so.
@@ -82,7 +82,7 @@ impl NcclComm {
         self.supported(KIND, args.dtype, None, own)?;
         let norm = self.norm(KIND)?;
         let at = |row: usize| row_address(args.hidden_states, row, args.hidden, args.dtype);
-        let call = shared.begin(KIND)?;
+        let call = shared.begin_on(KIND, stream)?;
         // SAFETY: the operands have been checked and the caller vouches for them; this rank's part is received in place.
         unsafe {
             self.enqueue_reduce_scatter_v(

@@ -82,7 +82,7 @@ impl NcclComm {
         if count == 0 {
             return self.shared().healthy();
         }
-        let call = self.shared().begin(KIND)?;
+        let call = self.shared().begin_on(KIND, stream)?;
         let (element, reduction) = (limits::element(dtype), limits::reduction(op));
         // SAFETY: the operands have been checked and the caller vouches for them.
         call.nccl(|library, comm| unsafe {
@@ -108,7 +108,7 @@ impl NcclComm {
         if count == 0 {
             return self.shared().healthy();
         }
-        let call = self.shared().begin(KIND)?;
+        let call = self.shared().begin_on(KIND, stream)?;
         let moved = limits::moved(dtype);
         // SAFETY: the operands have been checked and the caller vouches for them.
         call.nccl(|library, comm| unsafe { library.all_gather(send, recv, count, moved, comm, stream) })?;
@@ -131,7 +131,7 @@ impl NcclComm {
         if checked? == 0 {
             return self.shared().healthy();
         }
-        let call = self.shared().begin(KIND)?;
+        let call = self.shared().begin_on(KIND, stream)?;
         // SAFETY: the operands have been checked and the caller vouches for them.
         let algorithm =
             unsafe { self.enqueue_all_gather_v(&call, send, recv, &|rank| counts[rank], dtype, stream) }?;
@@ -157,7 +157,7 @@ impl NcclComm {
         if count == 0 {
             return self.shared().healthy();
         }
-        let call = self.shared().begin(KIND)?;
+        let call = self.shared().begin_on(KIND, stream)?;
         let (element, reduction) = (limits::element(dtype), limits::reduction(op));
         // SAFETY: the operands have been checked and the caller vouches for them.
         call.nccl(|library, comm| unsafe {
@@ -185,7 +185,7 @@ impl NcclComm {
         if bytes == 0 {
             return self.shared().healthy();
         }
-        let call = self.shared().begin(KIND)?;
+        let call = self.shared().begin_on(KIND, stream)?;
         // SAFETY: the operands have been checked and the caller vouches for them.
         let algorithm = unsafe {
             self.enqueue_reduce_scatter_v(&call, send, recv, &|rank| counts[rank], (dtype, op), stream)
@@ -212,7 +212,7 @@ impl NcclComm {
         if count == 0 {
             return self.shared().healthy();
         }
-        let call = self.shared().begin(KIND)?;
+        let call = self.shared().begin_on(KIND, stream)?;
         let moved = limits::moved(dtype);
         // `send` means nothing on the other ranks, so NCCL does not get to see it.
         let from = if info.rank == root { send } else { recv };
@@ -244,7 +244,7 @@ impl NcclComm {
         if count == 0 {
             return self.shared().healthy();
         }
-        let call = self.shared().begin(KIND)?;
+        let call = self.shared().begin_on(KIND, stream)?;
         let (element, reduction) = (limits::element(dtype), limits::reduction(op));
         // `recv` means nothing on the other ranks, so NCCL does not get to see it.
         let to = if info.rank == root { recv } else { send };
@@ -273,7 +273,7 @@ impl NcclComm {
         if count == 0 {
             return shared.healthy();
         }
-        let call = shared.begin(KIND)?;
+        let call = shared.begin_on(KIND, stream)?;
         let moved = limits::moved(dtype);
         if shared.base.limits.has_all_to_all() {
             // SAFETY: the operands have been checked and the caller vouches for them.
@@ -300,7 +300,7 @@ impl NcclComm {
         const KIND: OpKind = OpKind::Barrier;
         let shared = self.shared();
         self.compare(KIND, &Ok(()), String::new)?;
-        let call = shared.begin(KIND)?;
+        let call = shared.begin_on(KIND, stream)?;
         let word = shared.scratch.barrier;
         // SAFETY: the word belongs to the communicator and lives as long as it; no one reads its value.
         call.nccl(|library, comm| unsafe {

@@ -20,6 +20,8 @@ pub(crate) struct Options {
     net_name: Option<CString>,
     /// Bytes of the buffer through which pitched gathers go.
     pub(crate) staging_bytes: usize,
+    /// Whether captured work is watched.
+    pub(crate) watch_graphs: bool,
 }
 
 /// Large enough that a gather's copies run at full bandwidth, small beside a model.
@@ -41,6 +43,7 @@ impl Options {
             split_share: number(options, "nccl.split_share")?,
             net_name,
             staging_bytes: number(options, "nccl.staging_bytes")?.unwrap_or(STAGING_BYTES),
+            watch_graphs: switch(options, "nccl.watch_graphs", true)?,
         })
     }
 
@@ -69,6 +72,17 @@ impl Options {
     }
 }
 
+fn switch(options: &BTreeMap<String, String>, name: &str, default: bool) -> Result<bool> {
+    match options.get(name).map(String::as_str) {
+        None => Ok(default),
+        Some("on") => Ok(true),
+        Some("off") => Ok(false),
+        Some(text) => {
+            Err(CommError::invalid("options", format!("{name} is {text:?}, but must be on or off")))
+        }
+    }
+}
+
 fn number<T: FromStr>(options: &BTreeMap<String, String>, name: &str) -> Result<Option<T>> {
     let Some(text) = options.get(name) else { return Ok(None) };
     text.parse().map(Some).map_err(|_| {
@@ -92,5 +106,13 @@ mod tests {
         let wrong = BTreeMap::from([("nccl.min_ctas".to_owned(), "many".to_owned())]);
         let message = Options::parse(&wrong).unwrap_err().to_string();
         assert!(message.contains("nccl.min_ctas") && message.contains("many"), "{message}");
+    }
+
+    #[test]
+    fn graphs_are_watched_unless_that_is_switched_off() {
+        let with = |text: &str| Options::parse(&[("nccl.watch_graphs".to_owned(), text.to_owned())].into());
+        assert!(Options::parse(&BTreeMap::new()).unwrap().watch_graphs);
+        assert!(with("on").unwrap().watch_graphs && !with("off").unwrap().watch_graphs);
+        assert!(with("1").unwrap_err().to_string().contains("on or off"));
     }
 }

@@ -11,9 +11,9 @@ use cudarc::driver::CudaContext;
 use super::limits::Limits;
 use super::memory::Buffers;
 use super::options::Options;
-use super::track::{Issued, Tracker};
+use super::track::{Arrival, Issued, Tracker};
 use super::usage::{Algorithm, Usage};
-use crate::driver::Current;
+use crate::driver::{self, Current};
 use crate::result::{NcclLibrary, Progress};
 use crate::sys;
 
@@ -26,7 +26,14 @@ pub(crate) struct Base {
     pub(crate) timeout: Duration,
     pub(crate) checked: bool,
     pub(crate) options: Arc<Options>,
-    pub(crate) norm: Option<Arc<Kernels>>,
+    pub(crate) kernels: Option<Arc<Kernels>>,
+}
+
+impl Base {
+    /// The kernels that watch captured work, if it is watched.
+    pub(crate) fn graph_watch(&self) -> Option<Arc<Kernels>> {
+        self.kernels.clone().filter(|_| self.limits.watches_graphs())
+    }
 }
 
 /// The host communicators of one communicator.
@@ -91,6 +98,7 @@ pub(crate) struct Shared {
     settling: Mutex<Option<(Issued, Instant)>>,
     seq: AtomicU64,
     collectives: AtomicU64,
+    replayed: AtomicU64,
 }
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -100,7 +108,7 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Shared {
     pub(crate) fn new(info: CommInfo, base: Base, scratch: Scratch, tracker: Tracker, hosts: Hosts) -> Self {
-        let last = Issued { kind: OpKind::Create, seq: 0, collective: None };
+        let last = Issued { kind: OpKind::Create, seq: 0, arrival: None };
         let native =
             Native { comm: std::ptr::null_mut(), tracker: Some(tracker), buffers: Buffers::default(), last };
         Self {
@@ -117,6 +125,7 @@ impl Shared {
             settling: Mutex::new(None),
             seq: AtomicU64::new(0),
             collectives: AtomicU64::new(0),
+            replayed: AtomicU64::new(0),
         }
     }
 
@@ -138,7 +147,20 @@ impl Shared {
         if let Some((issued, since)) = *lock(&self.settling) {
             return Some((issued, since.elapsed()));
         }
-        self.native.try_lock().ok()?.tracker.as_mut()?.waiting()
+        let mut native = self.native.try_lock().ok()?;
+        let tracker = native.tracker.as_mut()?;
+        self.note_replayed(tracker);
+        tracker.waiting()
+    }
+
+    /// Keeps how far replays are, for those who cannot take the lock to ask.
+    pub(crate) fn note_replayed(&self, tracker: &Tracker) {
+        self.replayed.store(tracker.replayed(), Ordering::Relaxed);
+    }
+
+    /// Captured collectives begun in replays, when that was last noted.
+    pub(crate) fn replayed(&self) -> u64 {
+        self.replayed.load(Ordering::Relaxed)
     }
 
     pub(crate) fn seq(&self) -> u64 {
@@ -215,16 +237,28 @@ impl Shared {
         let mut native = lock(&self.native);
         // It may have failed, and been taken down, while this thread waited for the lock.
         self.healthy()?;
-        let collective = match kind {
+        let arrival = match kind {
             OpKind::Send | OpKind::Recv | OpKind::Group => None,
             kind if OpKind::COLLECTIVES.contains(&kind) => {
-                Some(self.collectives.fetch_add(1, Ordering::Relaxed))
+                Some(Arrival::Called(self.collectives.fetch_add(1, Ordering::Relaxed)))
             }
             _ => None,
         };
-        let issued = Issued { kind, seq: self.seq.fetch_add(1, Ordering::Relaxed), collective };
+        let issued = Issued { kind, seq: self.seq.fetch_add(1, Ordering::Relaxed), arrival };
         native.last = issued;
-        Ok(Call { shared: self, native, issued, _current: current })
+        Ok(Call { shared: self, native, issued, capturing: false, _current: current })
+    }
+
+    /// Begins a call that will enqueue work on `stream`.
+    pub(crate) fn begin_on(&self, kind: OpKind, stream: StreamHandle) -> Result<Call<'_>> {
+        let mut call = self.begin(kind)?;
+        call.capturing = driver::is_capturing(stream);
+        if call.capturing
+            && let Some(tracker) = &call.native.tracker
+        {
+            call.fatal(tracker.capture_start(call.issued, stream))?;
+        }
+        Ok(call)
     }
 }
 
@@ -233,6 +267,7 @@ pub(crate) struct Call<'a> {
     pub(crate) shared: &'a Shared,
     pub(crate) native: MutexGuard<'a, Native>,
     issued: Issued,
+    capturing: bool,
     _current: Current,
 }
 
@@ -284,10 +319,13 @@ impl Call<'_> {
     /// Ends the call: from here on its work is watched, and it counts as used.
     pub(crate) fn finish(mut self, stream: StreamHandle, algorithm: Algorithm) -> Result<()> {
         let issued = self.issued;
-        if let Some(tracker) = &mut self.native.tracker
-            && let Err(error) = tracker.record(issued, stream)
-        {
-            return Err(self.shared.fail(error));
+        if let Some(tracker) = &mut self.native.tracker {
+            let watched = if self.capturing {
+                tracker.capture_finish(issued, stream)
+            } else {
+                tracker.record(issued, stream)
+            };
+            watched.map_err(|error| self.shared.fail(error))?;
         }
         self.shared.usage.count(issued.kind, algorithm);
         Ok(())

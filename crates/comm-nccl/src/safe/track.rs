@@ -2,14 +2,17 @@
 //!
 //! Two events suffice: one marks the oldest call not yet seen complete, the other is recorded again after every later
 //! call. When the first completes, the second takes its place. So a call costs at most one `cuEventRecord`, and a call
-//! that is stuck is noticed however many are enqueued behind it. Work captured into a graph is not tracked: an event
-//! recorded then belongs to the graph.
+//! that is stuck is noticed however many are enqueued behind it. Work captured into a graph is watched by [`Marks`],
+//! because an event recorded then belongs to the graph.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use comm_core::{OpKind, Result, StreamHandle};
+use comm_kernels::Kernels;
 
-use crate::driver::{self, Event};
+use super::marks::Marks;
+use crate::driver::Event;
 
 /// A call, as far as diagnosis needs it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -17,8 +20,17 @@ pub(crate) struct Issued {
     pub(crate) kind: OpKind,
     /// Calls before it on this communicator, for errors.
     pub(crate) seq: u64,
-    /// Collectives before it, which all ranks count alike; `None` for point-to-point calls.
-    pub(crate) collective: Option<u64>,
+    /// Which collective it is; `None` for point-to-point calls.
+    pub(crate) arrival: Option<Arrival>,
+}
+
+/// Which of the collectives a call is, in numbers that are the same on all ranks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Arrival {
+    /// The collectives called before it.
+    Called(u64),
+    /// The captured collectives that replays have begun, this one included.
+    Replayed(u64),
 }
 
 #[derive(Clone, Copy)]
@@ -43,25 +55,50 @@ pub(crate) struct Tracker {
     events: [Event; 2],
     oldest: Option<Watched>,
     newest: Option<Watched>,
+    marks: Option<Marks>,
 }
 
 impl Tracker {
-    pub(crate) fn new() -> Result<Self> {
+    /// With `kernels`, captured calls are watched too.
+    pub(crate) fn new(kernels: Option<Arc<Kernels>>) -> Result<Self> {
         let first = Event::new()?;
-        match Event::new() {
-            Ok(second) => Ok(Self { events: [first, second], oldest: None, newest: None }),
+        let second = match Event::new() {
+            Ok(second) => second,
             Err(error) => {
                 first.destroy();
+                return Err(error);
+            }
+        };
+        let mut tracker = Self { events: [first, second], oldest: None, newest: None, marks: None };
+        match kernels.map(Marks::new).transpose() {
+            Ok(marks) => {
+                tracker.marks = marks;
+                Ok(tracker)
+            }
+            Err(error) => {
+                tracker.destroy();
                 Err(error)
             }
         }
     }
 
+    /// Marks that a call is about to be captured.
+    pub(crate) fn capture_start(&self, issued: Issued, stream: StreamHandle) -> Result<()> {
+        self.marks.as_ref().map_or(Ok(()), |marks| marks.start(issued, stream))
+    }
+
+    /// Marks that a call has just been captured.
+    pub(crate) fn capture_finish(&self, issued: Issued, stream: StreamHandle) -> Result<()> {
+        self.marks.as_ref().map_or(Ok(()), |marks| marks.finish(issued, stream))
+    }
+
+    /// Captured collectives begun in all replays so far.
+    pub(crate) fn replayed(&self) -> u64 {
+        self.marks.as_ref().map_or(0, Marks::replayed)
+    }
+
     /// Marks a call that has just been enqueued.
     pub(crate) fn record(&mut self, issued: Issued, stream: StreamHandle) -> Result<()> {
-        if driver::is_capturing(stream) {
-            return Ok(());
-        }
         let slot = self.oldest.map_or(0, |oldest| 1 - oldest.slot);
         self.events[slot].record(stream)?;
         let watched = Some(Watched { issued, slot, since: Instant::now() });
@@ -73,8 +110,20 @@ impl Tracker {
         Ok(())
     }
 
-    /// Looks at the events. Reports errors of earlier work on the device even when nothing is outstanding.
+    /// Looks at what is outstanding. Reports errors of earlier work on the device even when nothing is.
     pub(crate) fn check(&mut self, allowed: Duration) -> Result<Progress> {
+        let called = self.check_events(allowed)?;
+        let replayed = self.marks.as_mut().map_or(Progress::Idle, |marks| marks.check(allowed));
+        Ok(match (called, replayed) {
+            (Progress::Overdue(issued, waited), _) | (_, Progress::Overdue(issued, waited)) => {
+                Progress::Overdue(issued, waited)
+            }
+            (Progress::Idle, Progress::Idle) => Progress::Idle,
+            _ => Progress::Pending,
+        })
+    }
+
+    fn check_events(&mut self, allowed: Duration) -> Result<Progress> {
         let Some(oldest) = self.oldest else {
             self.events[0].is_done()?;
             return Ok(Progress::Idle);
@@ -100,13 +149,17 @@ impl Tracker {
 
     /// The oldest call that is not complete, and for how long it has been outstanding.
     pub(crate) fn waiting(&mut self) -> Option<(Issued, Duration)> {
-        match self.check(Duration::MAX) {
+        let called = match self.check_events(Duration::MAX) {
             Ok(Progress::Pending) => self.oldest.map(|oldest| (oldest.issued, oldest.since.elapsed())),
             _ => None,
-        }
+        };
+        called.or_else(|| self.marks.as_mut()?.waiting())
     }
 
     pub(crate) fn destroy(self) {
+        if let Some(marks) = self.marks {
+            marks.destroy();
+        }
         self.events.into_iter().for_each(Event::destroy);
     }
 }

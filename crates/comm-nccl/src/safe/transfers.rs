@@ -24,7 +24,7 @@ impl NcclComm {
         if count == 0 {
             return self.shared().healthy();
         }
-        let call = self.shared().begin(kind)?;
+        let call = self.shared().begin_on(kind, stream)?;
         // SAFETY: the operands have been checked and the caller vouches for them.
         call.nccl(|library, comm| unsafe { enqueue_transfer(library, comm, op, stream) })?;
         call.finish(stream, Algorithm::Native)
@@ -39,7 +39,7 @@ impl NcclComm {
         if ops.iter().all(is_empty) {
             return shared.healthy();
         }
-        let call = shared.begin(OpKind::Group)?;
+        let call = shared.begin_on(OpKind::Group, stream)?;
         call.nccl(|library, comm| {
             let group = library.group()?;
             for &op in ops.iter().filter(|op| !is_empty(op)) {

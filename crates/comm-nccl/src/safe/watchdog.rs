@@ -8,6 +8,7 @@ use std::sync::TryLockError;
 use std::time::{Duration, Instant};
 
 use comm_core::{CommError, Deadline, OpKind, Result};
+use comm_kernels::exit;
 
 use super::state::{Native, Pause, Shared, lock};
 use super::track::Progress;
@@ -22,9 +23,15 @@ const FLUSH_TIME: Duration = Duration::from_secs(2);
 /// Starts the watchdog.
 pub(crate) fn spawn(shared: Arc<Shared>) -> Result<()> {
     let name = format!("nccl-watch-{}", shared.info.rank);
+    let live = exit::Live::new();
     std::thread::Builder::new()
         .name(name)
-        .spawn(move || run(&shared))
+        .spawn(move || {
+            run(&shared);
+            // It may be what keeps the context alive, so this too is before the thread counts as ended.
+            drop(shared);
+            drop(live);
+        })
         .map(drop)
         .map_err(|error| CommError::io("starting a communicator's watchdog thread", &error))
 }
@@ -67,6 +74,10 @@ fn run(shared: &Shared) {
         }
         if dropped {
             break end(shared, false, shared.base.timeout);
+        }
+        if exit::is_near() {
+            // Nobody is ending the communicator, so it goes with the process.
+            break Err(shared.closed());
         }
         look(shared);
     };
@@ -114,7 +125,10 @@ fn inspect(shared: &Shared, native: &mut Native) -> Result<Progress> {
         // SAFETY: the communicator is live and the lock is held.
         let _ = unsafe { shared.base.library.comm_state(native.comm) }?;
     }
-    native.tracker.as_mut().map_or(Ok(Progress::Idle), |tracker| tracker.check(shared.base.timeout))
+    native.tracker.as_mut().map_or(Ok(Progress::Idle), |tracker| {
+        shared.note_replayed(tracker);
+        tracker.check(shared.base.timeout)
+    })
 }
 
 /// Ends a healthy communicator: lets its work finish, flushes it and gives everything back.

@@ -1,20 +1,25 @@
-//! The few driver calls that the backend makes itself, with typed errors.
+//! The few driver calls that backends make themselves, with typed errors.
 //!
 //! Owns guards for the current context; it never decides when to wait.
 
+#![allow(clippy::missing_errors_doc, reason = "all of them fail with what the driver says")]
+
 use std::ffi::c_uint;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use comm_core::{CommError, DeviceAddr, Result, StreamHandle};
-use comm_kernels::driver::{device_count, error};
 use cudarc::driver::{CudaContext, DriverError, sys};
 
-pub(crate) fn check(call: &'static str, code: sys::CUresult) -> Result<()> {
+use crate::driver::{device_count, error};
+
+/// A driver call's outcome.
+pub fn check(call: &'static str, code: sys::CUresult) -> Result<()> {
     if code == sys::CUresult::CUDA_SUCCESS { Ok(()) } else { Err(error(call, code)) }
 }
 
 /// The primary context of a device.
-pub(crate) fn context(ordinal: usize) -> Result<Arc<CudaContext>> {
+pub fn context(ordinal: usize) -> Result<Arc<CudaContext>> {
     // Probes for the driver first: cudarc panics where there is none.
     let count = device_count()?;
     if count <= ordinal {
@@ -29,7 +34,7 @@ pub(crate) fn context(ordinal: usize) -> Result<Arc<CudaContext>> {
 }
 
 /// Makes a context current on this thread and puts back what was current before when dropped.
-pub(crate) struct Current {
+pub struct Current {
     previous: Option<sys::CUcontext>,
 }
 
@@ -41,7 +46,8 @@ impl Current {
         Ok(Self { previous: Some(previous) })
     }
 
-    pub(crate) fn enter(context: &CudaContext) -> Result<Self> {
+    /// Makes `context` current.
+    pub fn enter(context: &CudaContext) -> Result<Self> {
         let mut previous = std::ptr::null_mut();
         // SAFETY: the pointer is valid for the write.
         check("cuCtxGetCurrent", unsafe { sys::cuCtxGetCurrent(&raw mut previous) })?;
@@ -65,19 +71,22 @@ impl Drop for Current {
 }
 
 /// Lets this thread make calls that another thread's capture in global mode would forbid and be broken by.
-pub(crate) fn relax_capture_rules() {
+pub fn relax_capture_rules() {
     let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
     // SAFETY: the pointer is valid for both. Failure is only possible without a driver, which was probed.
     let _ = unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) };
 }
 
-pub(crate) const fn stream(handle: StreamHandle) -> sys::CUstream {
+/// The driver's name of a stream.
+#[must_use]
+pub const fn stream(handle: StreamHandle) -> sys::CUstream {
     handle.0 as sys::CUstream
 }
 
 /// Whether work on the stream goes into a graph instead of being run. A stream that may not be asked, because another
 /// stream is being captured, counts as capturing.
-pub(crate) fn is_capturing(handle: StreamHandle) -> bool {
+#[must_use]
+pub fn is_capturing(handle: StreamHandle) -> bool {
     let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
     // SAFETY: the caller of the operation vouches for the stream; the pointer is valid for the write.
     let code = unsafe { sys::cuStreamIsCapturing(stream(handle), &raw mut status) };
@@ -85,13 +94,14 @@ pub(crate) fn is_capturing(handle: StreamHandle) -> bool {
 }
 
 /// An event without timing. Destroyed explicitly, because that needs the context to be current.
-pub(crate) struct Event(sys::CUevent);
+pub struct Event(sys::CUevent);
 
 // SAFETY: events may be used from any thread; the driver locks.
 unsafe impl Send for Event {}
 
 impl Event {
-    pub(crate) fn new() -> Result<Self> {
+    /// An event of the current context.
+    pub fn new() -> Result<Self> {
         let mut event = std::ptr::null_mut();
         let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as c_uint;
         // SAFETY: the pointer is valid for the write; the caller has made the context current.
@@ -99,13 +109,14 @@ impl Event {
         Ok(Self(event))
     }
 
-    pub(crate) fn record(&self, handle: StreamHandle) -> Result<()> {
+    /// Marks where the stream is now.
+    pub fn record(&self, handle: StreamHandle) -> Result<()> {
         // SAFETY: the event is live; the caller of the operation vouches for the stream.
         check("cuEventRecord", unsafe { sys::cuEventRecord(self.0, stream(handle)) })
     }
 
     /// Whether the work before the last record is done (true if there was none).
-    pub(crate) fn is_done(&self) -> Result<bool> {
+    pub fn is_done(&self) -> Result<bool> {
         // SAFETY: the event is live.
         match unsafe { sys::cuEventQuery(self.0) } {
             sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
@@ -113,25 +124,111 @@ impl Event {
         }
     }
 
-    pub(crate) fn destroy(self) {
+    /// Gives it back; its context is current.
+    pub fn destroy(self) {
         // SAFETY: the event is live and not used again. A failure means that the context is lost, and the event with it.
         let _ = unsafe { sys::cuEventDestroy_v2(self.0) };
     }
 }
 
 /// Allocates device memory on the current device.
-pub(crate) fn allocate(bytes: usize) -> Result<DeviceAddr> {
+pub fn allocate(bytes: usize) -> Result<DeviceAddr> {
     let mut address = 0;
     // SAFETY: the pointer is valid for the write.
     check("cuMemAlloc", unsafe { sys::cuMemAlloc_v2(&raw mut address, bytes) })?;
     Ok(DeviceAddr(address))
 }
 
+/// Sets device memory to zero, on a stream of its own: no other work is waited for.
+///
+/// # Safety
+/// The range is valid and nothing else uses it.
+pub unsafe fn zero(addr: DeviceAddr, bytes: usize) -> Result<()> {
+    let mut stream = std::ptr::null_mut();
+    let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as c_uint;
+    // SAFETY: the pointer is valid for the write.
+    check("cuStreamCreate", unsafe { sys::cuStreamCreate(&raw mut stream, flags) })?;
+    // SAFETY: the caller vouches for the range; the stream is live.
+    let code = unsafe { sys::cuMemsetD8Async(addr.0, 0, bytes, stream) };
+    let start = Instant::now();
+    let done = check("cuMemsetD8Async", code).and_then(|()| {
+        loop {
+            // SAFETY: the stream is live.
+            match unsafe { sys::cuStreamQuery(stream) } {
+                sys::CUresult::CUDA_ERROR_NOT_READY if start.elapsed() < ZERO_TIME => {
+                    std::thread::yield_now()
+                }
+                code => return check("cuStreamQuery", code),
+            }
+        }
+    });
+    // SAFETY: the stream is not used again; the driver lets its work finish.
+    let _ = unsafe { sys::cuStreamDestroy_v2(stream) };
+    done
+}
+
+/// Host memory that the current device can write: zeroed, readable here while the device writes.
+pub struct HostPage {
+    words: *mut u64,
+    count: usize,
+    device: DeviceAddr,
+}
+
+// SAFETY: the page is owned, and page-locked memory belongs to no thread.
+unsafe impl Send for HostPage {}
+
+impl HostPage {
+    /// `count` words.
+    pub fn new(count: usize) -> Result<Self> {
+        let mut words = std::ptr::null_mut();
+        let flags = sys::CU_MEMHOSTALLOC_DEVICEMAP | sys::CU_MEMHOSTALLOC_PORTABLE;
+        // SAFETY: the pointer is valid for the write.
+        check("cuMemHostAlloc", unsafe { sys::cuMemHostAlloc(&raw mut words, count * 8, flags) })?;
+        let words = words.cast::<u64>();
+        let mut device = 0;
+        // SAFETY: the memory has just been allocated, for `count` words; the pointer is valid for the write.
+        let code = unsafe {
+            words.write_bytes(0, count);
+            sys::cuMemHostGetDevicePointer_v2(&raw mut device, words.cast(), 0)
+        };
+        let page = Self { words, count, device: DeviceAddr(device) };
+        match check("cuMemHostGetDevicePointer", code) {
+            Ok(()) => Ok(page),
+            Err(error) => {
+                page.free();
+                Err(error)
+            }
+        }
+    }
+
+    /// The word at `index` as the device last wrote it; zero outside the page.
+    #[must_use]
+    pub fn read(&self, index: usize) -> u64 {
+        // SAFETY: the index is inside the page, which is live; the device writes whole words.
+        if index < self.count { unsafe { self.words.add(index).read_volatile() } } else { 0 }
+    }
+
+    /// Where the device sees the word at `index`.
+    #[must_use]
+    pub const fn device(&self, index: usize) -> DeviceAddr {
+        self.device.offset(index as u64 * 8)
+    }
+
+    /// Gives it back; its context is current and the device no longer writes.
+    pub fn free(self) {
+        // SAFETY: it was allocated here and is not used again. A failure means that the context is lost.
+        let _ = unsafe { sys::cuMemFreeHost(self.words.cast()) };
+    }
+}
+
+/// How long zeroing a few bytes may take on a busy device.
+const ZERO_TIME: Duration = Duration::from_secs(5);
+
 /// Gives memory of [`allocate`] back.
 ///
 /// # Safety
 /// Nothing uses it any more.
-pub(crate) unsafe fn free(addr: DeviceAddr) {
+pub unsafe fn free(addr: DeviceAddr) {
     // SAFETY: the caller vouches for it. A failure means that the context is lost, and the memory with it.
     let _ = unsafe { sys::cuMemFree_v2(addr.0) };
 }
@@ -143,7 +240,7 @@ const MAX_PITCH: usize = i32::MAX as usize;
 ///
 /// # Safety
 /// Both ranges are valid until the copy is done, and the stream is live.
-pub(crate) unsafe fn copy_2d(
+pub unsafe fn copy_2d(
     (src, src_pitch): (DeviceAddr, usize),
     (dst, dst_pitch): (DeviceAddr, usize),
     width: usize,

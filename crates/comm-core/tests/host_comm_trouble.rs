@@ -1,0 +1,139 @@
+//! One rank's trouble reaches exactly those that need the rank, and at once. Ranks are processes, since limits and
+//! stops are a process's.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+
+mod host_comm_util;
+
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use comm_core::{CommError, Deadline, HostComm, Rendezvous, Result};
+use host_comm_util::process::{Job, is_rank, tell};
+use host_comm_util::{Kind, run, within};
+use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
+
+const LIMIT: Duration = Duration::from_secs(40);
+/// Longer than any test, so that only another rank's report ends such a wait.
+const LONG: Duration = Duration::from_secs(60);
+const T: Duration = Duration::from_secs(1);
+
+/// An exchange of one descriptor, in a process that can have no more of them.
+fn exchange_without_descriptors(comm: &dyn HostComm) -> Result<()> {
+    let file = tempfile::tempfile().unwrap();
+    let before = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: Some(3), ..before }).unwrap();
+    let outcome = comm.exchange_fds(&[file.as_fd()], Deadline::after(LONG)).map(drop);
+    setrlimit(Resource::Nofile, before).unwrap();
+    outcome
+}
+
+fn check_cause(own: &CommError, other: &CommError) {
+    assert!(matches!(own, CommError::Io { context, .. } if context.contains("duplicating")), "{own:?}");
+    let CommError::PeerFailed { rank: 0, cause, .. } = other else { panic!("{other:?}") };
+    assert_eq!(&**cause, own);
+}
+
+#[test]
+fn a_rank_without_descriptors_tells_the_threads_that_wait_for_it() {
+    if is_rank() {
+        let errors = run(Kind::Thread, 2, LONG, |comm| {
+            let outcome = match comm.rank() {
+                0 => exchange_without_descriptors(&*comm),
+                _ => comm.exchange_fds(&[], Deadline::after(LONG)).map(drop),
+            };
+            let error = outcome.unwrap_err();
+            assert_eq!(comm.barrier(Deadline::after(LONG)).unwrap_err(), error);
+            error
+        });
+        check_cause(&errors[0], &errors[1]);
+        return;
+    }
+    within(LIMIT, || {
+        let test = "a_rank_without_descriptors_tells_the_threads_that_wait_for_it";
+        Job::start_with(test, 1, &[], tempfile::tempdir().unwrap()).join(0);
+    });
+}
+
+#[test]
+fn a_rank_without_descriptors_tells_the_processes_that_wait_for_it() {
+    if is_rank() {
+        let comm = Rendezvous::from_env().unwrap().connect().unwrap();
+        let outcome = match comm.rank() {
+            1 => exchange_without_descriptors(&comm),
+            _ => comm.exchange_fds(&[], Deadline::after(LONG)).map(drop),
+        };
+        let error = outcome.unwrap_err();
+        match error {
+            CommError::Io { ref context, .. } if comm.rank() == 1 => assert!(context.contains("duplicating")),
+            CommError::PeerFailed { rank: 1, ref cause, .. } => {
+                assert!(matches!(&**cause, CommError::Io { context, .. } if context.contains("duplicating")));
+            }
+            _ => panic!("{error:?}"),
+        }
+        tell("error", "");
+        // Rank 0's process carries the others' messages.
+        std::thread::sleep(LONG);
+        return;
+    }
+    within(LIMIT, || {
+        let test = "a_rank_without_descriptors_tells_the_processes_that_wait_for_it";
+        let job = Job::start(test, 3, Kind::Unix, LONG);
+        (0..3).for_each(|rank| drop(job.report(rank, "error", LIMIT)));
+        assert!(job.started.elapsed() < LONG / 2);
+    });
+}
+
+/// Rank 0's answer to a call waits until the others' have left its process. A rank that does not read holds up the
+/// calls that it takes part in, and a call of another group never waits behind one of them.
+#[test]
+fn a_rank_that_does_not_read_holds_up_no_group_but_its_own() {
+    if is_rank() {
+        let comm = Rendezvous::from_env().unwrap().connect().unwrap();
+        let group = |others: [usize; 2]| {
+            let color = others.contains(&comm.rank()).then_some(0);
+            comm.split(color, 0, Deadline::after(LONG)).unwrap()
+        };
+        let (stopped, healthy) = (group([0, 1]), group([0, 2]));
+        let go = |name: &str| {
+            let path = std::env::var("COMM_TEST_RESULTS").unwrap() + "/" + name;
+            while std::fs::metadata(&path).is_err() {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        };
+        match comm.rank() {
+            0 => {
+                go("stopped");
+                // More than the sockets' buffers hold.
+                let large = vec![1; 64 << 20];
+                let error = stopped.unwrap().all_gather_bytes(&large, Deadline::after(T)).unwrap_err();
+                assert!(matches!(&error, CommError::Timeout { missing, .. } if *missing == [1]), "{error:?}");
+                let start = Instant::now();
+                healthy.unwrap().barrier(Deadline::after(LONG / 2)).unwrap();
+                assert!(start.elapsed() < LONG / 4, "{:?}", start.elapsed());
+                tell("done", "");
+            }
+            1 => {
+                std::thread::scope(|scope| {
+                    scope.spawn(|| stopped.unwrap().all_gather_bytes(&[1], Deadline::after(LONG)));
+                    // Long enough for the part to have left.
+                    std::thread::sleep(Duration::from_millis(200));
+                    tell("contributed", "");
+                });
+            }
+            _ => healthy.unwrap().barrier(Deadline::after(LONG)).unwrap(),
+        }
+        return;
+    }
+    within(LIMIT, || {
+        for kind in Kind::SOCKETS {
+            let mut job =
+                Job::start("a_rank_that_does_not_read_holds_up_no_group_but_its_own", 3, kind, LONG);
+            job.report(1, "contributed", LIMIT);
+            job.signal(1, Signal::STOP);
+            std::fs::write(job.results.path().join("stopped"), "").unwrap();
+            job.report(0, "done", LIMIT);
+            [0, 2].into_iter().for_each(|rank| job.join(rank));
+            job.signal(1, Signal::KILL);
+        }
+    });
+}

@@ -1,0 +1,116 @@
+// What every peer-to-peer kernel knows about its communicator, and the layout of the memory the ranks share.
+//
+// Owns: the parameter block, the scratch layout, the claim of round numbers. Never waits for a peer (wait.cuh does) and
+// never touches payload (wire.cuh does).
+//
+// # Scratch
+// Every rank owns one scratch allocation that all ranks have mapped, of `scratch_bytes(world, slot_packs)` bytes:
+//
+//     [ flags:   kFlagCtas x kFlagKinds x kMaxRanks 32-bit words, one line per (CTA, kind)            ]
+//     [ packs:   4 buffers x 2 stages x world sources x slot_packs x 16 bytes                        ]
+//
+// A channel is one scratch area with its `Channel` block. A communicator has three: for Lamport packs, for packets
+// (whose flags the direct gathers use too) and for cells, which has cells in place of packs (cells.cuh). They are kept
+// apart because each tells "not arrived" from "arrived" by its own mark, which the others' data could forge. All ranks
+// run the same ops on a channel in the same order. Before first use, each rank sets its own areas: flags to
+// `first_round - 1`, Lamport packs to 0xff bytes, packets of buffer b to the 32-bit pattern ~b, and then all ranks meet
+// on the host.
+//
+// # Rounds
+// A round is one use of a buffer; round r uses buffer r mod 4. The number lives in device memory, so that a replayed
+// graph goes on counting, and is only ever compared for equality or by signed difference: it may start anywhere and
+// wraps at 2^32, where the buffer order stays intact because 4 divides 2^32. Slots lie at a fixed stride, whatever the
+// message's size, so that ops of different sizes never reinterpret each other's packs.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace p2p {
+
+constexpr int kMaxRanks = 8;
+constexpr uint32_t kBuffers = 4;
+constexpr uint32_t kStages = 2;
+constexpr uint32_t kPackBytes = 16;
+constexpr uint32_t kFlagCtas = 512;
+constexpr uint32_t kFlagKinds = 4;
+constexpr size_t kFlagBytes = size_t(kFlagCtas) * kFlagKinds * kMaxRanks * sizeof(uint32_t);
+
+// The two hops of a two-shot op. A one-shot op uses the first only.
+enum Stage : uint32_t { kScatter = 0, kGather = 1 };
+
+// Device memory of one rank, touched by that rank alone. Zero at creation, except `round`.
+struct Channel {
+    uint32_t round;    // the next round to use
+    uint32_t arrived;  // CTAs of the running kernel that have read `round`
+    uint32_t broken;   // 1 once a wait was given up: later waits end at their first check
+    uint32_t looked;   // when the abort word was last read, in units of 1024 ns
+};
+
+enum GaveUp : uint32_t { kTimedOut = 1, kAborted = 2 };
+
+// Host-mapped memory. Written once, by the first wait that is given up; `cause` is written last.
+struct ErrorRecord {
+    uint32_t cause;    // 0 while all is well, else a GaveUp
+    uint32_t op;       // Link::op
+    uint32_t round;    // the round that did not complete
+    uint32_t missing;  // bit r: data of rank r had not arrived
+    uint64_t waited_ns;
+};
+
+// Passed to every kernel by value, as a __grid_constant__ parameter.
+struct Link {
+    char* scratch[kMaxRanks];  // every rank's area as mapped on this device; entries from `world` on are unused
+    Channel* channel;
+    const uint32_t* abort;  // host-mapped word; nonzero ends all waits
+    ErrorRecord* error;
+    uint64_t timeout_ns;  // longest single wait
+    uint64_t stall_ns;    // tests only: each CTA sleeps this long between its sends and its first wait
+    uint32_t rank;
+    uint32_t slot_packs;  // packs that one source may have in one (buffer, stage)
+    uint32_t op;          // the host's sequence number for this kernel; goes into the error record only
+    uint32_t reserved;
+};
+
+__host__ __device__ constexpr size_t scratch_bytes(uint32_t world, uint32_t slot_packs) {
+    return kFlagBytes + size_t(kBuffers) * kStages * world * slot_packs * kPackBytes;
+}
+
+// Where pack `pack` from rank `src` lies in the area of rank `owner`.
+template <int kWorld>
+__device__ __forceinline__ char* slot(const Link& link, int owner, uint32_t round, Stage stage, int src, size_t pack) {
+    const size_t row = (size_t(round % kBuffers) * kStages + stage) * kWorld + src;
+    return link.scratch[owner] + kFlagBytes + (row * link.slot_packs + pack) * kPackBytes;
+}
+
+// The flag that rank `src` sets in the area of rank `owner` for CTA `cta`.
+__device__ __forceinline__ uint32_t* flag(const Link& link, int owner, uint32_t cta, uint32_t kind, int src) {
+    return reinterpret_cast<uint32_t*>(link.scratch[owner]) + (cta * kFlagKinds + kind) * kMaxRanks + src;
+}
+
+// Lets the next kernel of the stream be made resident while this one still runs. It does not touch memory before its
+// own `wait_for_predecessor`, so this is safe at any point.
+__device__ __forceinline__ void allow_successor() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// Returns once the stream's earlier kernels have completed and their writes are visible. All synchronisation arguments
+// in these files that say "the kernel has ended" rest on it.
+__device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Claims `rounds` rounds for this kernel and returns the first. Called once by all threads of all CTAs.
+//
+// Every CTA reads the counter and then counts itself; the last to count advances it. Nobody can read the new value in
+// this kernel, as all have read by then, and the next kernel starts reading after this one has ended. One counter for
+// all CTAs keeps kernels of different grid sizes in step.
+__device__ __forceinline__ uint32_t claim_rounds(const Link& link, uint32_t rounds) {
+    const uint32_t round = *reinterpret_cast<volatile uint32_t*>(&link.channel->round);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        const bool last = gridDim.x == 1 || atomicAdd(&link.channel->arrived, 1u) == gridDim.x - 1;
+        if (last) {
+            link.channel->arrived = 0;
+            link.channel->round = round + rounds;
+        }
+    }
+    return round;
+}
+
+}  // namespace p2p

@@ -1,0 +1,38 @@
+// The barrier between the CTAs b of all ranks, and what the kernels with flags share.
+//
+// Owns: the flag kinds and the meeting protocol. Never moves payload.
+#pragma once
+#include "wait.cuh"
+
+namespace p2p {
+
+// What a flag word announces. Kinds are told apart by place, so that kernels may use several at once.
+enum FlagKind : uint32_t { kEnter = 0, kExit = 1, kChunk = 2, kToken = 3 };
+
+// The result buffer of every rank, as mapped on this device.
+struct Peers {
+    char* at[kMaxRanks];
+};
+
+// All ranks meet here, CTA by CTA: CTA b of a rank leaves when CTA b of every rank has entered. With `publish`, what a
+// rank's CTA b wrote before is visible to the peers' CTAs b afterwards.
+//
+// Between the CTA's writes and its flags stand a CTA barrier and a release store, between a peer's acquiring load and
+// that CTA's reads another CTA barrier: causality order carries every thread's writes along.
+template <int kWorld>
+__device__ __forceinline__ void meet(const Link& link, Waiter& waiter, uint32_t kind, uint32_t round, bool publish) {
+    __syncthreads();
+    const int peer = threadIdx.x;
+    if (peer < kWorld && peer != int(link.rank)) {
+        uint32_t* theirs = flag(link, peer, blockIdx.x, kind, link.rank);
+        if (publish)
+            Flag::raise_after_writes(theirs, round);
+        else
+            Flag::raise(theirs, round);
+        const uint32_t* ours = flag(link, link.rank, blockIdx.x, kind, peer);
+        waiter.until_arrived(link, round, [&] { return Flag::raised(ours, round) ? 0u : 1u << peer; });
+    }
+    __syncthreads();
+}
+
+}  // namespace p2p

@@ -1,0 +1,97 @@
+//! The entry points of one world size.
+
+use comm_core::{CommError, DType, Result};
+
+use super::link::MAX_RANKS;
+use crate::module::{Function, Module};
+
+/// One entry point each for bf16, f16 and f32.
+pub(super) type PerFloat = [Function; 3];
+
+pub(super) fn float_index(dtype: DType) -> Result<usize> {
+    match dtype {
+        DType::BF16 => Ok(0),
+        DType::F16 => Ok(1),
+        DType::F32 => Ok(2),
+        other => Err(CommError::invalid("dtype", format!("the kernel takes bf16, f16 and f32, not {other}"))),
+    }
+}
+
+/// A kernel's name for a world size that is known only at run time.
+macro_rules! by_world {
+    ($world:expr, $prefix:expr) => {
+        match $world {
+            2 => concat!($prefix, "_w2"),
+            3 => concat!($prefix, "_w3"),
+            4 => concat!($prefix, "_w4"),
+            5 => concat!($prefix, "_w5"),
+            6 => concat!($prefix, "_w6"),
+            7 => concat!($prefix, "_w7"),
+            _ => concat!($prefix, "_w8"),
+        }
+    };
+}
+
+macro_rules! per_float {
+    ($module:expr, $world:expr, $prefix:literal) => {
+        [
+            $module.function(by_world!($world, concat!($prefix, "_bf16")))?,
+            $module.function(by_world!($world, concat!($prefix, "_f16")))?,
+            $module.function(by_world!($world, concat!($prefix, "_f32")))?,
+        ]
+    };
+}
+
+/// Every entry point for one world size.
+pub(super) struct Functions {
+    pub(super) one_shot: PerFloat,
+    pub(super) two_shot: PerFloat,
+    pub(super) reduce_scatter: PerFloat,
+    /// By cells: two packs per thread, slice and chunk, then four.
+    pub(super) all_reduce_cells: [PerFloat; 2],
+    pub(super) reduce_scatter_cells: [PerFloat; 2],
+    pub(super) norm_one_shot: PerFloat,
+    pub(super) norm_two_shot: PerFloat,
+    pub(super) all_gather_packets: Function,
+    pub(super) all_gather_direct: Function,
+    pub(super) broadcast_packets: Function,
+    pub(super) broadcast_relayed: Function,
+    pub(super) broadcast_direct: Function,
+    pub(super) barrier: Function,
+    pub(super) pair: Function,
+}
+
+impl Functions {
+    pub(super) fn load(context: &std::sync::Arc<cudarc::driver::CudaContext>, world: usize) -> Result<Self> {
+        if !(2..=MAX_RANKS).contains(&world) {
+            return Err(CommError::invalid(
+                "world",
+                format!("{world} ranks; the kernels are for 2 to {MAX_RANKS}"),
+            ));
+        }
+        let reduce = Module::load(context, "p2p_all_reduce")?;
+        let cells = Module::load(context, "p2p_cells")?;
+        let gather = Module::load(context, "p2p_gather")?;
+        let norm = Module::load(context, "p2p_norm")?;
+        let meet = Module::load(context, "p2p_meet")?;
+        Ok(Self {
+            one_shot: per_float!(reduce, world, "p2p_ar1"),
+            two_shot: per_float!(reduce, world, "p2p_ar2"),
+            reduce_scatter: per_float!(reduce, world, "p2p_rs"),
+            all_reduce_cells: [per_float!(cells, world, "p2p_arc2"), per_float!(cells, world, "p2p_arc4")],
+            reduce_scatter_cells: [
+                per_float!(cells, world, "p2p_rsc2"),
+                per_float!(cells, world, "p2p_rsc4"),
+            ],
+            norm_one_shot: per_float!(norm, world, "p2p_norm1"),
+            norm_two_shot: per_float!(norm, world, "p2p_norm2"),
+            all_gather_packets: gather.function(by_world!(world, "p2p_ag_packet"))?,
+            all_gather_direct: gather.function(by_world!(world, "p2p_ag_direct"))?,
+            broadcast_packets: gather.function(by_world!(world, "p2p_bc1_packet"))?,
+            broadcast_relayed: gather.function(by_world!(world, "p2p_bc2_packet"))?,
+            broadcast_direct: gather.function(by_world!(world, "p2p_bc_direct"))?,
+            barrier: meet.function(by_world!(world, "p2p_barrier"))?,
+            pair: meet.function("p2p_pair")?,
+        })
+    }
+}

@@ -1,0 +1,207 @@
+//! Making a communicator: scratch memory on every rank, mapped by all, filled with what the kernels expect.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use comm_core::topology::Topology;
+use comm_core::{CommError, CommInfo, Deadline, DeviceAddr, HostComm, HostCommExt as _, MemoryKind, Result};
+use comm_kernels::p2p::{
+    BUFFERS, FLAG_BYTES, Link, MAX_RANKS, P2pKernels, PAIR_COUNTERS_BYTES, Peers, buffer_bytes, cells_bytes,
+    scratch_bytes,
+};
+use comm_kernels::raw::{Current, Event};
+
+use crate::comm::P2pComm;
+use crate::state::{Base, Channels, Hosts, Owned, Shared};
+use crate::symmetric::table::Table;
+use crate::symmetric::words::Words;
+use crate::symmetric::{Block, agree, shifted};
+use crate::topology::links::Links;
+use crate::topology::{self, verify};
+use crate::watchdog;
+
+/// Where the parts of a rank's scratch block begin.
+struct Layout {
+    counters: usize,
+    barrier: usize,
+    pairs: usize,
+    packet: usize,
+    lamport: usize,
+    cells: usize,
+    staging: usize,
+    pair_slots: usize,
+    bytes: usize,
+}
+
+/// Parts begin where lines of the L2 cache do.
+const ALIGN: usize = 256;
+/// Counters of a channel have a line to themselves: an atomic on one must not slow down the reads of another.
+const CHANNEL_STRIDE: usize = 256;
+const CHANNELS: usize = 5;
+
+impl Layout {
+    fn new(world: usize, base: &Base) -> Self {
+        let options = &base.options;
+        let mut bytes = 0;
+        let mut place = |part: usize| {
+            let at = bytes;
+            bytes += usize::next_multiple_of(part, ALIGN);
+            at
+        };
+        let counters = place(CHANNELS * CHANNEL_STRIDE + PAIR_COUNTERS_BYTES);
+        let barrier = place(FLAG_BYTES);
+        let pairs = place(FLAG_BYTES);
+        let packet = place(scratch_bytes(world, options.packet_slots));
+        let lamport = place(scratch_bytes(world, options.lamport_slots));
+        let cells = place(cells_bytes(world, options.cell_ctas));
+        let staging = place(options.staging_bytes);
+        let pair_slots = place(options.pair_bytes * world);
+        Self { counters, barrier, pairs, packet, lamport, cells, staging, pair_slots, bytes }
+    }
+}
+
+/// A host communicator of the same ranks in the same order.
+pub(crate) fn sibling(host: &dyn HostComm, deadline: Deadline) -> Result<Arc<dyn HostComm>> {
+    let key = i64::try_from(host.rank()).unwrap_or(i64::MAX);
+    host.split(Some(0), key, deadline)?.ok_or_else(|| CommError::Io {
+        context: format!("splitting host communicator {:?}", host.name()),
+        message: "it returned no communicator for a rank with a colour".into(),
+    })
+}
+
+/// Makes this rank's end of a communicator over the ranks of `hosts.control`. Collective. A rank that could not even
+/// start passes its error, so that the others learn why there will be no communicator. `verified`: the ranks are known to
+/// reach each other's memory.
+pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result<P2pComm> {
+    let control = Arc::clone(&hosts.control);
+    let deadline = Deadline::after(base.as_ref().map_or(control.timeout(), |base| base.timeout));
+    agree(&*control, &base.as_ref().map(|_| 0).map_err(Clone::clone))?;
+    let base = base?;
+    let _current = Current::enter(&base.context)?;
+    let info = CommInfo {
+        name: control.name().to_owned(),
+        backend: crate::NAME.into(),
+        rank: control.rank(),
+        size: control.size(),
+        memory: MemoryKind::Cuda { ordinal: base.ordinal },
+    };
+    let (topology, uuids) = meet(&*control, &base)?;
+    let words = Words::new().map(Arc::new);
+    let sentinel = Event::new();
+    let (channels, scratch) = if info.size > 1 {
+        let prepared = words
+            .as_ref()
+            .map_err(Clone::clone)
+            .and_then(|words| Ok((Arc::clone(words), P2pKernels::load(&base.context, info.size)?)));
+        agree(&*control, &prepared.as_ref().map(|_| 0).map_err(Clone::clone))?;
+        let (words, kernels) = prepared?;
+        let (channels, block) = channels(&*control, &base, &words, kernels, deadline)?;
+        if !verified {
+            let driver = &base.device.driver;
+            verify::verify(&*control, &base.kernels, &channels.staging, driver, &uuids)?;
+        }
+        (Some(channels), Some(block))
+    } else {
+        (None, None)
+    };
+    static COMMUNICATORS: AtomicU64 = AtomicU64::new(0);
+    let generations = COMMUNICATORS.fetch_add(1, Ordering::Relaxed) << 32;
+    let owned =
+        Owned { table: Table::new(generations), scratch, words: Some(words?), sentinel: Some(sentinel?) };
+    let shared = Arc::new(Shared::new(info, base, topology, channels, owned, hosts));
+    watchdog::spawn(Arc::clone(&shared))?;
+    Ok(P2pComm::new(shared))
+}
+
+/// Exchanges what the ranks' devices are, and agrees on their topology. Returns the devices' names as well.
+fn meet(host: &dyn HostComm, base: &Base) -> Result<(Topology, Vec<String>)> {
+    let imposed = std::env::var("COMM_P2P_TOPOLOGY").ok().filter(|name| !name.is_empty());
+    let device = &base.device;
+    let all: Vec<(String, Links, Option<String>)> =
+        host.all_gather(&(device.uuid.clone(), device.links.clone(), imposed.clone()))?;
+    let links: Vec<_> = all.iter().map(|(_, links, _)| links.clone()).collect();
+    // Every rank comes to this verdict for the same values, so all of them fail or none.
+    if let Some(rank) = all.iter().position(|(_, _, other)| *other != all[0].2) {
+        return Err(CommError::invalid(
+            "COMM_P2P_TOPOLOGY",
+            format!("{:?} on rank {rank}, but {:?} on rank 0", all[rank].2, all[0].2),
+        ));
+    }
+    let topology = topology::of_ranks(&links, imposed.as_deref())?;
+    for (rank, (_, links, _)) in all.iter().enumerate() {
+        if let Some(reason) = &links.unknown {
+            tracing::debug!(rank, reason, "the NVLinks of a rank's GPU are not known");
+        }
+    }
+    Ok((topology, all.into_iter().map(|(uuid, ..)| uuid).collect()))
+}
+
+fn channels(
+    host: &dyn HostComm,
+    base: &Base,
+    words: &Words,
+    kernels: P2pKernels,
+    deadline: Deadline,
+) -> Result<(Channels, Block)> {
+    let (world, options) = (host.size(), &base.options);
+    let layout = Layout::new(world, base);
+    let block = Block::create(host, base.ordinal, layout.bytes, deadline)?;
+    let filled = fill(&block, &layout, world, base);
+    // Nobody may send before everybody's memory holds what says that nothing has arrived.
+    agree(host, &filled.map(|()| 0))?;
+    let peers = block.peers();
+    let own = block.own().addr();
+    let link = |number: usize, area: usize, slots: usize| Link {
+        scratch: used(&shifted(&peers, area), world),
+        channel: own.offset((layout.counters + number * CHANNEL_STRIDE) as u64),
+        abort: words.abort_addr(),
+        error: words.error_addr(),
+        timeout_ns: u64::try_from(base.timeout.as_nanos()).unwrap_or(u64::MAX),
+        stall_ns: u64::try_from(options.stall.as_nanos()).unwrap_or(0),
+        rank: host.rank() as u32,
+        slot_packs: slots as u32,
+        op: 0,
+        reserved: 0,
+    };
+    let channels = Channels {
+        kernels,
+        barrier: link(0, layout.barrier, 0),
+        pairs: link(1, layout.pairs, 0),
+        packet: link(2, layout.packet, options.packet_slots),
+        lamport: link(3, layout.lamport, options.lamport_slots),
+        cells: link(4, layout.cells, 0),
+        pair_counters: own.offset((layout.counters + CHANNELS * CHANNEL_STRIDE) as u64),
+        staging: used(&shifted(&peers, layout.staging), world),
+        half: options.staging_bytes / 2,
+        pair_slots: used(&shifted(&peers, layout.pair_slots), world),
+        pair_bytes: options.pair_bytes,
+    };
+    Ok((channels, block))
+}
+
+fn used(peers: &Peers, world: usize) -> Peers {
+    let mut used = [DeviceAddr::NULL; MAX_RANKS];
+    used[..world].copy_from_slice(&peers[..world]);
+    used
+}
+
+/// What the kernels want to find: see `link.cuh`.
+fn fill(block: &Block, layout: &Layout, world: usize, base: &Base) -> Result<()> {
+    let (own, options) = (block.own(), &base.options);
+    let first = options.first_round;
+    let before = first.wrapping_sub(1);
+    own.fill(layout.counters, 0, CHANNELS * CHANNEL_STRIDE + PAIR_COUNTERS_BYTES)?;
+    for channel in 0..CHANNELS {
+        own.fill(layout.counters + channel * CHANNEL_STRIDE, first, 4)?;
+    }
+    own.fill(layout.pairs, 0, FLAG_BYTES)?;
+    for flags in [layout.barrier, layout.packet, layout.lamport, layout.cells] {
+        own.fill(flags, before, FLAG_BYTES)?;
+    }
+    let packets = buffer_bytes(world, options.packet_slots);
+    for buffer in 0..BUFFERS {
+        own.fill(layout.packet + FLAG_BYTES + buffer * packets, !(buffer as u32), packets)?;
+    }
+    let lamport = scratch_bytes(world, options.lamport_slots) - FLAG_BYTES;
+    own.fill(layout.lamport + FLAG_BYTES, u32::MAX, lamport)
+}

@@ -1,0 +1,260 @@
+//! The backend's factory: what this rank can do, and communicators.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use comm_core::{
+    BackendFactory, Capability, CommError, CreateContext, Deadline, DeviceComm, MemoryKind, Result,
+};
+use comm_kernels::Kernels;
+use comm_kernels::driver::{device_count, error, version};
+use comm_kernels::p2p::{MAX_RANKS, P2pKernels};
+use comm_kernels::raw;
+use cudarc::driver::{CudaContext, DriverError, sys};
+
+use crate::comm::{P2pComm, hosts};
+use crate::create;
+use crate::options::Options;
+use crate::state::{Base, Device};
+use crate::topology::links::Links;
+
+/// Raised when ranks of different builds would no longer understand each other.
+const PROTOCOL: u32 = 1;
+
+/// Makes communicators over peer-to-peer memory, for 1 to 8 ranks of one host.
+///
+/// # Options
+/// From [`CreateContext::options`], all optional; all ranks pass the same:
+///
+/// | name | meaning | default |
+/// |---|---|---|
+/// | `p2p.staging_bytes` | staging memory of a rank | 33554432 |
+/// | `p2p.pair_bytes` | the largest chunk of a send | 1048576 |
+/// | `p2p.packet_slots`, `p2p.lamport_slots` | packs in flight between two ranks | 33792, 67584 |
+/// | `p2p.cell_ctas` | blocks of the largest kernels | 132 |
+/// | `p2p.algorithm` | use this one wherever it can be, as `COMM_P2P_ALGO` does | by size |
+/// | `p2p.first_round` | for tests: the first round's number | 0 |
+/// | `p2p.stall_ns` | for tests: how long every kernel sleeps before its first wait | 0 |
+#[derive(Clone, Copy, Default, Debug)]
+pub struct P2pFactory;
+
+impl P2pFactory {
+    /// Makes this rank's end of a communicator, as [`create`](BackendFactory::create) does, with the backend's own
+    /// methods.
+    ///
+    /// # Errors
+    /// As [`create`](BackendFactory::create).
+    pub fn connect(&self, context: &CreateContext, capabilities: &[Capability]) -> Result<P2pComm> {
+        let hosts = hosts(&context.host, Deadline::after(context.timeout))?;
+        create::create(hosts, base(context, capabilities), false)
+    }
+}
+
+mod fact {
+    pub(super) const HOST: &str = "host";
+    pub(super) const GPU: &str = "gpu";
+    pub(super) const MULTIPROCESSORS: &str = "multiprocessors";
+    pub(super) const DRIVER: &str = "driver";
+}
+
+fn ordinal(context: &CreateContext) -> Result<usize> {
+    match context.memory {
+        MemoryKind::Cuda { ordinal } => Ok(ordinal),
+        other @ MemoryKind::Host => Err(CommError::invalid(
+            "memory",
+            format!(
+                "the p2p backend works on CUDA devices, not on {other:?}; choose a device or the host backend"
+            ),
+        )),
+    }
+}
+
+/// A name of the running system that two hosts do not share.
+fn host_name() -> String {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let boot = read("/proc/sys/kernel/random/boot_id");
+    format!("{} {}", read("/proc/sys/kernel/hostname").trim(), boot.trim())
+}
+
+/// The driver's version: as the kernel module says it, and the newest CUDA that it knows.
+fn driver_version() -> Result<String> {
+    let module = std::fs::read_to_string("/sys/module/nvidia/version").unwrap_or_default();
+    let (major, minor) = version()?;
+    Ok(format!("{} CUDA {major}.{minor}", module.trim()))
+}
+
+fn attribute(device: &CudaContext, attribute: sys::CUdevice_attribute) -> Result<u32> {
+    let value =
+        device.attribute(attribute).map_err(|DriverError(code)| error("cuDeviceGetAttribute", code))?;
+    Ok(u32::try_from(value).unwrap_or(0))
+}
+
+fn uuid(device: &CudaContext) -> Result<String> {
+    let uuid = device.uuid().map_err(|DriverError(code)| error("cuDeviceGetUuid", code))?;
+    Ok(uuid.bytes.iter().map(|&byte| format!("{:02x}", byte as u8)).collect())
+}
+
+/// Refuses what the kernels and the memory they need cannot do.
+fn check_device(device: &CudaContext) -> Result<()> {
+    use sys::CUdevice_attribute as A;
+    let major = attribute(device, A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+    if major < 9 {
+        return Err(CommError::invalid(
+            "memory",
+            format!("the GPU is of compute capability {major}.x; the kernels need 9.0 (Hopper) or later"),
+        ));
+    }
+    let needed = [
+        (A::CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, "virtual memory management"),
+        (
+            A::CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED,
+            "sharing memory by file descriptor",
+        ),
+    ];
+    for (feature, name) in needed {
+        if attribute(device, feature)? == 0 {
+            return Err(CommError::invalid("memory", format!("the GPU or its driver lacks {name}")));
+        }
+    }
+    Ok(())
+}
+
+/// Refuses a device that cannot reach as many others as there are ranks.
+fn check_peers(ordinal: usize, ranks: usize) -> Result<()> {
+    let mut reachable = 0;
+    let devices = device_count()?;
+    for other in (0..devices).filter(|&other| other != ordinal) {
+        let mut can = 0;
+        // SAFETY: both ordinals exist; the pointer is valid for the write.
+        let code = unsafe { sys::cuDeviceCanAccessPeer(&raw mut can, ordinal as i32, other as i32) };
+        raw::check("cuDeviceCanAccessPeer", code)?;
+        reachable += usize::from(can != 0);
+    }
+    // Ranks that see their own device alone cannot ask; the check of every pair after creation tells.
+    if devices > 1 && reachable + 1 < ranks.min(devices) {
+        return Err(CommError::invalid(
+            "memory",
+            format!(
+                "GPU {ordinal} reaches only {reachable} of the other {} GPUs by peer access; see `nvidia-smi topo -p2p \
+                 rw`",
+                devices - 1
+            ),
+        ));
+    }
+    Ok(())
+}
+
+impl BackendFactory for P2pFactory {
+    fn name(&self) -> &str {
+        crate::NAME
+    }
+
+    fn probe(&self, context: &CreateContext) -> Result<Capability> {
+        let ordinal = ordinal(context)?;
+        let ranks = context.host.size();
+        if ranks > MAX_RANKS {
+            return Err(CommError::invalid(
+                "host",
+                format!("{ranks} ranks; the p2p backend takes up to {MAX_RANKS}"),
+            ));
+        }
+        if ranks > 1 && !context.host.can_exchange_fds() {
+            return Err(CommError::invalid(
+                "host",
+                "the ranks' host communicator cannot pass file descriptors; ranks of one host meet over a unix socket",
+            ));
+        }
+        Options::parse(&context.options)?;
+        let device = raw::context(ordinal)?;
+        check_device(&device)?;
+        check_peers(ordinal, ranks)?;
+        let _current = raw::Current::enter(&device)?;
+        Kernels::load(&device)?;
+        if ranks > 1 {
+            P2pKernels::load(&device, ranks)?;
+        }
+        let sm = attribute(&device, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let facts = [
+            (fact::HOST, host_name()),
+            (fact::GPU, uuid(&device)?),
+            (fact::MULTIPROCESSORS, sm.to_string()),
+            (fact::DRIVER, driver_version()?),
+        ];
+        Ok(Capability {
+            protocol: PROTOCOL,
+            facts: facts.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
+        })
+    }
+
+    fn create(&self, context: &CreateContext, capabilities: &[Capability]) -> Result<Arc<dyn DeviceComm>> {
+        Ok(Arc::new(self.connect(context, capabilities)?))
+    }
+}
+
+fn base(context: &CreateContext, capabilities: &[Capability]) -> Result<Base> {
+    let ordinal = ordinal(context)?;
+    same_host_unique_devices(capabilities)?;
+    let device = raw::context(ordinal)?;
+    // Launch shapes must be the same on all ranks, so the smallest device decides.
+    let smallest = capabilities.iter().filter_map(|c| c.facts.get(fact::MULTIPROCESSORS)?.parse().ok()).min();
+    Ok(Base {
+        kernels: Kernels::load(&device)?,
+        context: Arc::clone(&device),
+        ordinal,
+        timeout: context.timeout,
+        checked: context.checked,
+        options: Arc::new(Options::parse(&context.options)?),
+        multiprocessors: smallest.unwrap_or(1).max(1),
+        device: Arc::new(Device {
+            uuid: uuid(&device)?,
+            driver: driver_version()?,
+            links: Links::of_device(ordinal)?,
+        }),
+    })
+}
+
+fn same_host_unique_devices(capabilities: &[Capability]) -> Result<()> {
+    let mut devices = BTreeMap::new();
+    for (rank, capability) in capabilities.iter().enumerate() {
+        let fact = |name: &str| capability.facts.get(name).cloned().unwrap_or_default();
+        let first = capabilities[0].facts.get(fact::HOST).cloned().unwrap_or_default();
+        if fact(fact::HOST) != first {
+            return Err(CommError::invalid(
+                "host",
+                format!(
+                    "rank {rank} is on host {:?} and rank 0 on {first:?}; the p2p backend takes one host",
+                    fact(fact::HOST)
+                ),
+            ));
+        }
+        if let Some(other) = devices.insert(fact(fact::GPU), rank) {
+            return Err(CommError::invalid(
+                "memory",
+                format!("ranks {other} and {rank} are on the same GPU; each needs one of its own"),
+            ));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rank(host: &str, gpu: &str) -> Capability {
+        let facts = [(fact::HOST, host), (fact::GPU, gpu)];
+        Capability {
+            protocol: PROTOCOL,
+            facts: facts.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect(),
+        }
+    }
+
+    #[test]
+    fn ranks_share_a_host_and_no_gpu() {
+        assert!(same_host_unique_devices(&[rank("a", "1"), rank("a", "2")]).is_ok());
+        let same = same_host_unique_devices(&[rank("a", "1"), rank("a", "1")]).unwrap_err();
+        assert!(same.to_string().contains("ranks 0 and 1"), "{same}");
+        let apart = same_host_unique_devices(&[rank("a", "1"), rank("b", "2")]).unwrap_err();
+        assert!(apart.to_string().contains("rank 1"), "{apart}");
+    }
+}

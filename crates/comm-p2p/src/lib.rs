@@ -1,0 +1,41 @@
+//! Collectives over the memory of the GPUs of one host: kernels that store into and read from each other's memory, with
+//! no library in between.
+//!
+//! [`P2pFactory`] makes [`P2pComm`], a [`DeviceComm`](comm_core::DeviceComm) for 2 to 8 ranks of one host, threads or
+//! processes, each with a Hopper GPU (or later) of its own.
+//!
+//! - Small and middle sizes travel as packs that announce their own arrival: no barrier, no registered memory.
+//! - Large ones are stored straight into result buffers that lie in memory of
+//!   [`allocate`](comm_core::DeviceComm::allocate) or [`register`](comm_core::DeviceComm::register). Such buffers lie
+//!   at the same offset of the same allocation or registration on every rank, or on no rank in any; checked mode
+//!   compares.
+//! - Everything else, any type, reduction and shape, goes through staging memory.
+//!
+//! Every operation is a fixed row of kernels on the caller's stream: it can be captured into a CUDA graph and replayed.
+//! When a communicator is made, what its GPUs store into and load from each other is checked in both directions, once
+//! for a driver and set of GPUs: the verdict is kept in the user's cache folder. `COMM_P2P_CHECK` is `skip` or `force`.
+//! `COMM_P2P_TOPOLOGY` imposes a topology ([`P2pComm::topology`]).
+//!
+//! Every wait in a kernel ends by the communicator's timeout, or as soon as a rank's death is known.
+
+#![deny(missing_docs)]
+
+mod comm;
+mod create;
+mod factory;
+mod memory;
+mod ops;
+mod options;
+mod select;
+mod state;
+mod stream;
+mod symmetric;
+mod topology;
+mod usage;
+mod watchdog;
+
+pub use comm::P2pComm;
+pub use factory::P2pFactory;
+
+/// The backend's name.
+pub const NAME: &str = "p2p";

@@ -1,0 +1,121 @@
+//! Buffers that all ranks reach: memory of the communicator, and memory that callers register.
+
+use comm_core::{CommError, DeviceAddr, HostComm, HostCommExt as _, OpKind, Registration, Result};
+use comm_kernels::p2p::Peers;
+
+use crate::comm::P2pComm;
+use crate::symmetric::ipc::{self, Export, Opened};
+use crate::symmetric::table::Origin;
+use crate::symmetric::{Block, Hold, agree};
+
+impl P2pComm {
+    /// An error of a collective over the host communicator. If that one is lost, so is this.
+    fn lost(&self, host: &dyn HostComm, op: OpKind, error: CommError) -> CommError {
+        let shared = self.shared();
+        match host.poll() {
+            Err(cause) => shared.fail(shared.relocate(cause, op)),
+            Ok(()) => shared.relocate(error, op),
+        }
+    }
+
+    pub(crate) fn allocate_block(&self, bytes: usize) -> Result<DeviceAddr> {
+        const KIND: OpKind = OpKind::Allocate;
+        let shared = self.shared();
+        let mut call = shared.begin(KIND)?;
+        let host = shared.control()?;
+        let block = agree(&*host, &Ok(bytes as u64))
+            .and_then(|()| Block::create(&*host, shared.base.ordinal, bytes, shared.deadline()))
+            .map_err(|error| self.lost(&*host, KIND, error))?;
+        let addr = block.own().addr();
+        let peers = block.peers();
+        call.owned.table.insert(Origin::Allocated, (addr, bytes.max(1)), Ok(peers), Hold::Mapped(block));
+        Ok(addr)
+    }
+
+    pub(crate) fn free_block(&self, addr: DeviceAddr) -> Result<()> {
+        let shared = self.shared();
+        let mut call = shared.begin(OpKind::Free)?;
+        let table = &mut call.owned.table;
+        let region = table.allocation(addr).and_then(|id| table.remove(id));
+        // The other ranks' mappings keep their memory alive, so nobody has to wait for anybody.
+        region.map(drop).ok_or_else(|| {
+            CommError::invalid(
+                "addr",
+                format!(
+                    "{addr:?} was not allocated by communicator {:?}, or was freed already",
+                    shared.info.name
+                ),
+            )
+        })
+    }
+
+    pub(crate) fn register_buffer(&self, addr: DeviceAddr, bytes: usize) -> Result<Registration> {
+        const KIND: OpKind = OpKind::Register;
+        let shared = self.shared();
+        let mut call = shared.begin(KIND)?;
+        let host = shared.control()?;
+        let usable = if addr.is_null() || bytes == 0 {
+            Err(CommError::invalid("addr", "a registration needs an address and at least one byte"))
+        } else {
+            Ok(bytes as u64)
+        };
+        agree(&*host, &usable).map_err(|error| self.lost(&*host, KIND, error))?;
+        let own = ipc::export(addr, bytes, shared.base.ordinal, host.same_process());
+        let exports: Vec<Result<Export, String>> =
+            host.all_gather(&own).map_err(|error| self.lost(&*host, KIND, error))?;
+        let opened = self.open(exports, addr);
+        // One rank that has to stage makes all of them: an algorithm is the same on all ranks.
+        let obstacles: Vec<Option<String>> = host
+            .all_gather(&opened.as_ref().err().cloned())
+            .map_err(|error| self.lost(&*host, KIND, error))?;
+        let obstacle = obstacles
+            .into_iter()
+            .enumerate()
+            .find_map(|(rank, obstacle)| Some(format!("rank {rank}: {}", obstacle?)));
+        let (peers, hold) = match (opened, obstacle) {
+            (Ok((peers, opened)), None) => (Ok(peers), opened),
+            (_, obstacle) => (Err(obstacle.unwrap_or_default()), Vec::new()),
+        };
+        if let Err(reason) = &peers {
+            tracing::debug!(
+                comm = shared.info.name,
+                ?addr,
+                bytes,
+                reason,
+                "registered buffer will be staged"
+            );
+        }
+        Ok(call.owned.table.insert(Origin::Registered, (addr, bytes), peers, Hold::Opened(hold)))
+    }
+
+    /// Opens the other ranks' exports, or says why one cannot be used.
+    fn open(
+        &self,
+        exports: Vec<Result<Export, String>>,
+        own: DeviceAddr,
+    ) -> Result<(Peers, Vec<Opened>), String> {
+        let shared = self.shared();
+        let mut peers = Peers::default();
+        let mut opened = Vec::new();
+        for (rank, export) in exports.into_iter().enumerate() {
+            let export = export.map_err(|reason| format!("its own buffer, or rank {rank}'s: {reason}"))?;
+            if rank == shared.info.rank {
+                peers[rank] = own;
+                continue;
+            }
+            let peer = ipc::open(&export, shared.base.ordinal).map_err(|error| error.to_string())?;
+            peers[rank] = peer.addr;
+            opened.push(peer);
+        }
+        Ok((peers, opened))
+    }
+
+    pub(crate) fn deregister_buffer(&self, registration: &Registration) -> Result<()> {
+        let shared = self.shared();
+        let mut call = shared.begin(OpKind::Deregister)?;
+        call.owned.table.registered(&shared.info.name, registration)?;
+        // Closes what was opened of the other ranks' memory; the device is current.
+        drop(call.owned.table.remove(registration.id));
+        Ok(())
+    }
+}

@@ -1,0 +1,117 @@
+//! Exchanges through staging memory: right for every type, reduction and count, with two kernels and a barrier a chunk.
+//!
+//! The two halves of the staging memory alternate, so that one barrier a chunk is enough: when a rank writes a half
+//! again, the barrier in between has shown that all ranks have read it. A last barrier ends the exchange, so that the
+//! next one, or a replay of this one, may begin with the first half.
+
+use comm_core::{DType, DeviceAddr, ReduceOp, Result, StreamHandle};
+use comm_kernels::p2p::Peers;
+
+use crate::state::{Call, Channels};
+use crate::symmetric::shifted;
+
+/// One exchange under way.
+pub(crate) struct Staging<'a> {
+    call: &'a Call<'a>,
+    channels: &'a Channels,
+    stream: StreamHandle,
+    chunk: usize,
+}
+
+impl<'a> Staging<'a> {
+    pub(crate) const fn new(call: &'a Call<'a>, channels: &'a Channels, stream: StreamHandle) -> Self {
+        Self { call, channels, stream, chunk: 0 }
+    }
+
+    /// Bytes of a chunk, with `parts` of them side by side in a half, for elements of `size` bytes.
+    pub(crate) const fn room(&self, parts: usize, size: usize) -> usize {
+        // Chunks keep the operands' alignment to 16 bytes, where there is one.
+        let room = self.channels.half / parts / 16 * 16;
+        if room < size { size } else { room / size * size }
+    }
+
+    /// Copies bytes on this device, from any address that it can reach.
+    pub(crate) fn copy(&self, from: DeviceAddr, to: DeviceAddr, bytes: usize) -> Result<()> {
+        copy(self.call, from, to, bytes, self.stream)
+    }
+
+    fn halves(&self) -> Peers {
+        shifted(&self.channels.staging, self.chunk % 2 * self.channels.half)
+    }
+
+    /// One chunk: `write` fills this rank's half, given its address; then `read` uses everybody's.
+    pub(crate) fn exchange(
+        &mut self,
+        write: impl FnOnce(&Self, DeviceAddr) -> Result<()>,
+        read: impl FnOnce(&Self, &Peers) -> Result<()>,
+    ) -> Result<()> {
+        let halves = self.halves();
+        write(self, halves[self.call.shared.info.rank])?;
+        self.barrier()?;
+        read(self, &halves)?;
+        self.chunk += 1;
+        Ok(())
+    }
+
+    /// One chunk in two steps: between them every rank has done `combine`, which may write this rank's half where no
+    /// other rank has read it.
+    pub(crate) fn exchange_twice(
+        &mut self,
+        write: impl FnOnce(&Self, DeviceAddr) -> Result<()>,
+        combine: impl FnOnce(&Self, &Peers) -> Result<()>,
+        read: impl FnOnce(&Self, &Peers) -> Result<()>,
+    ) -> Result<()> {
+        self.exchange(write, |staging, halves| {
+            combine(staging, halves)?;
+            staging.barrier()?;
+            read(staging, halves)
+        })
+    }
+
+    /// Reduces what every rank has at `offset` of its half.
+    pub(crate) fn reduce(
+        &self,
+        halves: &Peers,
+        offset: usize,
+        to: DeviceAddr,
+        count: usize,
+        (dtype, op): (DType, ReduceOp),
+    ) -> Result<()> {
+        let inputs = shifted(halves, offset);
+        let inputs = &inputs[..self.call.shared.info.size];
+        // SAFETY: staging memory of all ranks, written before the barrier; the caller of the operation vouches for the
+        // output.
+        let launched =
+            unsafe { self.call.shared.base.kernels.reduce(inputs, to, count, dtype, op, self.stream) };
+        self.call.fatal(launched)
+    }
+
+    /// Ends the exchange.
+    pub(crate) fn finish(self) -> Result<()> {
+        if self.chunk > 0 { self.barrier() } else { Ok(()) }
+    }
+
+    fn barrier(&self) -> Result<()> {
+        let link = self.call.link(&self.channels.barrier);
+        // SAFETY: the channel is live while the call is; every rank makes the same calls in the same order.
+        self.call.fatal(unsafe { self.channels.kernels.barrier(&link, self.stream) })
+    }
+}
+
+/// Copies bytes on this device, from any address that it can reach.
+pub(crate) fn copy(
+    call: &Call<'_>,
+    from: DeviceAddr,
+    to: DeviceAddr,
+    bytes: usize,
+    stream: StreamHandle,
+) -> Result<()> {
+    if bytes == 0 || from == to {
+        return Ok(());
+    }
+    let kernels = &call.shared.base.kernels;
+    // A kernel rather than a copy command: it is ordered with the other kernels at no extra cost, reads other devices'
+    // memory at the speed of the link, and can be captured whatever the memory. A sum of one input is a copy.
+    // SAFETY: the callers vouch for both ranges.
+    call.fatal(unsafe { kernels.reduce(&[from], to, bytes, DType::U8, ReduceOp::Sum, stream) })
+}

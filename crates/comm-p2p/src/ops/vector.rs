@@ -1,0 +1,159 @@
+//! Gathers and scatters of uneven parts, and of two-dimensional blocks.
+
+use comm_core::{Block2d, DType, DeviceAddr, OpKind, ReduceOp, Result, StreamHandle, check};
+use comm_kernels::raw;
+
+use super::staged::Staging;
+use crate::comm::P2pComm;
+use crate::state::{Call, Channels};
+use crate::usage::Algorithm;
+
+#[allow(clippy::missing_safety_doc, reason = "`DeviceComm`'s contract holds for every method")]
+impl P2pComm {
+    pub(crate) unsafe fn do_all_gather_v(
+        &self,
+        (send, recv): (DeviceAddr, DeviceAddr),
+        counts: &[usize],
+        dtype: DType,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        const KIND: OpKind = OpKind::AllGatherV;
+        let checked = check::all_gather_v(&self.shared().info, send, recv, counts, dtype);
+        self.compare(KIND, &checked, || format!("{counts:?} {dtype}"))?;
+        let whole = checked?;
+        let call = self.begin(KIND)?;
+        let Some(channels) = self.channels(whole) else {
+            return self.local(call, send, recv, whole, stream);
+        };
+        let parts: Vec<usize> = counts.iter().map(|count| count * dtype.size()).collect();
+        self.stage_all_gather(&call, channels, (send, recv), &parts, stream)?;
+        call.finish(Algorithm::Staged);
+        Ok(())
+    }
+
+    /// Rank `r`'s `parts[r]` bytes come to everyone, laid end to end.
+    pub(super) fn stage_all_gather(
+        &self,
+        call: &Call<'_>,
+        channels: &Channels,
+        (send, recv): (DeviceAddr, DeviceAddr),
+        parts: &[usize],
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let (rank, size) = (self.shared().info.rank, parts.len());
+        let begins: Vec<usize> = parts
+            .iter()
+            .scan(0, |end, part| {
+                let begin = *end;
+                *end += part;
+                Some(begin)
+            })
+            .collect();
+        let mut staging = Staging::new(call, channels, stream);
+        let room = staging.room(1, 1);
+        let longest = parts.iter().copied().max().unwrap_or(0);
+        let mut done = 0;
+        while done < longest {
+            let left = |from: usize| parts[from].saturating_sub(done).min(room);
+            let source = send.offset(done as u64);
+            staging.exchange(
+                |staging, own| staging.copy(source, own, left(rank)),
+                |staging, halves| {
+                    (0..size).map(|turn| (rank + turn) % size).try_for_each(|from| {
+                        let source = if from == rank { source } else { halves[from] };
+                        staging.copy(source, recv.offset((begins[from] + done) as u64), left(from))
+                    })
+                },
+            )?;
+            done += room;
+        }
+        staging.finish()
+    }
+
+    pub(crate) unsafe fn do_reduce_scatter_v(
+        &self,
+        (send, recv): (DeviceAddr, DeviceAddr),
+        counts: &[usize],
+        (dtype, op): (DType, ReduceOp),
+        stream: StreamHandle,
+    ) -> Result<()> {
+        const KIND: OpKind = OpKind::ReduceScatterV;
+        let checked = check::reduce_scatter_v(&self.shared().info, send, recv, counts, dtype);
+        self.compare(KIND, &checked, || format!("{counts:?} {dtype} {op}"))?;
+        let whole = checked?;
+        let call = self.begin(KIND)?;
+        let Some(channels) = self.channels(whole) else {
+            return self.local(call, send, recv, whole, stream);
+        };
+        self.stage_reduce_scatter(&call, channels, (send, recv), counts, (dtype, op), stream)?;
+        call.finish(Algorithm::Staged);
+        Ok(())
+    }
+
+    pub(crate) unsafe fn do_all_gather_2d(
+        &self,
+        (send, recv): (DeviceAddr, DeviceAddr),
+        block: &Block2d,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        const KIND: OpKind = OpKind::AllGather2d;
+        let info = &self.shared().info;
+        let checked = check::all_gather_2d(info, send, recv, block);
+        self.compare(KIND, &checked, || {
+            let Block2d { height, width, row_pitch, rank_stride, dtype, .. } = block;
+            format!("{height} x {width} {dtype}, row pitch {row_pitch}, rank stride {rank_stride}")
+        })?;
+        checked?;
+        let call = self.begin(KIND)?;
+        let size = block.dtype.size();
+        let (height, width) = (block.height, block.width * size);
+        if height == 0 || width == 0 {
+            call.finish(Algorithm::Local);
+            return Ok(());
+        }
+        let (from_pitch, to_pitch) = (block.send_pitch * size, block.row_pitch * size);
+        let copy = |from: (DeviceAddr, usize), to: (DeviceAddr, usize), width: usize, rows: usize| {
+            if rows == 0 || from.0 == to.0 {
+                return Ok(());
+            }
+            // SAFETY: the operands have been checked and the caller vouches for them; staging memory is as large as the
+            // chunk.
+            call.fatal(unsafe { raw::copy_2d(from, to, width, rows, stream) })
+        };
+        let own_to = recv.offset((info.rank * block.rank_stride * size) as u64);
+        let Some(channels) = &self.shared().channels else {
+            copy((send, from_pitch), (own_to, to_pitch), width, height)?;
+            call.finish(Algorithm::Local);
+            return Ok(());
+        };
+        let mut staging = Staging::new(&call, channels, stream);
+        let room = staging.room(1, size);
+        // Whole rows where one fits, else pieces of one row at a time.
+        let (columns, rows) = (width.min(room), (room / width.min(room)).min(height));
+        let rows = if columns < width { 1 } else { rows };
+        for row in (0..height).step_by(rows) {
+            let rows = rows.min(height - row);
+            for column in (0..width).step_by(columns) {
+                let columns = columns.min(width - column);
+                let place =
+                    |base: DeviceAddr, pitch: usize| (base.offset((row * pitch + column) as u64), pitch);
+                staging.exchange(
+                    |_, own| copy(place(send, from_pitch), (own, columns), columns, rows),
+                    |_, halves| {
+                        (0..info.size).map(|turn| (info.rank + turn) % info.size).try_for_each(|from| {
+                            let to = recv.offset((from * block.rank_stride * size) as u64);
+                            let source = match from == info.rank {
+                                true => place(send, from_pitch),
+                                false => (halves[from], columns),
+                            };
+                            copy(source, place(to, to_pitch), columns, rows)
+                        })
+                    },
+                )?;
+            }
+        }
+        staging.finish()?;
+        call.finish(Algorithm::Staged);
+        Ok(())
+    }
+}

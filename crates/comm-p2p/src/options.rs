@@ -1,0 +1,117 @@
+//! Settings, from the context's options and the environment.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use comm_core::{CommError, Result};
+
+use crate::usage::Algorithm;
+
+/// What can be set; see [`P2pFactory`](crate::P2pFactory) for the names.
+#[derive(Clone, Debug)]
+pub(crate) struct Options {
+    pub(crate) staging_bytes: usize,
+    pub(crate) pair_bytes: usize,
+    pub(crate) packet_slots: usize,
+    pub(crate) lamport_slots: usize,
+    pub(crate) cell_ctas: usize,
+    pub(crate) first_round: u32,
+    pub(crate) stall: Duration,
+    pub(crate) algorithm: Option<Algorithm>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            staging_bytes: 32 << 20,
+            pair_bytes: 1 << 20,
+            packet_slots: 33_792,
+            lamport_slots: 67_584,
+            cell_ctas: 132,
+            first_round: 0,
+            stall: Duration::ZERO,
+            algorithm: None,
+        }
+    }
+}
+
+/// Enough for the check of the devices, and for a chunk of every type to every rank.
+const LEAST_STAGING: usize = 8192;
+const _: () = assert!(crate::topology::verify::NEEDED <= LEAST_STAGING);
+
+const PREFIX: &str = "p2p.";
+
+impl Options {
+    /// Options of other backends are ignored; unknown ones of this backend are errors.
+    pub(crate) fn parse(options: &BTreeMap<String, String>) -> Result<Self> {
+        let mut parsed = Self::default();
+        if let Ok(name) = std::env::var("COMM_P2P_ALGO") {
+            parsed.algorithm = Some(algorithm("COMM_P2P_ALGO", &name)?);
+        }
+        for (name, value) in options {
+            let Some(own) = name.strip_prefix(PREFIX) else { continue };
+            match own {
+                "staging_bytes" => parsed.staging_bytes = number(name, value, LEAST_STAGING..=1 << 34)?,
+                "pair_bytes" => parsed.pair_bytes = number(name, value, 256..=1 << 30)?,
+                "packet_slots" => parsed.packet_slots = number(name, value, 512..=1 << 20)?,
+                "lamport_slots" => parsed.lamport_slots = number(name, value, 512..=1 << 20)?,
+                "cell_ctas" => parsed.cell_ctas = number(name, value, 1..=512)?,
+                "first_round" => {
+                    let most = u32::MAX as usize;
+                    parsed.first_round = u32::try_from(number(name, value, 0..=most)?).unwrap_or(0);
+                }
+                "stall_ns" => {
+                    let nanoseconds = number(name, value, 0..=10_000_000_000)?;
+                    parsed.stall = Duration::from_nanos(nanoseconds as u64);
+                }
+                "algorithm" => parsed.algorithm = Some(algorithm(name, value)?),
+                _ => {
+                    return Err(CommError::invalid(
+                        "options",
+                        format!("the p2p backend has no option {name:?}"),
+                    ));
+                }
+            }
+        }
+        // Halves and slots begin where any element may.
+        parsed.staging_bytes = parsed.staging_bytes / 512 * 512;
+        parsed.pair_bytes = parsed.pair_bytes / 256 * 256;
+        Ok(parsed)
+    }
+}
+
+fn number(name: &str, value: &str, range: std::ops::RangeInclusive<usize>) -> Result<usize> {
+    value.parse().ok().filter(|number| range.contains(number)).ok_or_else(|| {
+        CommError::invalid(
+            "options",
+            format!("{name} = {value:?} is no whole number from {} to {}", range.start(), range.end()),
+        )
+    })
+}
+
+fn algorithm(name: &str, value: &str) -> Result<Algorithm> {
+    Algorithm::from_name(value).ok_or_else(|| {
+        CommError::invalid(
+            "options",
+            format!("{name} = {value:?} is no algorithm; known are {}", Algorithm::names()),
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bad_options_say_what_is_wrong() {
+        let parse = |name: &str, value: &str| Options::parse(&[(name.to_owned(), value.to_owned())].into());
+        assert_eq!(parse("p2p.staging_bytes", "10000").unwrap().staging_bytes, 9728);
+        assert_eq!(parse("p2p.algorithm", "staged").unwrap().algorithm, Some(Algorithm::Staged));
+        assert_eq!(parse("p2p.first_round", "4294967290").unwrap().first_round, u32::MAX - 5);
+        assert!(parse("nccl.staging_bytes", "x").is_ok());
+        for (name, value) in [("p2p.staging_bytes", "12"), ("p2p.x", "1"), ("p2p.algorithm", "fast")] {
+            let text = parse(name, value).unwrap_err().to_string();
+            assert!(text.contains(name), "{text}");
+        }
+    }
+}

@@ -1,0 +1,309 @@
+//! A communicator's state: what it owns, how it fails, and how a call begins and ends.
+
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use comm_core::topology::Topology;
+use comm_core::{CallSite, CommError, CommInfo, Deadline, DeviceAddr, HostComm, OpKind, Result};
+use comm_kernels::Kernels;
+use comm_kernels::p2p::{ErrorRecord, Link, P2pKernels, Peers};
+use comm_kernels::raw::{Current, Event};
+use cudarc::driver::CudaContext;
+
+use crate::options::Options;
+use crate::symmetric::table::Table;
+use crate::symmetric::words::Words;
+use crate::symmetric::{Block, Hold};
+use crate::topology::links::Links;
+use crate::usage::{Algorithm, Usage};
+
+const OPEN: u8 = 0;
+const CLOSING: u8 = 1;
+const FAILED: u8 = 2;
+
+/// Bits of a kernel's number that say which operation it belongs to.
+const KIND_BITS: u32 = 4;
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What these protect is set by single assignments, so a panic cannot leave it half-changed.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What a split shares with its parent.
+#[derive(Clone)]
+pub(crate) struct Base {
+    pub(crate) context: Arc<CudaContext>,
+    pub(crate) kernels: Arc<Kernels>,
+    pub(crate) ordinal: usize,
+    pub(crate) timeout: Duration,
+    pub(crate) checked: bool,
+    pub(crate) options: Arc<Options>,
+    pub(crate) multiprocessors: u32,
+    pub(crate) device: Arc<Device>,
+}
+
+/// This rank's device, as the other ranks need to know it.
+pub(crate) struct Device {
+    pub(crate) uuid: String,
+    pub(crate) driver: String,
+    pub(crate) links: Links,
+}
+
+/// The channels of a communicator of at least two ranks, and the kernels that use them.
+pub(crate) struct Channels {
+    pub(crate) kernels: P2pKernels,
+    pub(crate) packet: Link,
+    pub(crate) lamport: Link,
+    pub(crate) cells: Link,
+    pub(crate) barrier: Link,
+    pub(crate) pairs: Link,
+    pub(crate) pair_counters: DeviceAddr,
+    /// Every rank's staging memory, `2 * half` bytes, and behind it a slot of `pair_bytes` for each receiver.
+    pub(crate) staging: Peers,
+    pub(crate) half: usize,
+    pub(crate) pair_slots: Peers,
+    pub(crate) pair_bytes: usize,
+}
+
+/// What is given back at the end, in this order.
+pub(crate) struct Owned {
+    pub(crate) table: Table<Hold>,
+    #[allow(dead_code, reason = "held, not read")]
+    pub(crate) scratch: Option<Block>,
+    pub(crate) words: Option<Arc<Words>>,
+    pub(crate) sentinel: Option<Event>,
+}
+
+/// What the handle asks of the watchdog, and what came of it.
+#[derive(Default)]
+pub(crate) struct Ending {
+    pub(crate) close: bool,
+    pub(crate) dropped: bool,
+    pub(crate) outcome: Option<Result<()>>,
+}
+
+/// Shared by a communicator's handle and its watchdog.
+pub(crate) struct Shared {
+    pub(crate) info: CommInfo,
+    pub(crate) base: Base,
+    pub(crate) topology: Topology,
+    /// `None` with one rank.
+    pub(crate) channels: Option<Channels>,
+    pub(crate) usage: Usage,
+    pub(crate) owned: Mutex<Owned>,
+    words: Mutex<Option<Arc<Words>>>,
+    pub(crate) host: Mutex<Option<Hosts>>,
+    pub(crate) ending: Mutex<Ending>,
+    pub(crate) changed: Condvar,
+    state: AtomicU8,
+    failure: Mutex<Option<CommError>>,
+    seq: AtomicU64,
+}
+
+/// The host communicators of this one: its own, and the one it was made from, whose failures count too.
+#[derive(Clone)]
+pub(crate) struct Hosts {
+    pub(crate) control: Arc<dyn HostComm>,
+    pub(crate) parent: Option<Arc<dyn HostComm>>,
+}
+
+impl Shared {
+    pub(crate) fn new(
+        info: CommInfo,
+        base: Base,
+        topology: Topology,
+        channels: Option<Channels>,
+        owned: Owned,
+        hosts: Hosts,
+    ) -> Self {
+        Self {
+            info,
+            base,
+            topology,
+            channels,
+            usage: Usage::default(),
+            words: Mutex::new(owned.words.clone()),
+            owned: Mutex::new(owned),
+            host: Mutex::new(Some(hosts)),
+            ending: Mutex::default(),
+            changed: Condvar::new(),
+            state: AtomicU8::new(OPEN),
+            failure: Mutex::new(None),
+            seq: AtomicU64::new(0),
+        }
+    }
+
+    pub(crate) fn at(&self, kind: OpKind) -> CallSite {
+        CallSite::new(&self.info.name, kind, self.seq.load(Ordering::Relaxed))
+    }
+
+    pub(crate) fn closed(&self) -> CommError {
+        CommError::Closed { comm: self.info.name.clone() }
+    }
+
+    pub(crate) fn control(&self) -> Result<Arc<dyn HostComm>> {
+        lock(&self.host).as_ref().map(|hosts| Arc::clone(&hosts.control)).ok_or_else(|| self.closed())
+    }
+
+    pub(crate) fn deadline(&self) -> Deadline {
+        Deadline::after(self.base.timeout)
+    }
+
+    /// The error that every call returns from now on, if there is one.
+    pub(crate) fn healthy(&self) -> Result<()> {
+        match self.state.load(Ordering::Acquire) {
+            OPEN => Ok(()),
+            CLOSING => Err(self.closed()),
+            _ => Err(lock(&self.failure).clone().unwrap_or_else(|| self.closed())),
+        }
+    }
+
+    pub(crate) fn has_failed(&self) -> bool {
+        self.state.load(Ordering::Acquire) == FAILED
+    }
+
+    /// Refuses calls from now on, without being a failure.
+    pub(crate) fn start_closing(&self) {
+        let _ = self.state.compare_exchange(OPEN, CLOSING, Ordering::AcqRel, Ordering::Acquire);
+    }
+
+    /// Declares the communicator lost and returns the cause, which is the first one declared: ends all waits of this
+    /// rank's kernels, and tells the other ranks if the cause arose here. Never blocks.
+    pub(crate) fn fail(&self, error: CommError) -> CommError {
+        let cause = {
+            let mut failure = lock(&self.failure);
+            if let Some(first) = &*failure {
+                return first.clone();
+            }
+            *failure = Some(error.clone());
+            self.state.store(FAILED, Ordering::Release);
+            error
+        };
+        if let Some(words) = &*lock(&self.words) {
+            words.abort();
+        }
+        let control = lock(&self.host).as_ref().map(|hosts| Arc::clone(&hosts.control));
+        if let Some(control) = control {
+            match &cause {
+                // The others see a death, or a failure reported by its own rank, for themselves.
+                CommError::PeerDied { .. } | CommError::PeerFailed { .. } | CommError::Closed { .. } => {}
+                CommError::Aborted { .. } => control.abort(),
+                local => control.report_failure(local),
+            }
+        }
+        tracing::warn!(comm = self.info.name, rank = self.info.rank, %cause, "communicator failed");
+        // Under the lock, so that a watchdog between its check and its wait cannot miss it.
+        drop(lock(&self.ending));
+        self.changed.notify_all();
+        cause
+    }
+
+    /// A host communicator's error as one of this communicator.
+    pub(crate) fn relocate(&self, error: CommError, op: OpKind) -> CommError {
+        let site = || self.at(op);
+        match error {
+            CommError::PeerDied { rank, .. } => CommError::PeerDied { at: site(), rank },
+            CommError::PeerFailed { rank, cause, .. } => CommError::PeerFailed { at: site(), rank, cause },
+            CommError::Timeout { missing, waited, .. } => CommError::Timeout { at: site(), missing, waited },
+            CommError::Aborted { .. } => CommError::Aborted { at: site() },
+            other => other,
+        }
+    }
+
+    /// What the other ranks' host sides and this rank's kernels have to say. Never blocks.
+    pub(crate) fn observe(&self) -> Result<()> {
+        let record = lock(&self.words).as_ref().and_then(|words| words.error());
+        let op = record.map_or(OpKind::Poll, |record| self.kernel(&record).op);
+        // Held while polling, so that the last reference cannot end up being dropped by the watchdog: a host
+        // communicator may tell a death from a departure by the thread that drops it.
+        let hosts = lock(&self.host);
+        if let Some(hosts) = &*hosts {
+            let found = hosts.parent.iter().chain([&hosts.control]).find_map(|host| host.poll().err());
+            match (found, record) {
+                // A rank that ran out of patience first reports the others; what was missed here says more.
+                (Some(CommError::PeerFailed { cause, .. }), Some(record))
+                    if matches!(*cause, CommError::Timeout { .. }) && record.cause == TIMED_OUT => {}
+                (Some(error), _) => return Err(self.relocate(error, op)),
+                (None, _) => {}
+            }
+        }
+        match record {
+            Some(record) => Err(self.gave_up(&record)),
+            None => Ok(()),
+        }
+    }
+
+    /// The call that a record's kernel belongs to.
+    fn kernel(&self, record: &ErrorRecord) -> CallSite {
+        let kind = OpKind::COLLECTIVES.get((record.op & ((1 << KIND_BITS) - 1)) as usize);
+        let seq = u64::from(record.op >> KIND_BITS);
+        CallSite::new(&self.info.name, kind.copied().unwrap_or(OpKind::Poll), seq)
+    }
+
+    fn gave_up(&self, record: &ErrorRecord) -> CommError {
+        let at = self.kernel(record);
+        if record.cause != TIMED_OUT {
+            return CommError::Aborted { at };
+        }
+        let missing = (0..self.info.size).filter(|&rank| record.missing >> rank & 1 == 1).collect();
+        CommError::Timeout { at, missing, waited: Duration::from_nanos(record.waited_ns) }
+    }
+
+    /// What can be said about this rank's failure, if there is one.
+    pub(crate) fn poll(&self) -> Result<()> {
+        self.healthy()?;
+        self.observe().map_err(|error| self.fail(error))
+    }
+
+    /// Begins a call: checks that the communicator is fit, makes its device current and takes the lock.
+    pub(crate) fn begin(&self, kind: OpKind) -> Result<Call<'_>> {
+        self.healthy()?;
+        let current = Current::enter(&self.base.context).map_err(|error| self.fail(error))?;
+        let owned = lock(&self.owned);
+        // It may have failed, or been closed, while this thread waited for the lock.
+        self.healthy()?;
+        if let Some(record) = owned.words.as_ref().and_then(|words| words.error()) {
+            drop(owned);
+            let cause = self.observe().err().unwrap_or_else(|| self.gave_up(&record));
+            return Err(self.fail(cause));
+        }
+        let seq = self.seq.fetch_add(1, Ordering::Relaxed);
+        Ok(Call { shared: self, owned, kind, seq, _current: current })
+    }
+
+    /// The words are given up, so that nobody touches them any more.
+    pub(crate) fn forget_words(&self) {
+        lock(&self.words).take();
+    }
+}
+
+const TIMED_OUT: u32 = 1;
+
+/// A call under way, with the lock held and the device current.
+pub(crate) struct Call<'a> {
+    pub(crate) shared: &'a Shared,
+    pub(crate) owned: MutexGuard<'a, Owned>,
+    kind: OpKind,
+    seq: u64,
+    _current: Current,
+}
+
+impl Call<'_> {
+    /// A channel, marked with this call for the error record.
+    pub(crate) fn link(&self, channel: &Link) -> Link {
+        let kind = OpKind::COLLECTIVES.iter().position(|&kind| kind == self.kind).unwrap_or(15) as u32;
+        // The number is for people to read; that it wraps after 2^28 calls does no harm.
+        Link { op: (self.seq as u32) << KIND_BITS | kind, ..*channel }
+    }
+
+    /// Turns an error of enqueueing into the communicator's failure: other ranks may be waiting for what was not.
+    pub(crate) fn fatal<T>(&self, result: Result<T>) -> Result<T> {
+        result.map_err(|error| self.shared.fail(error))
+    }
+
+    /// Ends the call; it counts as used.
+    pub(crate) fn finish(self, algorithm: Algorithm) {
+        self.shared.usage.count(self.kind, algorithm);
+    }
+}

@@ -1,0 +1,142 @@
+//! Memory that the caller owns, made visible to the other ranks: by its address between threads of one process, by
+//! legacy IPC between processes.
+//!
+//! Owns the mappings of other ranks' exports. Never communicates.
+
+use std::collections::BTreeMap;
+use std::ffi::{c_char, c_int, c_uint, c_void};
+use std::sync::{Mutex, PoisonError};
+
+use comm_core::{CommError, DeviceAddr, Result};
+use comm_kernels::raw::check;
+use cudarc::driver::sys;
+use serde::{Deserialize, Serialize};
+
+/// How one rank's buffer can be reached by the others.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Export {
+    /// First byte, in the owner's addresses.
+    pub(crate) addr: u64,
+    /// First byte of the allocation that it lies in.
+    pub(crate) base: u64,
+    /// The driver's name for the allocation; empty between threads.
+    pub(crate) handle: Vec<u8>,
+    /// The owner's device.
+    pub(crate) ordinal: usize,
+}
+
+/// What other ranks need to reach `bytes` bytes at `addr`, or why they cannot.
+pub(crate) fn export(
+    addr: DeviceAddr,
+    bytes: usize,
+    ordinal: usize,
+    same_process: bool,
+) -> Result<Export, String> {
+    let (mut base, mut size) = (0, 0);
+    // SAFETY: the pointers are valid for the writes; an address that is no device memory gives an error.
+    let code = unsafe { sys::cuMemGetAddressRange_v2(&raw mut base, &raw mut size, addr.0) };
+    check("cuMemGetAddressRange", code).map_err(|error| format!("it is not device memory: {error}"))?;
+    if addr.0 - base + bytes as u64 > size as u64 {
+        return Err(format!("it does not lie in one allocation: {size} bytes at {base:#x}"));
+    }
+    let mut capable: c_int = 0;
+    let attribute = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE;
+    // SAFETY: the attribute is an int.
+    let code = unsafe { sys::cuPointerGetAttribute((&raw mut capable).cast::<c_void>(), attribute, base) };
+    check("cuPointerGetAttribute", code).map_err(|error| error.to_string())?;
+    if capable == 0 {
+        return Err(
+            "it was not allocated by cuMemAlloc: memory of pools and of virtual allocations cannot be \
+                    exported; allocate it with the communicator"
+                .into(),
+        );
+    }
+    let mut handle = Vec::new();
+    if !same_process {
+        let mut raw = sys::CUipcMemHandle { reserved: [0; 64] };
+        // SAFETY: the base is a live allocation, says the driver.
+        let code = unsafe { sys::cuIpcGetMemHandle(&raw mut raw, base) };
+        check("cuIpcGetMemHandle", code).map_err(|error| error.to_string())?;
+        handle = raw.reserved.iter().map(|&byte| byte as u8).collect();
+    }
+    Ok(Export { addr: addr.0, base, handle, ordinal })
+}
+
+/// Allocations opened in this process, by device and handle: the driver opens one only once, and several buffers, of
+/// several communicators, may lie in it.
+static OPEN: Mutex<BTreeMap<Key, Mapped>> = Mutex::new(BTreeMap::new());
+
+type Key = (usize, Vec<u8>);
+
+struct Mapped {
+    base: sys::CUdeviceptr,
+    users: usize,
+}
+
+/// Another rank's buffer as seen from here. Dropping it closes what was opened; the context is current then.
+pub(crate) struct Opened {
+    pub(crate) addr: DeviceAddr,
+    key: Option<Key>,
+}
+
+/// Opens another rank's export for device `ordinal`, whose context is current.
+pub(crate) fn open(export: &Export, ordinal: usize) -> Result<Opened> {
+    if export.handle.is_empty() {
+        enable_peer(export.ordinal)?;
+        return Ok(Opened { addr: DeviceAddr(export.addr), key: None });
+    }
+    let key = (ordinal, export.handle.clone());
+    let mut table = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+    let base = match table.get_mut(&key) {
+        Some(mapped) => {
+            mapped.users += 1;
+            mapped.base
+        }
+        None => {
+            let base = map(&export.handle)?;
+            table.insert(key.clone(), Mapped { base, users: 1 });
+            base
+        }
+    };
+    Ok(Opened { addr: DeviceAddr(base + (export.addr - export.base)), key: Some(key) })
+}
+
+fn map(handle: &[u8]) -> Result<sys::CUdeviceptr> {
+    let mut raw = sys::CUipcMemHandle { reserved: [0; 64] };
+    if handle.len() != raw.reserved.len() {
+        return Err(CommError::invalid("handle", format!("{} bytes, not 64", handle.len())));
+    }
+    for (to, &from) in raw.reserved.iter_mut().zip(handle) {
+        *to = from as c_char;
+    }
+    let mut base = 0;
+    let flags = sys::CUipcMem_flags::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as c_uint;
+    // SAFETY: the handle is another rank's, exported for a range that it keeps until it is deregistered.
+    check("cuIpcOpenMemHandle", unsafe { sys::cuIpcOpenMemHandle_v2(&raw mut base, raw, flags) })?;
+    Ok(base)
+}
+
+impl Drop for Opened {
+    fn drop(&mut self) {
+        let Some(key) = self.key.take() else { return };
+        let mut table = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(mapped) = table.get_mut(&key) else { return };
+        mapped.users -= 1;
+        if mapped.users == 0 {
+            // SAFETY: it was opened here, its last user is going, and owners see to it that nothing runs that uses it.
+            let _ = unsafe { sys::cuIpcCloseMemHandle(mapped.base) };
+            table.remove(&key);
+        }
+    }
+}
+
+/// Lets kernels of the current context use addresses of device `ordinal`'s primary context. It stays so: others in the
+/// process may rely on it as well.
+fn enable_peer(ordinal: usize) -> Result<()> {
+    let peer = comm_kernels::raw::context(ordinal)?;
+    // SAFETY: the context is live: it is held until after the call, and primary contexts are shared.
+    match unsafe { sys::cuCtxEnablePeerAccess(peer.cu_ctx(), 0) } {
+        sys::CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED => Ok(()),
+        code => check("cuCtxEnablePeerAccess", code),
+    }
+}

@@ -1,0 +1,103 @@
+//! Memory that all ranks of a communicator reach: made here, or the caller's.
+
+pub(crate) mod ipc;
+pub(crate) mod table;
+pub(crate) mod vmm;
+pub(crate) mod words;
+
+use std::os::fd::AsFd as _;
+
+use comm_core::{CommError, Deadline, DeviceAddr, HostComm, HostCommExt as _, Result};
+use comm_kernels::p2p::Peers;
+
+use self::ipc::Opened;
+use self::vmm::{Mapping, Physical};
+
+/// What keeps a region's memory mapped.
+pub(crate) enum Hold {
+    /// Memory of the communicator: this rank's mapping of every rank's part.
+    Mapped(#[allow(dead_code, reason = "held, not read")] Block),
+    /// The caller's memory on other ranks.
+    Opened(#[allow(dead_code, reason = "held, not read")] Vec<Opened>),
+}
+
+/// Equally long memory on every rank, all mapped on this rank's device.
+pub(crate) struct Block {
+    mappings: Vec<Mapping>,
+    rank: usize,
+}
+
+impl Block {
+    /// Collective over `host`: every rank allocates `bytes` bytes on its own device and maps all of them. Memory that
+    /// is new is zero.
+    pub(crate) fn create(
+        host: &dyn HostComm,
+        ordinal: usize,
+        bytes: usize,
+        deadline: Deadline,
+    ) -> Result<Self> {
+        let own = Physical::create(ordinal, bytes).and_then(|memory| Ok((memory.export()?, memory)));
+        // A rank without memory must not leave the others waiting for its descriptor.
+        agree(host, &own.as_ref().map(|(_, memory)| memory.bytes() as u64).map_err(Clone::clone))?;
+        let (fd, memory) = own?;
+        let bytes = memory.bytes();
+        let fds = host.exchange_fds(&[fd.as_fd()], deadline)?;
+        let map = |rank: usize| -> Result<Mapping> {
+            if rank == host.rank() {
+                return memory.map(ordinal);
+            }
+            let fd = fds
+                .get(rank)
+                .and_then(|fds| fds.first())
+                .ok_or_else(|| CommError::invalid("descriptors", format!("rank {rank} sent none")))?;
+            Physical::import(fd, bytes)?.map(ordinal)
+        };
+        let mappings: Result<Vec<_>> = (0..host.size()).map(map).collect();
+        agree(host, &mappings.as_ref().map(|_| bytes as u64).map_err(Clone::clone))?;
+        Ok(Self { mappings: mappings?, rank: host.rank() })
+    }
+
+    pub(crate) fn own(&self) -> &Mapping {
+        &self.mappings[self.rank]
+    }
+
+    /// Every rank's first byte.
+    pub(crate) fn peers(&self) -> Peers {
+        let mut peers = Peers::default();
+        for (peer, mapping) in peers.iter_mut().zip(&self.mappings) {
+            *peer = mapping.addr();
+        }
+        peers
+    }
+}
+
+/// Makes one rank's failure every rank's, and refuses values that differ.
+pub(crate) fn agree(host: &dyn HostComm, own: &Result<u64>) -> Result<()> {
+    let all: Vec<Result<u64>> = host.all_gather(own)?;
+    if let Err(error) = own {
+        return Err(error.clone());
+    }
+    for (rank, other) in all.into_iter().enumerate() {
+        let at = || comm_core::CallSite::new(host.name(), comm_core::OpKind::Allocate, 0);
+        match (other, own) {
+            (Err(cause), _) => {
+                return Err(CommError::PeerFailed { at: at(), rank, cause: Box::new(cause) });
+            }
+            (Ok(found), Ok(expected)) if found != *expected => {
+                return Err(CommError::Mismatch {
+                    at: at(),
+                    rank,
+                    expected: format!("{expected} bytes"),
+                    found: format!("{found} bytes"),
+                });
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// All ranks' addresses, shifted by `offset`.
+pub(crate) fn shifted(peers: &Peers, offset: usize) -> Peers {
+    peers.map(|peer| if peer.is_null() { DeviceAddr::NULL } else { peer.offset(offset as u64) })
+}

@@ -1,0 +1,154 @@
+//! The thread that watches a communicator and, at its end, gives back what it owns.
+//!
+//! It alone unmaps memory, after it has seen the device idle, so an abort, a close and a drop come down to telling it.
+//! It ends itself when everything is given back.
+
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use comm_core::{CommError, Deadline, OpKind, Result};
+use comm_kernels::exit;
+use comm_kernels::raw::{self, Current, check};
+use cudarc::driver::sys;
+
+use crate::state::{Shared, lock};
+use crate::symmetric::table::Table;
+
+/// Short enough that a death is known to kernels and callers well within a second.
+const INTERVAL: Duration = Duration::from_millis(25);
+
+/// Starts the watchdog.
+pub(crate) fn spawn(shared: Arc<Shared>) -> Result<()> {
+    let live = exit::Live::new();
+    std::thread::Builder::new()
+        .name(format!("p2p-watch-{}", shared.info.rank))
+        .spawn(move || {
+            run(&shared);
+            // It may be what keeps the context alive, so this too is before the thread counts as ended.
+            drop(shared);
+            drop(live);
+        })
+        .map(drop)
+        .map_err(|error| CommError::io("starting a communicator's watchdog thread", &error))
+}
+
+fn run(shared: &Shared) {
+    raw::relax_capture_rules();
+    let outcome = match Current::enter(&shared.base.context) {
+        Ok(_current) => watch(shared),
+        // Without its context nothing can be given back; the failure is what callers learn.
+        Err(error) => Err(shared.fail(error)),
+    };
+    lock(&shared.ending).outcome = Some(outcome);
+    shared.changed.notify_all();
+}
+
+fn watch(shared: &Shared) -> Result<()> {
+    loop {
+        let (close, dropped) = {
+            let ending = lock(&shared.ending);
+            let ending = if ending.close || ending.dropped {
+                ending
+            } else {
+                shared.changed.wait_timeout(ending, INTERVAL).unwrap_or_else(PoisonError::into_inner).0
+            };
+            (ending.close, ending.dropped)
+        };
+        if close || dropped {
+            return end(shared, close);
+        }
+        if exit::is_near() {
+            // Nobody is ending the communicator, so it goes with the process.
+            shared.forget_words();
+            std::mem::forget(take(shared));
+            return Err(shared.closed());
+        }
+        // A failed communicator keeps its memory until it is closed or dropped: a graph may still be replayed, whose
+        // kernels then leave at once.
+        if !shared.has_failed() {
+            let seen = shared.observe().and_then(|()| device_is_fit(shared));
+            if let Err(error) = seen {
+                shared.fail(error);
+            }
+        }
+    }
+}
+
+/// Whether earlier work on the device has failed. Asks without waiting, and only when no call is under way.
+fn device_is_fit(shared: &Shared) -> Result<()> {
+    let Ok(owned) = shared.owned.try_lock() else { return Ok(()) };
+    owned.sentinel.as_ref().map_or(Ok(()), |event| event.is_done().map(drop))
+}
+
+/// Waits for enqueued work and gives everything back.
+fn end(shared: &Shared, collective: bool) -> Result<()> {
+    let deadline = shared.deadline();
+    let idle = drain(shared, deadline);
+    if let Err(error) = &idle {
+        shared.fail(error.clone());
+    }
+    let outcome = match shared.has_failed() {
+        true => shared.healthy(),
+        false if collective => shared
+            .control()
+            .and_then(|control| control.barrier(deadline))
+            .map_err(|error| shared.fail(shared.relocate(error, OpKind::Close))),
+        false => Ok(()),
+    };
+    if idle.is_ok() || drain(shared, Deadline::after(shared.base.timeout)).is_ok() {
+        give_back(shared);
+    } else {
+        // Unmapping memory under a running kernel would be worse than keeping it.
+        tracing::warn!(
+            comm = shared.info.name,
+            "work does not end: the communicator's memory is not given back"
+        );
+        shared.forget_words();
+        std::mem::forget(take(shared));
+    }
+    outcome
+}
+
+/// Waits until the device is idle. Every wait of the communicator's kernels is bounded, so only work of others can
+/// make this long; it is asked for in a thread of its own where that must not hold up the caller.
+fn drain(shared: &Shared, deadline: Deadline) -> Result<()> {
+    loop {
+        if !shared.has_failed()
+            && let Err(error) = shared.observe()
+        {
+            shared.fail(error);
+        }
+        // SAFETY: the context is current.
+        match unsafe { sys::cuCtxSynchronize() } {
+            sys::CUresult::CUDA_SUCCESS => return Ok(()),
+            // Another thread is capturing a graph, during which the device may not be waited for.
+            sys::CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+            | sys::CUresult::CUDA_ERROR_STREAM_CAPTURE_IMPLICIT
+                if !deadline.has_passed() =>
+            {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            code => return check("cuCtxSynchronize", code),
+        }
+    }
+}
+
+fn take(shared: &Shared) -> crate::state::Owned {
+    let mut owned = lock(&shared.owned);
+    crate::state::Owned {
+        table: std::mem::replace(&mut owned.table, Table::new(0)),
+        scratch: owned.scratch.take(),
+        words: owned.words.take(),
+        sentinel: owned.sentinel.take(),
+    }
+}
+
+fn give_back(shared: &Shared) {
+    shared.forget_words();
+    let mut owned = take(shared);
+    if let Some(event) = owned.sentinel.take() {
+        event.destroy();
+    }
+    drop(owned);
+    tracing::debug!(comm = shared.info.name, rank = shared.info.rank, "gave the communicator's memory back");
+}

@@ -1,0 +1,65 @@
+//! The conformance suite, over threads, at every world size that the machine allows.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod common;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use comm_core::conformance::{Config, run_threads};
+use comm_kernels::CudaMemory;
+use comm_p2p::P2pFactory;
+use common::{PATIENT, world_size};
+
+fn config(options: &[(&str, &str)]) -> Config {
+    Config {
+        timeout: Duration::from_secs(5),
+        limit: Duration::from_secs(40),
+        options: options.iter().map(|&(name, value)| (name.to_owned(), value.to_owned())).collect(),
+        ..Config::quick()
+    }
+}
+
+fn run(world: usize, config: &Config) {
+    let memory = |rank| {
+        Box::new(CudaMemory::new(rank).unwrap().with_timeout(PATIENT)) as Box<dyn comm_core::DeviceMemory>
+    };
+    let report = run_threads(Arc::new(P2pFactory), world, memory, config);
+    println!("world {world} {:?}: {report}", config.options);
+    assert!(report.is_success(), "world {world}, {:?}", config.options);
+}
+
+#[test]
+fn every_world_size() {
+    let Some(most) = world_size() else { return };
+    for world in 2..=most {
+        run(world, &config(&[]));
+    }
+}
+
+#[test]
+fn tiny_staging_and_rounds_that_wrap() {
+    let Some(most) = world_size() else { return };
+    let options =
+        [("p2p.staging_bytes", "8192"), ("p2p.pair_bytes", "512"), ("p2p.first_round", "4294967290")];
+    run(most, &config(&options));
+}
+
+#[test]
+fn every_algorithm() {
+    let Some(most) = world_size() else { return };
+    for algorithm in ["one_shot", "two_shot", "cells", "packets", "relayed", "direct", "staged", "composed"] {
+        let options =
+            [("p2p.algorithm", algorithm), ("p2p.packet_slots", "1024"), ("p2p.lamport_slots", "1024")];
+        for case in ["all_", "reduce_scatter/", "broadcast", "register", "allocate"] {
+            run(most, &config(&options).only(case));
+        }
+    }
+}
+
+#[test]
+fn checked_mode() {
+    let Some(most) = world_size() else { return };
+    run(most, &Config { checked: true, ..config(&[]) });
+}

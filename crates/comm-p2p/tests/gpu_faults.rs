@@ -1,0 +1,112 @@
+//! Ranks that are late, missing or aborted: every wait ends, with an error that says why.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use comm_core::{CommError, DeviceMemory as _};
+use common::{PATIENT, SHORT, connect, world, world_size};
+
+#[test]
+fn a_rank_that_does_not_arrive_is_named_and_a_new_communicator_works() {
+    let Some(size) = world_size() else { return };
+    // One-shot, two-shot, and staged.
+    for count in [64, 300_000] {
+        comm_core::run_threads(size, PATIENT, |host| {
+            let rank = connect(host.clone(), SHORT, &[]).unwrap();
+            let at = rank.buffer(count, 1.0);
+            host.barrier(comm_core::Deadline::after(PATIENT)).unwrap();
+            let start = Instant::now();
+            if rank.rank != size - 1 {
+                rank.sum(at, at, count).unwrap();
+            }
+            let error = rank.await_failure(SHORT + Duration::from_secs(1));
+            let took = start.elapsed();
+            let named = match &error {
+                CommError::Timeout { missing, .. } => missing.clone(),
+                CommError::PeerFailed { cause, .. } => match &**cause {
+                    CommError::Timeout { missing, .. } => missing.clone(),
+                    other => panic!("{other}"),
+                },
+                other => panic!("{other}"),
+            };
+            assert_eq!(named, [size - 1], "rank {}: {error}", rank.rank);
+            assert!(took >= SHORT && took < SHORT + Duration::from_millis(600), "{took:?}");
+            assert_eq!(rank.sum(at, at, count).unwrap_err(), error);
+            assert_eq!(rank.comm.close().unwrap_err(), error);
+            assert!(rank.comm.poll().is_err());
+
+            // The world's own host communicator saw none of it.
+            let again = connect(host.clone(), PATIENT, &[]).unwrap();
+            let at = again.buffer(count, 1.0);
+            again.sum(at, at, count).unwrap();
+            assert_eq!(again.get(at, count), vec![size as f32; count]);
+            again.comm.close().unwrap();
+        })
+        .unwrap();
+    }
+}
+
+#[test]
+fn an_abort_ends_waits_at_once_on_all_ranks() {
+    let Some(size) = world_size() else { return };
+    world(size, PATIENT, &[], |rank| {
+        let at = rank.buffer(64, 1.0);
+        if rank.rank != 0 {
+            rank.sum(at, at, 64).unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(100));
+        let start = Instant::now();
+        if rank.rank == 0 {
+            rank.comm.abort();
+        }
+        let error = rank.await_failure(Duration::from_secs(1));
+        assert!(matches!(error, CommError::Aborted { .. } | CommError::PeerFailed { .. }), "{error}");
+        rank.memory.synchronize().unwrap();
+        assert!(start.elapsed() < Duration::from_secs(1));
+        assert_eq!(rank.comm.close().unwrap_err(), error);
+    });
+}
+
+#[test]
+fn late_ranks_do_no_harm() {
+    let Some(size) = world_size() else { return };
+    // Every kernel sleeps between its sends and its first wait.
+    world(size, PATIENT, &[("p2p.stall_ns", "200000")], |rank| {
+        for count in [1, 1000, 40_000, 700_001] {
+            let (send, recv) = (rank.buffer(count, 0.0), rank.buffer(count, -1.0));
+            for turn in 0..8 {
+                rank.put(send, &vec![(rank.rank + 1 + turn) as f32; count]);
+                rank.sum(send, recv, count).unwrap();
+                let expected = rank.triangle() + (turn * rank.size) as f32;
+                assert_eq!(rank.get(recv, count), vec![expected; count], "{count} in turn {turn}");
+            }
+        }
+        rank.comm.close().unwrap();
+    });
+}
+
+#[test]
+fn dropping_in_any_order_returns_at_once() {
+    let Some(size) = world_size() else { return };
+    for _ in 0..2 {
+        world(size, PATIENT, &[], |rank| {
+            let at = rank.buffer(64, 1.0);
+            rank.sum(at, at, 64).unwrap();
+            let group = rank.comm.split(Some(0), -(rank.rank as i32)).unwrap().unwrap();
+            assert_eq!(group.rank(), size - 1 - rank.rank);
+            let start = Instant::now();
+            if rank.rank % 2 == 0 {
+                drop(rank.comm);
+                drop(group);
+            } else {
+                drop(group);
+                drop(rank.comm);
+            }
+            assert!(start.elapsed() < Duration::from_millis(100));
+            rank.memory.synchronize().unwrap();
+        });
+    }
+}
