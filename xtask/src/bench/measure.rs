@@ -109,8 +109,11 @@ impl Bench<'_> {
         let dtype = self.job.dtype;
         let size = dtype.size();
         let memory = self.device.memory();
-        let send = Buffer::new(memory, operands.send_count * size)?;
-        let recv = Buffer::new(memory, operands.recv_count * size)?;
+        // A registration is of equal length on all ranks, also where their parts are uneven.
+        let bytes = [operands.send_count, operands.recv_count].map(|count| (count * size) as u64);
+        let bytes = self.context.host.all_reduce(&bytes, HostReduceOp::Max)?;
+        let send = Buffer::new(memory, bytes[0] as usize)?;
+        let recv = Buffer::new(memory, bytes[1] as usize)?;
         let _registered = (Registered::new(&**self.comm, &send)?, Registered::new(&**self.comm, &recv)?);
         // SAFETY: `Operands` sized both buffers; they outlive the work, which `verify` and `time` wait for.
         let mut issue =
