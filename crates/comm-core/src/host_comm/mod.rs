@@ -244,11 +244,11 @@ macro_rules! host_numbers {
 host_numbers!(|a: Self, b: Self| a.wrapping_add(b) => i8, i16, i32, i64, isize, u8, u16, u32, u64, usize);
 host_numbers!(|a: Self, b: Self| a + b => f32, f64);
 
-fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>> {
+pub(crate) fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>> {
     postcard::to_stdvec(value).map_err(|error| codec_error::<T>("encode", &error))
 }
 
-fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T> {
+pub(crate) fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T> {
     postcard::from_bytes(bytes).map_err(|error| codec_error::<T>("decode", &error))
 }
 
