@@ -1,25 +1,24 @@
-//! Listening and connecting at a [`RendezvousAddress`]: non-blocking sockets, private directories, peer checks.
+//! Listening and connecting at a [`RendezvousAddress`]: non-blocking sockets, stale ones, peer checks.
 
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::error::{CommError, Result};
 use crate::host_comm::address::RendezvousAddress;
+use crate::host_comm::private_dir::{DirLock, directory, make_private_dir_of};
+use crate::host_comm::tcp::{bind_tcp, dial_tcp, resolve, tune_tcp};
 
 /// Connections that the kernel holds until they are accepted.
 const BACKLOG: i32 = 1024;
 const BIND_RETRIES: usize = 10;
 /// How long another rank 0 may take to bind in the same directory.
 const LOCK_LIMIT: Duration = Duration::from_millis(500);
-const LOCK_POLL: Duration = Duration::from_millis(2);
 
 /// A listening socket; dropping it removes a unix socket's file, and the directory if this made it.
 pub(super) struct Listener {
@@ -162,25 +161,6 @@ pub(super) fn dial(address: &RendezvousAddress, limit: Duration) -> std::result:
     }
 }
 
-/// Connects to the first of `targets` that answers.
-fn dial_tcp(targets: &[SocketAddr], until: Instant) -> Option<OwnedFd> {
-    for (index, target) in targets.iter().enumerate() {
-        // One that is silent leaves the others their share of the time.
-        let left = until.saturating_duration_since(Instant::now()) / (targets.len() - index) as u32;
-        let Ok(stream) = TcpStream::connect_timeout(target, left.max(Duration::from_millis(1))) else {
-            continue;
-        };
-        // A connection to a free port of this host can meet itself when the kernel picks that very port.
-        if stream.set_nonblocking(true).is_err() || stream.local_addr().ok() == stream.peer_addr().ok() {
-            continue;
-        }
-        let fd = OwnedFd::from(stream);
-        tune_tcp(&fd);
-        return Some(fd);
-    }
-    None
-}
-
 /// Why an exchange on a socket ended early.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum ExchangeError {
@@ -239,90 +219,6 @@ pub(super) fn timespec(duration: Duration) -> Timespec {
     Timespec::try_from(duration).unwrap_or(Timespec { tv_sec: i64::from(i32::MAX), tv_nsec: 0 })
 }
 
-/// Fails unless `dir` is a directory of this user's that is closed to all others.
-pub(super) fn check_private_dir(dir: &Path) -> Result<()> {
-    let refuse = |reason: String| {
-        Err(CommError::invalid("rendezvous directory", format!("{}: {reason}", dir.display())))
-    };
-    let meta = std::fs::symlink_metadata(dir)
-        .map_err(|error| CommError::io(format!("looking at {}", dir.display()), &error))?;
-    if !meta.is_dir() {
-        return refuse("it is not a directory".into());
-    }
-    if meta.uid() != rustix::process::geteuid().as_raw() {
-        return refuse(format!("it belongs to user {}, not to this process's user", meta.uid()));
-    }
-    if meta.mode() & 0o077 != 0 {
-        return refuse(format!(
-            "its mode {:o} lets others in; chmod 700 it or name another",
-            meta.mode() & 0o777
-        ));
-    }
-    Ok(())
-}
-
-/// The lock that those hold who bind, replace or remove what is in a rendezvous directory. It is on the directory itself,
-/// so that nothing has to be left there, and ends with the process at the latest.
-struct DirLock {
-    dir: OwnedFd,
-}
-
-impl DirLock {
-    /// Locks `dir`, or `None` when it is not there any more.
-    fn take(address: &RendezvousAddress, dir: &Path, until: Instant) -> Result<Option<Self>> {
-        loop {
-            match Self::try_take(dir) {
-                Ok(Some(lock)) => return Ok(lock.is_of(dir).then_some(lock)),
-                Err(Errno::NOENT) => return Ok(None),
-                Ok(None) if Instant::now() < until => std::thread::sleep(LOCK_POLL),
-                Ok(None) => {
-                    return Err(CommError::AddrInUse {
-                        addr: address.to_string(),
-                        reason: format!("another process keeps {} locked", dir.display()),
-                    });
-                }
-                Err(error) => {
-                    return Err(CommError::io(format!("locking {}", dir.display()), &error.into()));
-                }
-            }
-        }
-    }
-
-    /// `None` where another holds it.
-    fn try_take(dir: &Path) -> std::result::Result<Option<Self>, Errno> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-        let fd = rustix::fs::open(dir, flags, Mode::empty())?;
-        match rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Some(Self { dir: fd })),
-            Err(Errno::AGAIN | Errno::INTR) => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Whether `dir` is still the directory that was locked, and not a new one of that name.
-    fn is_of(&self, dir: &Path) -> bool {
-        let locked = rustix::fs::fstat(&self.dir).map(|stat| (stat.st_dev, stat.st_ino));
-        let there = rustix::fs::lstat(dir).map(|stat| (stat.st_dev, stat.st_ino));
-        locked.is_ok() && locked == there
-    }
-}
-
-fn directory(path: &Path) -> &Path {
-    path.parent().unwrap_or(Path::new("/"))
-}
-
-/// Makes the directory of `path`, mode 0700, where it is missing, and checks it. Returns it if this made it.
-fn make_private_dir_of(path: &Path) -> Result<Option<PathBuf>> {
-    let dir = directory(path);
-    let made = match std::fs::DirBuilder::new().mode(0o700).create(dir) {
-        Ok(()) => Some(dir.to_path_buf()),
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => None,
-        Err(error) => return Err(CommError::io(format!("making {}", dir.display()), &error)),
-    };
-    check_private_dir(dir)?;
-    Ok(made)
-}
-
 /// Removes the socket file that a process which is gone has left at `path`. The directory is locked.
 fn remove_stale_socket(address: &RendezvousAddress, path: &Path) -> Result<()> {
     use std::os::unix::fs::FileTypeExt;
@@ -338,7 +234,7 @@ fn remove_stale_socket(address: &RendezvousAddress, path: &Path) -> Result<()> {
     }
 }
 
-fn bind_error(address: &RendezvousAddress, error: &std::io::Error) -> CommError {
+pub(super) fn bind_error(address: &RendezvousAddress, error: &std::io::Error) -> CommError {
     match error.kind() {
         std::io::ErrorKind::AddrInUse => CommError::AddrInUse {
             addr: address.to_string(),
@@ -350,56 +246,6 @@ fn bind_error(address: &RendezvousAddress, error: &std::io::Error) -> CommError 
         ),
         _ => CommError::io(format!("listening at {address}"), error),
     }
-}
-
-/// Listens at the first of `targets` that is this host's, which ranks of this host that try them in the same order meet.
-fn bind_tcp(address: &RendezvousAddress, targets: &[SocketAddr]) -> Result<TcpListener> {
-    let mut outcome = Err(std::io::ErrorKind::AddrNotAvailable.into());
-    for target in targets {
-        outcome = TcpListener::bind(target);
-        if !matches!(&outcome, Err(error) if is_not_of_this_host(error)) {
-            break;
-        }
-    }
-    let listener = outcome.map_err(|error| bind_error(address, &error))?;
-    if let (RendezvousAddress::Tcp { host, .. }, Ok(at)) = (address, listener.local_addr())
-        && at.ip().is_loopback()
-        && host != "localhost"
-        && host.parse::<IpAddr>().is_err()
-    {
-        tracing::warn!(
-            "the host name {host:?} stands for {} on this host, where ranks on other hosts cannot connect; if there \
-             are any, meet at an address in numbers or change this host's /etc/hosts",
-            at.ip()
-        );
-    }
-    Ok(listener)
-}
-
-/// Another of a name's addresses may do: this one is of another host, or of a protocol that this host does not speak.
-fn is_not_of_this_host(error: &std::io::Error) -> bool {
-    error.kind() == std::io::ErrorKind::AddrNotAvailable
-        || error.raw_os_error() == Some(Errno::AFNOSUPPORT.raw_os_error())
-}
-
-/// The addresses that `host` stands for, those that other hosts may reach first: a name may stand for a loopback address
-/// on its own host too.
-fn resolve(host: &str, port: u16) -> Result<Vec<SocketAddr>> {
-    let wrong = |reason: String| CommError::invalid("rendezvous address", format!("host {host:?}: {reason}"));
-    let found = (host, port).to_socket_addrs().map_err(|error| wrong(error.to_string()))?;
-    let found = in_order(found.collect());
-    if found.is_empty() { Err(wrong("no address found".into())) } else { Ok(found) }
-}
-
-fn in_order(mut found: Vec<SocketAddr>) -> Vec<SocketAddr> {
-    found.sort_by_key(|address| address.ip().is_loopback());
-    let mut seen = Vec::new();
-    found.retain(|address| {
-        let is_new = !seen.contains(address);
-        seen.push(*address);
-        is_new
-    });
-    found
 }
 
 fn unix_socket() -> std::result::Result<OwnedFd, Errno> {
@@ -420,50 +266,11 @@ fn is_same_user(fd: &OwnedFd) -> bool {
     rustix::net::sockopt::socket_peercred(fd).is_ok_and(|peer| peer.uid == rustix::process::geteuid())
 }
 
-/// Small messages leave at once, and a host that vanishes is noticed. Best effort: without them it still works.
-fn tune_tcp(fd: &OwnedFd) {
-    use rustix::net::sockopt;
-    let _ = sockopt::set_tcp_nodelay(fd, true);
-    let _ = sockopt::set_socket_keepalive(fd, true);
-    let _ = sockopt::set_tcp_keepidle(fd, Duration::from_secs(1));
-    let _ = sockopt::set_tcp_keepintvl(fd, Duration::from_secs(1));
-    let _ = sockopt::set_tcp_keepcnt(fd, 5);
-    let _ = sockopt::set_tcp_user_timeout(fd, 10_000);
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     const PATIENCE: Duration = Duration::from_secs(5);
-
-    fn addresses(texts: &[&str]) -> Vec<SocketAddr> {
-        texts.iter().map(|text| text.parse().unwrap()).collect()
-    }
-
-    #[test]
-    fn addresses_that_other_hosts_reach_go_first() {
-        let found = addresses(&["127.0.1.1:5", "192.0.2.1:5", "127.0.1.1:5", "[::1]:5", "192.0.2.1:5"]);
-        assert_eq!(in_order(found), addresses(&["192.0.2.1:5", "127.0.1.1:5", "[::1]:5"]));
-    }
-
-    #[test]
-    fn an_address_of_another_host_is_passed_over_when_binding_and_a_deaf_one_when_connecting() {
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let address = RendezvousAddress::Tcp { host: "localhost".into(), port };
-        // The first is reserved for documentation, and so no host's.
-        let targets = addresses(&[&format!("192.0.2.1:{port}"), &format!("127.0.0.1:{port}")]);
-        let listener = bind_tcp(&address, &targets).unwrap();
-        assert_eq!(listener.local_addr().unwrap(), targets[1]);
-        let taken = bind_tcp(&address, &targets).unwrap_err();
-        assert!(matches!(taken, CommError::AddrInUse { .. }), "{taken:?}");
-        let nowhere = bind_tcp(&address, &targets[..1]).unwrap_err();
-        assert!(matches!(nowhere, CommError::InvalidArgument { .. }), "{nowhere:?}");
-        let deaf = addresses(&["127.0.0.2:1"]);
-        let targets = [&deaf[..], &targets[1..]].concat();
-        assert!(dial_tcp(&targets, Instant::now() + PATIENCE).is_some());
-        assert!(dial_tcp(&deaf, Instant::now() + PATIENCE).is_none());
-    }
 
     /// However many processes find a stale socket at once, one of them replaces it and the others find that one's.
     #[test]

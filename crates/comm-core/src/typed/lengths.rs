@@ -39,3 +39,34 @@ pub(super) fn uneven(
     exact(own_argument, own, counts[info.rank])?;
     exact(whole_argument, whole, total)
 }
+
+/// `counts` must have one count per rank and `whole` hold them all; the element at which this rank's part begins.
+pub(super) fn uneven_in_place(
+    info: &CommInfo,
+    counts: &[usize],
+    argument: &'static str,
+    whole: usize,
+) -> Result<usize> {
+    let total = crate::check::total(info, counts)?;
+    exact(argument, whole, total)?;
+    Ok(counts[..info.rank].iter().sum())
+}
+
+/// The tokens of a matrix of `hidden` columns, with the residual and the bias that go with it.
+pub(super) fn norm_tokens(
+    (input, residual, output): (usize, usize, usize),
+    bias: Option<usize>,
+    hidden: usize,
+) -> Result<usize> {
+    exact("residual", residual, input)?;
+    exact("output", output, input)?;
+    bias.map_or(Ok(()), |bias| exact("bias", bias, hidden))?;
+    if hidden == 0 {
+        return Err(CommError::invalid("weight", "it is empty; it has one element per column"));
+    }
+    if !input.is_multiple_of(hidden) {
+        let reason = format!("its {input} elements are not rows of the {hidden} that weight has");
+        return Err(CommError::invalid("input", reason));
+    }
+    Ok(input / hidden)
+}
