@@ -42,4 +42,4 @@ pub use registry::{BackendFactory, Capability, CreateContext, Registry, create_w
 pub use tiered::{SkippedTier, TieredComm};
 #[cfg(feature = "cudarc")]
 pub use typed::{CudaSliceExt, CudaTransfer};
-pub use typed::{HostSliceExt, HostTransfer, NormScale};
+pub use typed::{HostSliceExt, HostTransfer, NormScale, TwoGroupRows};

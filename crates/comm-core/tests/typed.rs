@@ -7,7 +7,7 @@ mod support;
 use std::time::Duration;
 
 use comm_core::{
-    CommError, DeviceComm, HostSliceExt, HostTransfer, NormScale, ReduceOp, Result, run_threads,
+    CommError, DeviceComm, HostSliceExt, HostTransfer, NormScale, ReduceOp, Result, TwoGroupRows, run_threads,
 };
 use half::bf16;
 use support::GatherBackend;
@@ -131,6 +131,44 @@ fn fused_norms() {
         wrong(&[0.0; 2], Some(&[0.0]), &mut [0.0; 4]);
         wrong(&[0.0; 2], None, &mut [0.0; 3]);
         comm.barrier_host().unwrap();
+    });
+}
+
+#[test]
+fn two_group_norms() {
+    on_ranks(2, |comm| {
+        let gather = comm.split(Some(0), 0).unwrap().unwrap();
+        let scale = NormScale { eps: 0.0, weight_offset: 0.0 };
+        let own = comm.rank() * 2;
+        let rows = TwoGroupRows {
+            reduce_first_row: 1,
+            reduce_tokens: &[0, 2],
+            gather_first_row: 1,
+            gather_tokens: &[0, 2],
+        };
+        let norm = |states: &mut [f32], residual: &mut [f32], bias: Option<&[f32]>, rows| {
+            comm.all_reduce_rmsnorm_two_group_slice_in_place(
+                &*gather,
+                states,
+                residual,
+                (&[1.0, 2.0], bias),
+                rows,
+                scale,
+            )
+        };
+        // Row 0 belongs to neither group. The sums with the residual are 3 and -3, then 5 and 5.
+        let mut states = [9.0, 9.0, 1.0, -2.0, 2.0, 2.0];
+        let mut residual = vec![1.0; own * 2];
+        norm(&mut states, &mut residual, None, rows).unwrap();
+        assert_eq!(states[..2], [9.0, 9.0]);
+        assert_eq!(states[2..], [1.0, -2.0, 1.0, 2.0]);
+        assert_eq!(residual, [3.0, -3.0, 5.0, 5.0][..own * 2]);
+        invalid(norm(&mut states[1..], &mut residual, None, rows));
+        invalid(norm(&mut states, &mut vec![0.0; own * 2 + 1], None, rows));
+        invalid(norm(&mut states, &mut residual, Some(&[0.0]), rows));
+        invalid(norm(&mut states, &mut residual, None, TwoGroupRows { gather_tokens: &[2], ..rows }));
+        let far = TwoGroupRows { reduce_first_row: usize::MAX, ..rows };
+        invalid(norm(&mut states, &mut residual, None, far));
     });
 }
 

@@ -3,7 +3,7 @@
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut, DeviceSlice};
 
 use super::cuda_fused::{self, CudaTransfer};
-use super::{NormScale, lengths};
+use super::{NormScale, TwoGroupRows, lengths};
 use crate::addr::{DeviceAddr, StreamHandle};
 use crate::device_comm::DeviceComm;
 use crate::dtype::{Element, ReduceOp};
@@ -39,8 +39,10 @@ use crate::memory::MemoryKind;
 ///         stream: &CudaStream,
 ///     ) -> Result<(), CommError> {
 ///         let scale = NormScale { eps: 1e-6, weight_offset: 0.0 };
-///         let parameters = (&self.weight as _, Some(&self.bias as _));
-///         self.comm.all_reduce_rmsnorm_cuda_in_place(partial, residual, parameters, scale, stream)
+///         let comm = &self.comm;
+///         comm.all_reduce_rmsnorm_cuda_in_place(
+///             partial, residual, (&self.weight, Some(&self.bias)), scale, stream,
+///         )
 ///     }
 ///
 ///     /// Hands activations round a ring of pipeline stages.
@@ -333,6 +335,22 @@ pub trait CudaSliceExt: DeviceComm {
         let data = (DeviceAddr(at), DeviceAddr(at), count);
         // SAFETY: see `handle`; `data` is borrowed exclusively and holds `count` elements.
         unsafe { cuda_fused::norm(self, data, residual, parameters, scale, stream) }
+    }
+
+    /// The two-group form with uneven tokens, as [`TwoGroupNormArgs`](crate::TwoGroupNormArgs) defines it: this
+    /// communicator is the reduce group. `hidden_states` is `[rows, hidden]` and `residual` `[own tokens, hidden]`, both
+    /// updated in place; `weight` and `bias` are `[hidden]`.
+    fn all_reduce_rmsnorm_two_group_cuda_in_place<T: Element>(
+        &self,
+        gather: &dyn DeviceComm,
+        hidden_states: &mut impl DevicePtrMut<T>,
+        residual: &mut impl DevicePtrMut<T>,
+        parameters: (&dyn DevicePtr<T>, Option<&dyn DevicePtr<T>>),
+        rows: TwoGroupRows<'_>,
+        scale: NormScale,
+        stream: &CudaStream,
+    ) -> Result<()> {
+        cuda_fused::two_group((self, gather), (hidden_states, residual), parameters, rows, scale, stream)
     }
 }
 

@@ -3,12 +3,12 @@
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut, SyncOnDrop};
 
 use super::cuda::{handle, of};
-use super::{NormScale, lengths};
+use super::{NormScale, TwoGroupRows, lengths};
 use crate::addr::DeviceAddr;
 use crate::device_comm::{DeviceComm, P2pOp};
 use crate::dtype::Element;
 use crate::error::Result;
-use crate::fused::RmsNormArgs;
+use crate::fused::{RmsNormArgs, TwoGroupNormArgs};
 
 /// One transfer of [`CudaSliceExt::group_cuda`](crate::CudaSliceExt::group_cuda).
 pub enum CudaTransfer<'a, T> {
@@ -81,4 +81,34 @@ pub(super) unsafe fn norm<C: DeviceComm + ?Sized, T: Element>(
     // SAFETY: the caller vouches for the input and the output; for the others see `handle`, and all are as long as the
     // arguments say.
     unsafe { comm.all_reduce_rmsnorm(&args, handle) }
+}
+
+pub(super) fn two_group<C: DeviceComm + ?Sized, T: Element>(
+    (comm, gather): (&C, &dyn DeviceComm),
+    (hidden_states, residual): (&mut impl DevicePtrMut<T>, &mut impl DevicePtrMut<T>),
+    (weight, bias): (&dyn DevicePtr<T>, Option<&dyn DevicePtr<T>>),
+    rows: TwoGroupRows<'_>,
+    scale: NormScale,
+    stream: &CudaStream,
+) -> Result<()> {
+    let hidden = weight.len();
+    let lens = (hidden_states.len(), residual.len());
+    lengths::two_group((comm.info(), gather.info()), &rows, lens, bias.map(|bias| bias.len()), hidden)?;
+    handle(gather, stream, [])?;
+    let devices = [of(hidden_states), of(residual), of(weight)];
+    let handle = handle(comm, stream, devices.into_iter().chain(bias.map(of)))?;
+    let (hidden_states, _written) = hidden_states.device_ptr_mut(stream);
+    let (residual, _updated) = residual.device_ptr_mut(stream);
+    let (weight, _weight_read) = weight.device_ptr(stream);
+    let (bias, _bias_read) = bias.map(|bias| bias.device_ptr(stream)).unzip();
+    let args = TwoGroupNormArgs {
+        hidden_states: DeviceAddr(hidden_states),
+        residual: DeviceAddr(residual),
+        bias: bias.map(DeviceAddr),
+        weight: DeviceAddr(weight),
+        ..rows.args(T::DTYPE, hidden, scale)
+    };
+    // SAFETY: see `handle`; the slices are borrowed, those that are written exclusively, and hold all the rows that the
+    // arguments name.
+    unsafe { comm.all_reduce_rmsnorm_two_group(gather, &args, handle) }
 }

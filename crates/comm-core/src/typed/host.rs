@@ -1,7 +1,7 @@
 //! Collectives on slices of host memory.
 
 use super::host_fused::{self, HostTransfer};
-use super::{NormScale, lengths};
+use super::{NormScale, TwoGroupRows, lengths};
 use crate::addr::{DeviceAddr, StreamHandle};
 use crate::device_comm::DeviceComm;
 use crate::dtype::{Element, ReduceOp};
@@ -223,6 +223,23 @@ pub trait HostSliceExt: DeviceComm {
         let at = DeviceAddr::of_slice_mut(data);
         // SAFETY: `data` is borrowed exclusively for the call.
         unsafe { host_fused::norm(self, (at, data.len()), at, residual, (weight, bias), scale) }
+    }
+
+    /// The two-group form with uneven tokens, as [`TwoGroupNormArgs`](crate::TwoGroupNormArgs) defines it: this
+    /// communicator is the reduce group. `hidden_states` is `[rows, hidden]` and `residual` `[own tokens, hidden]`, both
+    /// updated in place; `weight` and `bias` are `[hidden]`.
+    fn all_reduce_rmsnorm_two_group_slice_in_place<T: Element>(
+        &self,
+        gather: &dyn DeviceComm,
+        hidden_states: &mut [T],
+        residual: &mut [T],
+        parameters: (&[T], Option<&[T]>),
+        rows: TwoGroupRows<'_>,
+        scale: NormScale,
+    ) -> Result<()> {
+        on_host(self)?;
+        on_host(gather)?;
+        host_fused::two_group((self, gather), (hidden_states, residual), parameters, rows, scale)
     }
 }
 

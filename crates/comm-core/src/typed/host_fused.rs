@@ -1,11 +1,11 @@
 //! The operations on host slices that have more operands than two.
 
-use super::{NormScale, lengths};
+use super::{NormScale, TwoGroupRows, lengths};
 use crate::addr::{DeviceAddr, StreamHandle};
 use crate::device_comm::{DeviceComm, P2pOp};
 use crate::dtype::Element;
 use crate::error::Result;
-use crate::fused::RmsNormArgs;
+use crate::fused::{RmsNormArgs, TwoGroupNormArgs};
 
 /// One transfer of [`HostSliceExt::group_slices`](crate::HostSliceExt::group_slices).
 #[derive(Debug)]
@@ -65,4 +65,26 @@ pub(super) unsafe fn norm<C: DeviceComm + ?Sized, T: Element>(
     // SAFETY: the caller vouches for the input and the output; the others are borrowed for the call, the residual
     // exclusively, and all are as long as the arguments say.
     unsafe { comm.all_reduce_rmsnorm(&args, StreamHandle::NULL) }
+}
+
+pub(super) fn two_group<C: DeviceComm + ?Sized, T: Element>(
+    (comm, gather): (&C, &dyn DeviceComm),
+    (hidden_states, residual): (&mut [T], &mut [T]),
+    (weight, bias): (&[T], Option<&[T]>),
+    rows: TwoGroupRows<'_>,
+    scale: NormScale,
+) -> Result<()> {
+    let hidden = weight.len();
+    let lens = (hidden_states.len(), residual.len());
+    lengths::two_group((comm.info(), gather.info()), &rows, lens, bias.map(<[T]>::len), hidden)?;
+    let args = TwoGroupNormArgs {
+        hidden_states: DeviceAddr::of_slice_mut(hidden_states),
+        residual: DeviceAddr::of_slice_mut(residual),
+        bias: bias.map(DeviceAddr::of_slice),
+        weight: DeviceAddr::of_slice(weight),
+        ..rows.args(T::DTYPE, hidden, scale)
+    };
+    // SAFETY: the slices are borrowed for the call, those that are written exclusively, and hold all the rows that the
+    // arguments name.
+    unsafe { comm.all_reduce_rmsnorm_two_group(gather, &args, StreamHandle::NULL) }
 }
