@@ -42,5 +42,5 @@ pub use op::{OpKind, OpQuery, Support};
 pub use registry::{BackendFactory, Capability, CreateContext, Registry, create_with};
 pub use tiered::{SkippedTier, TieredComm};
 #[cfg(feature = "cudarc")]
-pub use typed::CudaSliceExt;
-pub use typed::HostSliceExt;
+pub use typed::{CudaSliceExt, CudaTransfer};
+pub use typed::{HostSliceExt, HostTransfer, NormScale, TwoGroupRows};

@@ -6,7 +6,9 @@ mod support;
 
 use std::time::Duration;
 
-use comm_core::{CommError, DeviceComm, HostSliceExt, ReduceOp, Result, run_threads};
+use comm_core::{
+    CommError, DeviceComm, HostSliceExt, HostTransfer, NormScale, ReduceOp, Result, TwoGroupRows, run_threads,
+};
 use half::bf16;
 use support::GatherBackend;
 
@@ -62,7 +64,7 @@ fn gathers_and_scatters() {
 fn roots() {
     on_ranks(3, |comm| {
         let mut data = [comm.rank() as f64; 4];
-        comm.broadcast_slice(&mut data, 2).unwrap();
+        comm.broadcast_slice_in_place(&mut data, 2).unwrap();
         assert_eq!(data, [2.0; 4]);
         let mut recv = [0_i64];
         let to = (comm.rank() == 1).then_some(&mut recv[..]);
@@ -72,16 +74,118 @@ fn roots() {
 }
 
 #[test]
+fn in_place_forms_leave_the_results_where_the_operands_lay() {
+    on_ranks(3, |comm| {
+        let rank = comm.rank();
+        let mut uneven = [0, 0, 0];
+        uneven[..].iter_mut().skip([0, 0, 1][rank]).take(rank).for_each(|x| *x = 10 + rank as i32);
+        comm.all_gather_v_slice_in_place(&mut uneven, &[0, 1, 2]).unwrap();
+        assert_eq!(uneven, [11, 12, 12]);
+        let mut parts = [1, 2, 3, 4, 5, 6];
+        comm.reduce_scatter_slice_in_place(&mut parts, ReduceOp::Sum).unwrap();
+        assert_eq!(parts[2 * rank..][..2], [[3, 6], [9, 12], [15, 18]][rank]);
+        let mut data = [rank as i64, 1];
+        comm.reduce_slice_in_place(&mut data, ReduceOp::Sum, 2).unwrap();
+        if rank == 2 {
+            assert_eq!(data, [3, 3]);
+        }
+        comm.barrier_host().unwrap();
+    });
+}
+
+#[test]
+fn groups_of_transfers() {
+    on_ranks(3, |comm| {
+        let (next, previous) = ((comm.rank() + 1) % 3, (comm.rank() + 2) % 3);
+        let (own, mut from_previous, mut from_next) = ([comm.rank(), 7].map(|x| x as u32), [0; 2], [0; 1]);
+        let mut transfers = [
+            HostTransfer::Recv(&mut from_previous, previous),
+            HostTransfer::Send(&own, next),
+            HostTransfer::Recv(&mut from_next, next),
+            HostTransfer::Send(&own[..1], previous),
+        ];
+        comm.group_slices(&mut transfers).unwrap();
+        assert_eq!((from_previous, from_next), ([previous as u32, 7], [next as u32]));
+    });
+}
+
+#[test]
+fn fused_norms() {
+    on_ranks(2, |comm| {
+        let scale = NormScale { eps: 0.0, weight_offset: 1.0 };
+        // The sums with residual and bias are 3 and -3 (mean square 9), then 5 and 5 (mean square 25).
+        let (input, bias, weight) = ([0.5_f32, -2.5, 1.5, 1.5], [1.0, 1.0], [0.0, 1.0]);
+        let (residual, expected) = ([1.0, 1.0, 1.0, 1.0], [1.0, -2.0, 1.0, 2.0]);
+        let (mut updated, mut output) = (residual, [0.0; 4]);
+        let parameters = (&weight[..], Some(&bias[..]));
+        comm.all_reduce_rmsnorm_slice(&input, &mut updated, parameters, &mut output, scale).unwrap();
+        assert_eq!((updated, output), ([3.0, -3.0, 5.0, 5.0], expected));
+        let (mut updated, mut data) = (residual, input);
+        comm.all_reduce_rmsnorm_slice_in_place(&mut data, &mut updated, parameters, scale).unwrap();
+        assert_eq!((updated, data), ([3.0, -3.0, 5.0, 5.0], expected));
+        let wrong = |weight: &[f32], bias: Option<&[f32]>, residual: &mut [f32]| {
+            invalid(comm.all_reduce_rmsnorm_slice_in_place(&mut [0.0; 4], residual, (weight, bias), scale));
+        };
+        wrong(&[], None, &mut [0.0; 4]);
+        wrong(&[0.0; 3], None, &mut [0.0; 4]);
+        wrong(&[0.0; 2], Some(&[0.0]), &mut [0.0; 4]);
+        wrong(&[0.0; 2], None, &mut [0.0; 3]);
+        comm.barrier_host().unwrap();
+    });
+}
+
+#[test]
+fn two_group_norms() {
+    on_ranks(2, |comm| {
+        let gather = comm.split(Some(0), 0).unwrap().unwrap();
+        let scale = NormScale { eps: 0.0, weight_offset: 0.0 };
+        let own = comm.rank() * 2;
+        let rows = TwoGroupRows {
+            reduce_first_row: 1,
+            reduce_tokens: &[0, 2],
+            gather_first_row: 1,
+            gather_tokens: &[0, 2],
+        };
+        let norm = |states: &mut [f32], residual: &mut [f32], bias: Option<&[f32]>, rows| {
+            comm.all_reduce_rmsnorm_two_group_slice_in_place(
+                &*gather,
+                states,
+                residual,
+                (&[1.0, 2.0], bias),
+                rows,
+                scale,
+            )
+        };
+        // Row 0 belongs to neither group. The sums with the residual are 3 and -3, then 5 and 5.
+        let mut states = [9.0, 9.0, 1.0, -2.0, 2.0, 2.0];
+        let mut residual = vec![1.0; own * 2];
+        norm(&mut states, &mut residual, None, rows).unwrap();
+        assert_eq!(states[..2], [9.0, 9.0]);
+        assert_eq!(states[2..], [1.0, -2.0, 1.0, 2.0]);
+        assert_eq!(residual, [3.0, -3.0, 5.0, 5.0][..own * 2]);
+        invalid(norm(&mut states[1..], &mut residual, None, rows));
+        invalid(norm(&mut states, &mut vec![0.0; own * 2 + 1], None, rows));
+        invalid(norm(&mut states, &mut residual, Some(&[0.0]), rows));
+        invalid(norm(&mut states, &mut residual, None, TwoGroupRows { gather_tokens: &[2], ..rows }));
+        let far = TwoGroupRows { reduce_first_row: usize::MAX, ..rows };
+        invalid(norm(&mut states, &mut residual, None, far));
+    });
+}
+
+#[test]
 fn wrong_lengths_are_refused_before_anything_happens() {
     on_ranks(2, |comm| {
         invalid(comm.all_reduce_slice(&[1_f32; 3], &mut [0.0; 2], ReduceOp::Sum));
         invalid(comm.all_gather_slice(&[1_f32; 3], &mut [0.0; 5]));
         invalid(comm.all_gather_slice_in_place(&mut [1_f32; 3]));
+        invalid(comm.reduce_scatter_slice_in_place(&mut [1_f32; 3], ReduceOp::Sum));
+        invalid(comm.all_gather_v_slice_in_place(&mut [1_f32; 4], &[1, 2]));
+        invalid(comm.all_gather_v_slice_in_place(&mut [1_f32; 3], &[1, 2, 3]));
         invalid(comm.all_gather_v_slice(&[1_f32; 2], &mut [0.0; 3], &[1, 2, 3]));
         invalid(comm.reduce_scatter_slice(&[1_f32; 3], &mut [0.0; 2], ReduceOp::Sum));
         invalid(comm.all_to_all_slice(&[1_f32; 3], &mut [0.0; 3]));
         invalid(comm.all_to_all_slice(&[1_f32; 4], &mut [0.0; 2]));
-        invalid(comm.broadcast_slice(&mut [1_f32], 2));
+        invalid(comm.broadcast_slice_in_place(&mut [1_f32], 2));
         if comm.rank() == 0 {
             invalid(comm.reduce_slice(&[1_f32], None, ReduceOp::Sum, 0));
         }

@@ -16,7 +16,11 @@ pub enum RendezvousAddress {
     /// A unix socket at this path, for ranks on one host; its directory belongs to this user alone (mode 0700) and is
     /// made by rank 0 where missing. Ranks that meet here can exchange file descriptors.
     Unix(PathBuf),
-    /// A TCP socket. Rank 0 listens on the interface that `host` names and on no other.
+    /// A TCP socket. Rank 0 listens at the first address of its own host's that `host` stands for there, one that is not
+    /// a loopback address where there is one, and at no other; the other ranks try all that it stands for on theirs.
+    ///
+    /// Some systems let a host's own name stand for a loopback address (Debian for `127.0.1.1`, in `/etc/hosts`), where
+    /// ranks on other hosts time out. Then name rank 0's host by its address in numbers.
     Tcp {
         /// A name, an IPv4 address or an IPv6 address (without brackets).
         host: String,

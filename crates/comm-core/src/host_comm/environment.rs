@@ -12,9 +12,9 @@ use sha2::{Digest, Sha256};
 use crate::error::{CallSite, CommError, Result};
 use crate::host_comm::Deadline;
 use crate::host_comm::address::RendezvousAddress;
+use crate::host_comm::private_dir::check_private_dir;
 use crate::host_comm::rendezvous::Rendezvous;
 use crate::host_comm::token::{Token, fill_random, hex, read_private, write_private};
-use crate::host_comm::transport::check_private_dir;
 use crate::op::OpKind;
 
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);

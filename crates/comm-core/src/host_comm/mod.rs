@@ -10,9 +10,11 @@ mod link;
 mod message;
 mod newcomers;
 mod passed_on;
+mod private_dir;
 mod rendezvous;
 mod rounds;
 mod socket;
+mod tcp;
 mod thread;
 mod token;
 mod transport;
@@ -244,11 +246,11 @@ macro_rules! host_numbers {
 host_numbers!(|a: Self, b: Self| a.wrapping_add(b) => i8, i16, i32, i64, isize, u8, u16, u32, u64, usize);
 host_numbers!(|a: Self, b: Self| a + b => f32, f64);
 
-fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>> {
+pub(crate) fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>> {
     postcard::to_stdvec(value).map_err(|error| codec_error::<T>("encode", &error))
 }
 
-fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T> {
+pub(crate) fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T> {
     postcard::from_bytes(bytes).map_err(|error| codec_error::<T>("decode", &error))
 }
 

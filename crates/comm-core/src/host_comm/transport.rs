@@ -1,8 +1,7 @@
-//! Listening and connecting at a [`RendezvousAddress`]: non-blocking sockets, private directories, peer checks.
+//! Listening and connecting at a [`RendezvousAddress`]: non-blocking sockets, stale ones, peer checks.
 
-use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -12,10 +11,14 @@ use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFla
 
 use crate::error::{CommError, Result};
 use crate::host_comm::address::RendezvousAddress;
+use crate::host_comm::private_dir::{DirLock, directory, make_private_dir_of};
+use crate::host_comm::tcp::{bind_tcp, dial_tcp, resolve, tune_tcp};
 
 /// Connections that the kernel holds until they are accepted.
 const BACKLOG: i32 = 1024;
 const BIND_RETRIES: usize = 10;
+/// How long another rank 0 may take to bind in the same directory.
+const LOCK_LIMIT: Duration = Duration::from_millis(500);
 
 /// A listening socket; dropping it removes a unix socket's file, and the directory if this made it.
 pub(super) struct Listener {
@@ -34,8 +37,7 @@ impl Listener {
     pub(super) fn bind(address: &RendezvousAddress) -> Result<Self> {
         match address {
             RendezvousAddress::Tcp { host, port } => {
-                let target = resolve(host, *port)?;
-                let listener = TcpListener::bind(target).map_err(|error| bind_error(address, &error))?;
+                let listener = bind_tcp(address, &resolve(host, *port)?)?;
                 let io = |error: std::io::Error| CommError::io(format!("listening at {address}"), &error);
                 listener.set_nonblocking(true).map_err(io)?;
                 // The standard library's backlog is too short for a flood.
@@ -50,29 +52,34 @@ impl Listener {
         let io = |error: Errno| CommError::io(format!("listening at {address}"), &error.into());
         let name = unix_name(path)?;
         let fd = unix_socket().map_err(io)?;
-        let mut made_dir = make_private_dir_of(path)?;
-        let mut bound = rustix::net::bind(&fd, &name);
-        // Another job that made the directory may remove it between the two.
-        for _ in 0..BIND_RETRIES {
-            if bound != Err(Errno::NOENT) {
-                break;
+        let until = Instant::now() + LOCK_LIMIT;
+        let mut attempt = 0;
+        let made_dir = loop {
+            attempt += 1;
+            let made_dir = make_private_dir_of(path)?;
+            // Another job that made the directory may remove it until it is locked.
+            let Some(_lock) = DirLock::take(address, directory(path), until)? else {
+                if attempt < BIND_RETRIES {
+                    continue;
+                }
+                return Err(io(Errno::NOENT));
+            };
+            match rustix::net::bind(&fd, &name) {
+                Ok(()) => {}
+                Err(Errno::ADDRINUSE) => {
+                    remove_stale_socket(address, path)?;
+                    rustix::net::bind(&fd, &name).map_err(|error| bind_error(address, &error.into()))?;
+                }
+                Err(error) => return Err(io(error)),
             }
-            made_dir = make_private_dir_of(path)?;
-            bound = rustix::net::bind(&fd, &name);
-        }
-        if let Err(error) = bound {
-            if error != Errno::ADDRINUSE {
-                return Err(io(error));
-            }
-            remove_stale_socket(address, path)?;
-            rustix::net::bind(&fd, &name).map_err(|error| bind_error(address, &error.into()))?;
-        }
+            // Under the lock still: a socket that is bound and does not listen yet looks stale.
+            rustix::net::listen(&fd, BACKLOG).map_err(io)?;
+            break made_dir;
+        };
         let meta = std::fs::symlink_metadata(path)
             .map_err(|error| CommError::io(format!("listening at {address}"), &error))?;
         let unix = UnixPlace { path: path.into(), inode: (meta.dev(), meta.ino()), made_dir };
-        let listener = Self { fd, unix: Some(unix) };
-        rustix::net::listen(&listener.fd, BACKLOG).map_err(io)?;
-        Ok(listener)
+        Ok(Self { fd, unix: Some(unix) })
     }
 
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
@@ -108,7 +115,10 @@ impl Drop for Listener {
         if ours {
             let _ = std::fs::remove_file(&place.path);
         }
-        if let Some(dir) = &place.made_dir {
+        if let Some(dir) = &place.made_dir
+            // Whoever else holds the lock is about to listen there.
+            && let Ok(Some(_lock)) = DirLock::try_take(dir)
+        {
             let _ = std::fs::remove_dir(dir);
         }
     }
@@ -129,17 +139,8 @@ pub(super) fn dial(address: &RendezvousAddress, limit: Duration) -> std::result:
     match address {
         RendezvousAddress::Tcp { host, port } => {
             // A name may appear only once its host is up, as those of a cluster's pods do.
-            let target = resolve(host, *port).map_err(DialError::Unresolved)?;
-            let stream = TcpStream::connect_timeout(&target, limit.max(Duration::from_millis(1)))
-                .map_err(|_| DialError::NotYet)?;
-            stream.set_nonblocking(true).map_err(|_| DialError::NotYet)?;
-            // A connection to a free port of this host can meet itself when the kernel picks that very port.
-            if stream.local_addr().ok() == stream.peer_addr().ok() {
-                return Err(DialError::NotYet);
-            }
-            let fd = OwnedFd::from(stream);
-            tune_tcp(&fd);
-            Ok(fd)
+            let targets = resolve(host, *port).map_err(DialError::Unresolved)?;
+            dial_tcp(&targets, Instant::now() + limit).ok_or(DialError::NotYet)
         }
         RendezvousAddress::Unix(path) => {
             let name = unix_name(path).map_err(DialError::Hopeless)?;
@@ -218,41 +219,7 @@ pub(super) fn timespec(duration: Duration) -> Timespec {
     Timespec::try_from(duration).unwrap_or(Timespec { tv_sec: i64::from(i32::MAX), tv_nsec: 0 })
 }
 
-/// Fails unless `dir` is a directory of this user's that is closed to all others.
-pub(super) fn check_private_dir(dir: &Path) -> Result<()> {
-    let refuse = |reason: String| {
-        Err(CommError::invalid("rendezvous directory", format!("{}: {reason}", dir.display())))
-    };
-    let meta = std::fs::symlink_metadata(dir)
-        .map_err(|error| CommError::io(format!("looking at {}", dir.display()), &error))?;
-    if !meta.is_dir() {
-        return refuse("it is not a directory".into());
-    }
-    if meta.uid() != rustix::process::geteuid().as_raw() {
-        return refuse(format!("it belongs to user {}, not to this process's user", meta.uid()));
-    }
-    if meta.mode() & 0o077 != 0 {
-        return refuse(format!(
-            "its mode {:o} lets others in; chmod 700 it or name another",
-            meta.mode() & 0o777
-        ));
-    }
-    Ok(())
-}
-
-/// Makes the directory of `path`, mode 0700, where it is missing, and checks it. Returns it if this made it.
-fn make_private_dir_of(path: &Path) -> Result<Option<PathBuf>> {
-    let dir = path.parent().unwrap_or(Path::new("/"));
-    let made = match std::fs::DirBuilder::new().mode(0o700).create(dir) {
-        Ok(()) => Some(dir.to_path_buf()),
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => None,
-        Err(error) => return Err(CommError::io(format!("making {}", dir.display()), &error)),
-    };
-    check_private_dir(dir)?;
-    Ok(made)
-}
-
-/// Removes the socket file that a process which is gone has left at `path`.
+/// Removes the socket file that a process which is gone has left at `path`. The directory is locked.
 fn remove_stale_socket(address: &RendezvousAddress, path: &Path) -> Result<()> {
     use std::os::unix::fs::FileTypeExt;
     let in_use = |reason: &str| CommError::AddrInUse { addr: address.to_string(), reason: reason.into() };
@@ -267,7 +234,7 @@ fn remove_stale_socket(address: &RendezvousAddress, path: &Path) -> Result<()> {
     }
 }
 
-fn bind_error(address: &RendezvousAddress, error: &std::io::Error) -> CommError {
+pub(super) fn bind_error(address: &RendezvousAddress, error: &std::io::Error) -> CommError {
     match error.kind() {
         std::io::ErrorKind::AddrInUse => CommError::AddrInUse {
             addr: address.to_string(),
@@ -279,13 +246,6 @@ fn bind_error(address: &RendezvousAddress, error: &std::io::Error) -> CommError 
         ),
         _ => CommError::io(format!("listening at {address}"), error),
     }
-}
-
-/// The first address that `host` stands for.
-fn resolve(host: &str, port: u16) -> Result<SocketAddr> {
-    let wrong = |reason: String| CommError::invalid("rendezvous address", format!("host {host:?}: {reason}"));
-    let mut found = (host, port).to_socket_addrs().map_err(|error| wrong(error.to_string()))?;
-    found.next().ok_or_else(|| wrong("no address found".into()))
 }
 
 fn unix_socket() -> std::result::Result<OwnedFd, Errno> {
@@ -306,13 +266,49 @@ fn is_same_user(fd: &OwnedFd) -> bool {
     rustix::net::sockopt::socket_peercred(fd).is_ok_and(|peer| peer.uid == rustix::process::geteuid())
 }
 
-/// Small messages leave at once, and a host that vanishes is noticed. Best effort: without them it still works.
-fn tune_tcp(fd: &OwnedFd) {
-    use rustix::net::sockopt;
-    let _ = sockopt::set_tcp_nodelay(fd, true);
-    let _ = sockopt::set_socket_keepalive(fd, true);
-    let _ = sockopt::set_tcp_keepidle(fd, Duration::from_secs(1));
-    let _ = sockopt::set_tcp_keepintvl(fd, Duration::from_secs(1));
-    let _ = sockopt::set_tcp_keepcnt(fd, 5);
-    let _ = sockopt::set_tcp_user_timeout(fd, 10_000);
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(5);
+
+    /// However many processes find a stale socket at once, one of them replaces it and the others find that one's.
+    #[test]
+    fn a_stale_socket_is_replaced_once() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("job").join("s.sock");
+        let address = RendezvousAddress::Unix(path.clone());
+        for _ in 0..30 {
+            drop(make_private_dir_of(&path).unwrap());
+            drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+            let start = std::sync::Barrier::new(4);
+            let outcomes: Vec<Result<Listener>> = std::thread::scope(|scope| {
+                let bind = || {
+                    start.wait();
+                    Listener::bind(&address)
+                };
+                let threads: Vec<_> = (0..4).map(|_| scope.spawn(bind)).collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            let bound = outcomes.iter().filter(|outcome| outcome.is_ok()).count();
+            let refused =
+                outcomes.iter().filter(|outcome| matches!(outcome, Err(CommError::AddrInUse { .. }))).count();
+            assert_eq!((bound, refused), (1, 3));
+            assert!(dial(&address, PATIENCE).is_ok(), "the one that is bound cannot be reached");
+        }
+    }
+
+    #[test]
+    fn a_directory_that_stays_locked_is_an_error_in_bounded_time() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("job").join("s.sock");
+        make_private_dir_of(&path).unwrap();
+        let lock = DirLock::try_take(directory(&path)).unwrap().unwrap();
+        let address = RendezvousAddress::Unix(path);
+        let start = Instant::now();
+        assert!(matches!(Listener::bind(&address), Err(CommError::AddrInUse { .. })));
+        assert!(start.elapsed() < PATIENCE);
+        drop(lock);
+        Listener::bind(&address).unwrap();
+    }
 }

@@ -115,6 +115,15 @@ pub(super) fn probe_all(
     Ok(backends.iter().enumerate().map(verdict).collect())
 }
 
+/// A host communicator of the same ranks, with an order of calls of its own.
+pub(super) fn own_host(context: &CreateContext) -> Result<Arc<dyn HostComm>> {
+    let patience = context.timeout.max(context.host.timeout()).saturating_add(SLACK);
+    let key = i64::try_from(context.host.rank()).unwrap_or(i64::MAX);
+    context.host.split(Some(0), key, Deadline::after(patience))?.ok_or_else(|| {
+        CommError::invalid("host", "a split of the host communicator left this rank in no group")
+    })
+}
+
 /// Creates one backend's communicator on all ranks, or on none.
 pub(super) fn create_all(
     name: &str,
@@ -124,11 +133,7 @@ pub(super) fn create_all(
 ) -> Result<Arc<dyn DeviceComm>> {
     // The factory gets a host communicator of its own: a rank that fails half-way must not have its report taken for a
     // message of a peer that is still creating.
-    let patience = context.timeout.max(context.host.timeout()).saturating_add(SLACK);
-    let key = i64::try_from(context.host.rank()).unwrap_or(i64::MAX);
-    let own_host = context.host.split(Some(0), key, Deadline::after(patience))?.ok_or_else(|| {
-        CommError::invalid("host", "a split of the host communicator left this rank in no group")
-    })?;
+    let own_host = own_host(context)?;
     let own_context = CreateContext { host: own_host.clone(), ..context.clone() };
     let created = no_panic(name, "create", || factory.create(&own_context, capabilities)).and_then(|comm| {
         let info = comm.info();

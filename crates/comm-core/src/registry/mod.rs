@@ -159,6 +159,8 @@ impl Registry {
         agree::same_request(names, context)?;
         let factories: Vec<_> = names.iter().map(|&name| (name, self.factory(name))).collect();
         let probes = agree::probe_all(&factories, context)?;
+        // Before there is any tier to give back, should a rank be gone.
+        let host = agree::own_host(context)?;
         let mut tiers: Vec<Arc<dyn DeviceComm>> = Vec::new();
         let mut skipped = Vec::new();
         for ((name, factory), probe) in factories.into_iter().zip(probes) {
@@ -183,6 +185,6 @@ impl Registry {
         {
             return Err(first.reason.clone());
         }
-        TieredComm::new(tiers, skipped).map(Arc::new)
+        TieredComm::new(host, context.timeout, tiers, skipped).map(Arc::new)
     }
 }

@@ -1,11 +1,13 @@
-//! Which tier knows which memory.
+//! Which tier knows which memory: the same tiers on every rank.
 //!
 //! Owns the bookkeeping only: every address stays valid or not as the tier that gave it says.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::agreement::{Agreement, Verdict};
 use crate::addr::DeviceAddr;
+use crate::check;
 use crate::device_comm::{DeviceComm, Registration};
 use crate::dtype::DType;
 use crate::error::{CommError, Result};
@@ -22,9 +24,11 @@ struct Tables {
     registrations: HashMap<u64, (Registration, Parts)>,
 }
 
-#[derive(Default)]
 pub(super) struct TierMemory {
     tables: Mutex<Tables>,
+    agreement: Agreement,
+    /// Held for the length of a call, so that calls of several threads reach all tiers in one order.
+    turn: Mutex<()>,
 }
 
 fn admits(tier: &dyn DeviceComm, kind: OpKind, bytes: usize) -> bool {
@@ -32,25 +36,40 @@ fn admits(tier: &dyn DeviceComm, kind: OpKind, bytes: usize) -> bool {
 }
 
 impl TierMemory {
+    pub(super) fn new(agreement: Agreement) -> Self {
+        Self { tables: Mutex::default(), agreement, turn: Mutex::default() }
+    }
+
+    pub(super) const fn agreement(&self) -> &Agreement {
+        &self.agreement
+    }
+
     fn lock(&self) -> MutexGuard<'_, Tables> {
         self.tables.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Allocates from the first tier that can and registers the memory with the others that can.
     pub(super) fn allocate(&self, tiers: &[Arc<dyn DeviceComm>], bytes: usize) -> Result<Option<DeviceAddr>> {
+        let _turn = self.turn();
         let Some(owner) = tiers.iter().position(|tier| admits(&**tier, OpKind::Allocate, bytes)) else {
             return Ok(None);
         };
-        let addr = tiers[owner].allocate(bytes)?;
+        let made = tiers[owner].allocate(bytes);
+        // SAFETY: the allocation was made a moment ago and no work has used it.
+        let undo = |addr: &DeviceAddr| unsafe { tiers[owner].free(*addr) };
+        let addr = self.agreed(tiers, owner, OpKind::Allocate, made, undo)??;
         let mut parts = Parts::new();
         for (index, tier) in tiers.iter().enumerate() {
             if index == owner || bytes == 0 || !admits(&**tier, OpKind::Register, bytes) {
                 continue;
             }
             // SAFETY: the range is the allocation just made; `free` deregisters it before it is given back.
-            match unsafe { tier.register(addr, bytes) } {
+            match unsafe { self.register_with(tiers, index, addr, bytes) }? {
                 Ok(registration) => parts.push((index, registration)),
-                Err(error) if error.is_fatal() => return Err(error),
                 // Registration only saves a copy, and some libraries do not take each other's memory.
                 Err(error) => tracing::debug!(backend = %tier.info().backend, %error, "not registered"),
             }
@@ -59,9 +78,84 @@ impl TierMemory {
         Ok(Some(addr))
     }
 
+    /// Registers with one tier, on all ranks or (the inner error, which is not fatal) on none.
+    ///
+    /// # Errors
+    /// As [`agreed`](Self::agreed).
+    ///
+    /// # Safety
+    /// As [`DeviceComm::register`].
+    unsafe fn register_with(
+        &self,
+        tiers: &[Arc<dyn DeviceComm>],
+        index: usize,
+        addr: DeviceAddr,
+        bytes: usize,
+    ) -> Result<Result<Registration>> {
+        // SAFETY: the caller vouches that the range outlives the registration.
+        let made = unsafe { tiers[index].register(addr, bytes) };
+        // SAFETY: the registration was made a moment ago and no work has used it.
+        let undo = |registration: &Registration| unsafe { tiers[index].deregister(registration) };
+        self.agreed(tiers, index, OpKind::Register, made, undo)
+    }
+
+    /// `made` where all ranks made theirs. Where one was refused, those that made theirs `undo` it, and the inner error,
+    /// which is not fatal, says on every rank why there is nothing.
+    ///
+    /// # Errors
+    /// The memory call failed for good, on this rank or another. What the tiers still know of the memory cannot be taken
+    /// back from them in agreement, so they are aborted: none of them touches it any more.
+    fn agreed<T>(
+        &self,
+        tiers: &[Arc<dyn DeviceComm>],
+        index: usize,
+        op: OpKind,
+        made: Result<T>,
+        undo: impl Fn(&T) -> Result<()>,
+    ) -> Result<Result<T>> {
+        let backend = &*tiers[index].info().backend;
+        let own = made.as_ref().map(drop).map_err(Clone::clone);
+        match (self.reach(tiers, op, backend, own)?, made) {
+            (Verdict::Done, made) => Ok(made),
+            (Verdict::Refused(refusal), made) => {
+                self.all_undone(tiers, op, made.map_or(Ok(()), |made| undo(&made)))?;
+                Ok(Err(refusal))
+            }
+        }
+    }
+
+    /// Tells the other ranks of this rank's outcome and learns of theirs.
+    ///
+    /// # Errors
+    /// As [`agreed`](Self::agreed).
+    fn reach(
+        &self,
+        tiers: &[Arc<dyn DeviceComm>],
+        op: OpKind,
+        backend: &str,
+        own: Result<()>,
+    ) -> Result<Verdict> {
+        self.agreement.reach(op, backend, own).inspect_err(|error| {
+            // A closed communicator has nothing left to end, and goes on saying that it is closed.
+            if !matches!(error, CommError::Closed { .. }) {
+                tiers.iter().for_each(|tier| tier.abort());
+            }
+        })
+    }
+
+    /// Makes sure that all ranks have taken back what they had to; where one could not, the call has failed for good.
+    ///
+    /// # Errors
+    /// As [`agreed`](Self::agreed).
+    fn all_undone(&self, tiers: &[Arc<dyn DeviceComm>], op: OpKind, undone: Result<()>) -> Result<()> {
+        let undone = undone.map_err(|cause| self.agreement.broken(op, cause));
+        self.reach(tiers, op, super::NAME, undone).map(drop)
+    }
+
     /// # Safety
     /// As [`DeviceComm::free`].
     pub(super) unsafe fn free(&self, tiers: &[Arc<dyn DeviceComm>], addr: DeviceAddr) -> Result<()> {
+        let _turn = self.turn();
         let (owner, parts) = self.lock().allocations.remove(&addr.0).ok_or_else(|| {
             CommError::invalid("addr", format!("{addr:?} was not allocated here or was freed already"))
         })?;
@@ -74,7 +168,7 @@ impl TierMemory {
         result.and(unsafe { tiers[owner].free(addr) })
     }
 
-    /// Registers with every tier that can.
+    /// Registers with every tier that can, on all ranks or on none.
     ///
     /// # Safety
     /// As [`DeviceComm::register`].
@@ -84,20 +178,29 @@ impl TierMemory {
         addr: DeviceAddr,
         bytes: usize,
     ) -> Result<Option<Registration>> {
+        let _turn = self.turn();
+        // A tier that refuses the argument of one rank would leave the others waiting for it.
+        let own = check::span("addr", addr, bytes, DType::U8).map(drop);
+        if let Verdict::Refused(refusal) = self.reach(tiers, OpKind::Register, super::NAME, own)? {
+            return Err(refusal);
+        }
         let mut parts = Parts::new();
         for (index, tier) in tiers.iter().enumerate() {
             if !admits(&**tier, OpKind::Register, bytes) {
                 continue;
             }
             // SAFETY: the caller vouches that the range outlives the registration.
-            match unsafe { tier.register(addr, bytes) } {
+            match unsafe { self.register_with(tiers, index, addr, bytes) }? {
                 Ok(registration) => parts.push((index, registration)),
-                Err(error) => {
+                Err(refusal) => {
+                    let mut undone = Ok(());
                     for (done, registration) in &parts {
-                        // SAFETY: the registration was made a moment ago and no work has used it.
-                        drop(unsafe { tiers[*done].deregister(registration) });
+                        // SAFETY: the registration was made a moment ago and no work has used it. All ranks take it
+                        // back, since all made it.
+                        undone = undone.and(unsafe { tiers[*done].deregister(registration) });
                     }
-                    return Err(error);
+                    self.all_undone(tiers, OpKind::Register, undone)?;
+                    return Err(refusal);
                 }
             }
         }
@@ -118,6 +221,7 @@ impl TierMemory {
         tiers: &[Arc<dyn DeviceComm>],
         registration: &Registration,
     ) -> Result<()> {
+        let _turn = self.turn();
         let parts = {
             let mut tables = self.lock();
             match tables.registrations.get(&registration.id) {

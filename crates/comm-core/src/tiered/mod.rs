@@ -4,17 +4,24 @@
 //! Owns the choice and nothing else. The choice depends only on what `supports` depends on, which all ranks share, so
 //! all ranks make the same one; it never depends on what a rank observes.
 
+mod agreement;
 mod memory;
 mod ops;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::device_comm::{CommInfo, DeviceComm};
 use crate::dtype::DType;
 use crate::error::{CommError, Result};
+use crate::host_comm::HostComm;
 use crate::op::{OpKind, OpQuery, Support};
 
+use agreement::Agreement;
 use memory::TierMemory;
+
+/// What it calls itself where backends are named.
+const NAME: &str = "tiered";
 
 /// A backend that a tiered communicator does without, and why.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -30,6 +37,9 @@ pub struct SkippedTier {
 ///
 /// Sends, receives and groups all go to one tier, the first that carries out all three, since a send may be matched by
 /// a receive in a group. Usage counters read `backend:algorithm`.
+///
+/// Memory calls end alike on all ranks: what a tier refuses on one of them it forgets on all. A fatal failure of a memory
+/// call, in whichever tier, ends the whole communicator.
 pub struct TieredComm {
     info: CommInfo,
     tiers: Vec<Arc<dyn DeviceComm>>,
@@ -49,13 +59,35 @@ impl std::fmt::Debug for TieredComm {
 impl TieredComm {
     /// A communicator over `tiers`, the preferred first. Local: the tiers of all ranks must have been made together.
     ///
+    /// `host` is a host communicator of the same ranks that nothing else calls, for example a split of another: on it the
+    /// ranks agree on what became of memory calls. `timeout` is the longest wait of the tiers.
+    ///
     /// # Errors
     /// [`CommError::InvalidArgument`] when there is no tier, or they differ in rank, size or memory.
-    pub fn new(tiers: Vec<Arc<dyn DeviceComm>>, skipped: Vec<SkippedTier>) -> Result<Self> {
+    pub fn new(
+        host: Arc<dyn HostComm>,
+        timeout: Duration,
+        tiers: Vec<Arc<dyn DeviceComm>>,
+        skipped: Vec<SkippedTier>,
+    ) -> Result<Self> {
+        if let Some(first) = tiers.first().map(|tier| tier.info())
+            && (host.rank(), host.size()) != (first.rank, first.size)
+        {
+            let found = format!("is rank {} of {}", host.rank(), host.size());
+            return Err(CommError::invalid("host", format!("{found}, and not of the ranks of {first:?}")));
+        }
+        Self::over(Agreement::new(host, timeout), tiers, skipped)
+    }
+
+    fn over(
+        agreement: Agreement,
+        tiers: Vec<Arc<dyn DeviceComm>>,
+        skipped: Vec<SkippedTier>,
+    ) -> Result<Self> {
         let Some(first) = tiers.first() else {
             return Err(CommError::invalid("tiers", "a tiered communicator needs at least one backend"));
         };
-        let info = CommInfo { backend: "tiered".into(), ..first.info().clone() };
+        let info = CommInfo { backend: NAME.into(), ..first.info().clone() };
         for tier in &tiers {
             let other = tier.info();
             if (other.rank, other.size, other.memory) != (info.rank, info.size, info.memory) {
@@ -72,7 +104,7 @@ impl TieredComm {
         };
         let p2p = admits(&[OpKind::Send, OpKind::Recv, OpKind::Group])
             .or_else(|| admits(&[OpKind::Send, OpKind::Recv]));
-        Ok(Self { info, tiers, skipped, p2p, memory: TierMemory::default() })
+        Ok(Self { info, tiers, skipped, p2p, memory: TierMemory::new(agreement) })
     }
 
     /// The backends that were asked for and left out, with the reason.

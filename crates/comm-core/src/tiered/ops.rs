@@ -28,14 +28,13 @@ unsafe impl DeviceComm for TieredComm {
     fn split(&self, color: Option<u32>, key: i32) -> Result<Option<Arc<dyn DeviceComm>>> {
         let query = OpQuery::new(OpKind::Split, DType::U8, 0);
         self.tier(&query)?;
+        let agreement = self.memory.agreement().split(color, key)?;
         let mut children = Vec::with_capacity(self.tiers.len());
         for tier in self.tiers.iter().filter(|tier| tier.supports(&query).is_supported()) {
             children.extend(tier.split(color, key)?);
         }
-        if children.is_empty() {
-            return Ok(None);
-        }
-        Ok(Some(Arc::new(Self::new(children, self.skipped.clone())?)))
+        let Some(agreement) = agreement else { return Ok(None) };
+        Ok(Some(Arc::new(Self::over(agreement, children, self.skipped.clone())?)))
     }
 
     fn allocate(&self, bytes: usize) -> Result<DeviceAddr> {
@@ -283,6 +282,7 @@ unsafe impl DeviceComm for TieredComm {
 
     fn abort(&self) {
         self.tiers.iter().for_each(|tier| tier.abort());
+        self.memory.agreement().abort();
     }
 
     fn close(&self) -> Result<()> {

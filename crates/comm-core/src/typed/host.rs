@@ -1,6 +1,7 @@
 //! Collectives on slices of host memory.
 
-use super::lengths;
+use super::host_fused::{self, HostTransfer};
+use super::{NormScale, TwoGroupRows, lengths};
 use crate::addr::{DeviceAddr, StreamHandle};
 use crate::device_comm::DeviceComm;
 use crate::dtype::{Element, ReduceOp};
@@ -67,6 +68,16 @@ pub trait HostSliceExt: DeviceComm {
         unsafe { self.all_gather_v(from, to, counts, T::DTYPE, StreamHandle::NULL) }
     }
 
+    /// An all-gather of the parts that already lie in place end to end: rank `r`'s are `counts[r]` elements.
+    fn all_gather_v_slice_in_place<T: Element>(&self, data: &mut [T], counts: &[usize]) -> Result<()> {
+        on_host(self)?;
+        let first = lengths::uneven_in_place(self.info(), counts, "data", data.len())?;
+        let to = DeviceAddr::of_slice_mut(data);
+        let from = to.offset((first * T::DTYPE.size()) as u64);
+        // SAFETY: the range is borrowed exclusively for the call and as long as `counts` says.
+        unsafe { self.all_gather_v(from, to, counts, T::DTYPE, StreamHandle::NULL) }
+    }
+
     /// `recv` = this rank's part of the reduced `send`, which is `size` times as long.
     fn reduce_scatter_slice<T: Element>(&self, send: &[T], recv: &mut [T], op: ReduceOp) -> Result<()> {
         on_host(self)?;
@@ -74,6 +85,17 @@ pub trait HostSliceExt: DeviceComm {
         let (from, to) = (DeviceAddr::of_slice(send), DeviceAddr::of_slice_mut(recv));
         // SAFETY: both ranges are borrowed for the call, disjoint, and as long as the call takes them to be.
         unsafe { self.reduce_scatter(from, to, recv.len(), T::DTYPE, op, StreamHandle::NULL) }
+    }
+
+    /// A reduce-scatter that leaves this rank's part where it lies in `data`, which holds `size` equal parts; the others
+    /// are undefined afterwards.
+    fn reduce_scatter_slice_in_place<T: Element>(&self, data: &mut [T], op: ReduceOp) -> Result<()> {
+        on_host(self)?;
+        let part = lengths::part(self.info(), "data", data.len())?;
+        let from = DeviceAddr::of_slice_mut(data);
+        let to = from.offset((self.rank() * part * T::DTYPE.size()) as u64);
+        // SAFETY: the range is borrowed exclusively for the call and holds `size` parts, of which `to` is this rank's.
+        unsafe { self.reduce_scatter(from, to, part, T::DTYPE, op, StreamHandle::NULL) }
     }
 
     /// A reduce-scatter of which rank `r` receives `counts[r]` elements.
@@ -92,7 +114,7 @@ pub trait HostSliceExt: DeviceComm {
     }
 
     /// `data` = `root`'s `data`.
-    fn broadcast_slice<T: Element>(&self, data: &mut [T], root: usize) -> Result<()> {
+    fn broadcast_slice_in_place<T: Element>(&self, data: &mut [T], root: usize) -> Result<()> {
         on_host(self)?;
         let at = DeviceAddr::of_slice_mut(data);
         // SAFETY: the range is borrowed exclusively for the call.
@@ -124,6 +146,14 @@ pub trait HostSliceExt: DeviceComm {
         unsafe { self.reduce(from, to, send.len(), T::DTYPE, op, root, StreamHandle::NULL) }
     }
 
+    /// `data = reduce over ranks of data` on `root`; the other ranks' `data` is undefined afterwards.
+    fn reduce_slice_in_place<T: Element>(&self, data: &mut [T], op: ReduceOp, root: usize) -> Result<()> {
+        on_host(self)?;
+        let at = DeviceAddr::of_slice_mut(data);
+        // SAFETY: the range is borrowed exclusively for the call.
+        unsafe { self.reduce(at, at, data.len(), T::DTYPE, op, root, StreamHandle::NULL) }
+    }
+
     /// Part `r` of `send` goes to rank `r`; part `r` of `recv` comes from rank `r`. Equal lengths, `size` equal parts.
     fn all_to_all_slice<T: Element>(&self, send: &[T], recv: &mut [T]) -> Result<()> {
         on_host(self)?;
@@ -148,6 +178,68 @@ pub trait HostSliceExt: DeviceComm {
         let at = DeviceAddr::of_slice_mut(data);
         // SAFETY: the range is borrowed exclusively for the call.
         unsafe { self.recv(at, data.len(), T::DTYPE, peer, StreamHandle::NULL) }
+    }
+
+    /// Carries out several transfers at once, so that no order among them can deadlock.
+    fn group_slices<T: Element>(&self, transfers: &mut [HostTransfer<'_, T>]) -> Result<()> {
+        on_host(self)?;
+        host_fused::group(self, transfers)
+    }
+
+    /// Returns once every rank has called it.
+    fn barrier_host(&self) -> Result<()> {
+        on_host(self)?;
+        // SAFETY: host memory has no streams, for which the null handle stands.
+        unsafe { self.barrier(StreamHandle::NULL) }
+    }
+
+    /// All-reduce, residual, bias and RMSNorm in one, as [`RmsNormArgs`](crate::RmsNormArgs) defines them: `input`,
+    /// `residual` (updated in place) and `output` are `[tokens, hidden]`, `weight` and `bias` are `[hidden]`.
+    fn all_reduce_rmsnorm_slice<T: Element>(
+        &self,
+        input: &[T],
+        residual: &mut [T],
+        (weight, bias): (&[T], Option<&[T]>),
+        output: &mut [T],
+        scale: NormScale,
+    ) -> Result<()> {
+        on_host(self)?;
+        lengths::exact("output", output.len(), input.len())?;
+        let to = DeviceAddr::of_slice_mut(output);
+        let from = (DeviceAddr::of_slice(input), input.len());
+        // SAFETY: `input` and `output` are borrowed for the call and equally long.
+        unsafe { host_fused::norm(self, from, to, residual, (weight, bias), scale) }
+    }
+
+    /// [`all_reduce_rmsnorm_slice`](Self::all_reduce_rmsnorm_slice) whose output takes its input's place.
+    fn all_reduce_rmsnorm_slice_in_place<T: Element>(
+        &self,
+        data: &mut [T],
+        residual: &mut [T],
+        (weight, bias): (&[T], Option<&[T]>),
+        scale: NormScale,
+    ) -> Result<()> {
+        on_host(self)?;
+        let at = DeviceAddr::of_slice_mut(data);
+        // SAFETY: `data` is borrowed exclusively for the call.
+        unsafe { host_fused::norm(self, (at, data.len()), at, residual, (weight, bias), scale) }
+    }
+
+    /// The two-group form with uneven tokens, as [`TwoGroupNormArgs`](crate::TwoGroupNormArgs) defines it: this
+    /// communicator is the reduce group. `hidden_states` is `[rows, hidden]` and `residual` `[own tokens, hidden]`, both
+    /// updated in place; `weight` and `bias` are `[hidden]`.
+    fn all_reduce_rmsnorm_two_group_slice_in_place<T: Element>(
+        &self,
+        gather: &dyn DeviceComm,
+        hidden_states: &mut [T],
+        residual: &mut [T],
+        parameters: (&[T], Option<&[T]>),
+        rows: TwoGroupRows<'_>,
+        scale: NormScale,
+    ) -> Result<()> {
+        on_host(self)?;
+        on_host(gather)?;
+        host_fused::two_group((self, gather), (hidden_states, residual), parameters, rows, scale)
     }
 }
 

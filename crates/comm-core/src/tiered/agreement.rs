@@ -1,0 +1,81 @@
+//! What makes a memory call of a tiered communicator succeed on all ranks or on none.
+//!
+//! Owns a host communicator of its own, on which the ranks tell each other how a tier's part of the call went. It never
+//! calls a tier.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::error::{CallSite, CommError, Result};
+use crate::host_comm::{Deadline, HostComm, decode, encode};
+use crate::op::OpKind;
+
+/// The longest that a rank may lag behind the others outside the waits of the tiers.
+const SLACK: Duration = Duration::from_secs(1);
+
+/// What the ranks made of one step, known alike on all of them.
+pub(super) enum Verdict {
+    /// It succeeded on every rank.
+    Done,
+    /// It failed without harm on this rank at least; the error says where and why, and is not fatal.
+    Refused(CommError),
+}
+
+pub(super) struct Agreement {
+    host: Arc<dyn HostComm>,
+    /// The longest wait that a tier's own part of a call may take.
+    timeout: Duration,
+}
+
+impl Agreement {
+    pub(super) fn new(host: Arc<dyn HostComm>, timeout: Duration) -> Self {
+        Self { host, timeout }
+    }
+
+    /// A group's own, made by all ranks together.
+    pub(super) fn split(&self, color: Option<u32>, key: i32) -> Result<Option<Self>> {
+        let host = self.host.split(color, i64::from(key), self.deadline())?;
+        Ok(host.map(|host| Self::new(host, self.timeout)))
+    }
+
+    /// Ends every wait for an agreement, on all ranks.
+    pub(super) fn abort(&self) {
+        self.host.abort();
+    }
+
+    /// Twice the tiers' timeout: one rank may begin to wait here as another begins to wait in its tier.
+    fn deadline(&self) -> Deadline {
+        let longest = self.timeout.max(self.host.timeout());
+        Deadline::after(longest.saturating_mul(2).saturating_add(SLACK))
+    }
+
+    /// Tells the other ranks of this rank's outcome and learns of theirs.
+    ///
+    /// # Errors
+    /// The call failed for good: fatally on this rank or on another, or the ranks could not tell each other.
+    pub(super) fn reach(&self, op: OpKind, backend: &str, own: Result<()>) -> Result<Verdict> {
+        if let Err(error) = &own
+            && error.is_fatal()
+        {
+            // Unlike an exchange this waits for nobody: a rank may be why.
+            self.host.report_failure(error);
+            return Err(error.clone());
+        }
+        let all = self.host.all_gather_bytes(&encode(&own)?, self.deadline())?;
+        for (rank, bytes) in all.iter().enumerate() {
+            let outcome: Result<()> = decode(bytes)?;
+            if let Err(cause) = outcome {
+                let there =
+                    || CommError::unsupported(op, backend.to_owned(), format!("on rank {rank}: {cause}"));
+                return Ok(Verdict::Refused(own.err().unwrap_or_else(there)));
+            }
+        }
+        Ok(Verdict::Done)
+    }
+
+    /// That a step which must not fail did so on this rank, as an error that ends the call for good.
+    pub(super) fn broken(&self, op: OpKind, cause: CommError) -> CommError {
+        let at = CallSite::new(self.host.name(), op, 0);
+        CommError::PeerFailed { at, rank: self.host.rank(), cause: Box::new(cause) }
+    }
+}
