@@ -126,11 +126,11 @@ unsafe impl DeviceComm for HostBackend {
 
     unsafe fn free(&self, addr: DeviceAddr) -> Result<()> {
         self.core.run(&self.state, OpKind::Free, |op| {
-            if !op.state.allocations.starts_at(addr) {
+            let number = op.state.allocations.number(addr).ok_or_else(|| {
                 let reason = format!("{addr:?} was not allocated by this communicator or was freed already");
-                return Err(CommError::invalid("addr", reason));
-            }
-            op.enter(&Call::new(OpKind::Free, 0))?;
+                CommError::invalid("addr", reason)
+            })?;
+            op.enter(&Call::numbered(OpKind::Free, number))?;
             op.state.allocations.remove(addr);
             Ok(())
         })
@@ -150,7 +150,7 @@ unsafe impl DeviceComm for HostBackend {
     unsafe fn deregister(&self, registration: &Registration) -> Result<()> {
         self.core.run(&self.state, OpKind::Deregister, |op| {
             op.state.allocations.registered(registration)?;
-            op.enter(&Call::new(OpKind::Deregister, registration.bytes))?;
+            op.enter(&Call::numbered(OpKind::Deregister, registration.id))?;
             op.state.allocations.deregister(registration);
             Ok(())
         })

@@ -11,6 +11,7 @@
 mod all_reduce;
 mod backend;
 mod call;
+mod cause;
 mod control;
 mod core;
 mod create;
