@@ -58,12 +58,9 @@ fn shortened(error: &CommError, n: usize) -> CommError {
         E::PeerFailed { at, rank, cause } => {
             E::PeerFailed { at: site(at, n), rank: *rank, cause: Box::new(shortened(cause, n)) }
         }
-        E::Mismatch { at, rank, expected, found } => E::Mismatch {
-            at: site(at, n),
-            rank: *rank,
-            expected: text(expected, n),
-            found: text(found, n),
-        },
+        E::Mismatch { at, rank, expected, found } => {
+            E::Mismatch { at: site(at, n), rank: *rank, expected: text(expected, n), found: text(found, n) }
+        }
         E::StaleHandle { handle, reason } => {
             E::StaleHandle { handle: text(handle, n), reason: text(reason, n) }
         }
@@ -77,11 +74,9 @@ fn shortened(error: &CommError, n: usize) -> CommError {
             message: text(message, n),
         },
         E::Library { library, reason } => E::Library { library: name(library, n), reason: text(reason, n) },
-        E::CreationFailed { backend, rank, cause } => E::CreationFailed {
-            backend: name(backend, n),
-            rank: *rank,
-            cause: Box::new(shortened(cause, n)),
-        },
+        E::CreationFailed { backend, rank, cause } => {
+            E::CreationFailed { backend: name(backend, n), rank: *rank, cause: Box::new(shortened(cause, n)) }
+        }
         E::AddrInUse { addr, reason } => E::AddrInUse { addr: text(addr, n), reason: text(reason, n) },
         E::BadHandshake { peer, reason } => E::BadHandshake { peer: text(peer, n), reason: text(reason, n) },
         E::Aborted { at } => E::Aborted { at: site(at, n) },

@@ -297,6 +297,13 @@ impl Op<'_> {
         Ok(())
     }
 
+    /// A further step of a call: whether `mine` holds on all ranks.
+    pub(super) fn unanimous(&mut self, call: &Call, mine: bool) -> Result<bool> {
+        self.publish(call, Place::default(), Place::default(), u64::from(!mine))?;
+        let published = |rank: usize| &self.core.control().peer(rank).calls[(self.state.step % 2) as usize];
+        Ok((0..self.size()).all(|rank| call::read(published(rank)).extra == 0))
+    }
+
     /// [`enter`](Self::enter) with operands. `None` when some rank's operand among those that `needed` asks for (send,
     /// recv) cannot be reached where it lies; equal on all ranks. With `cross`, equal on all ranks too, a send operand
     /// that is not shared is reachable through the kernel.

@@ -107,9 +107,8 @@ pub(super) fn allocate(op: &mut Op<'_>, bytes: usize) -> Result<DeviceAddr> {
     let outcome = own.and_then(|own| Ok((own, peers?)));
     let error = outcome.as_ref().err().cloned();
     let host = op.core.waiter.host.clone();
-    let refused = agree(&error, |mine| {
-        op.on_host(&host, |host, deadline| host.all_gather_bytes(mine, deadline))
-    })?;
+    let refused =
+        agree(&error, |mine| op.on_host(&host, |host, deadline| host.all_gather_bytes(mine, deadline)))?;
     if let Some((rank, cause)) = refused {
         let reason = format!("rank {rank} cannot allocate {bytes} bytes, so no rank did: {cause}");
         return Err(CommError::invalid("bytes", reason));

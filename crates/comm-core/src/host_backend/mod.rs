@@ -18,6 +18,7 @@ mod create;
 mod gather;
 mod layout;
 mod memory;
+mod norm;
 mod p2p;
 mod reduce;
 mod remote;
