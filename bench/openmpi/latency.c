@@ -11,7 +11,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-enum { BATCHES = 15, LARGEST = 64 << 20 };
+enum { BATCHES = 9, LARGEST = 64 << 20 };
 
 static int calls(long bytes) {
     long n = (8L << 20) / bytes;

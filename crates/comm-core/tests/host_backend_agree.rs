@@ -227,7 +227,6 @@ fn ranks_that_left_are_no_obstacle_to_a_pair() {
         on_ranks(4, transport, false, |comm| {
             let rank = comm.rank();
             works(&*comm);
-            // One after the other, so that the last one to leave may take the others for dead.
             let mut comm = Some(comm);
             for leaver in [2, 3] {
                 if rank == leaver {

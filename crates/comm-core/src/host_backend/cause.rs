@@ -33,7 +33,7 @@ fn text(text: &str, letters: usize) -> String {
     }
 }
 
-fn name(name: &Cow<'static, str>, letters: usize) -> Cow<'static, str> {
+fn name(name: &str, letters: usize) -> Cow<'static, str> {
     text(name, letters).into()
 }
 

@@ -131,12 +131,10 @@ impl Core {
     }
 
     /// Lets go of the communicator. A rank that leaves because another one died says so, lest the others take its
-    /// departure for the failure itself. An orderly departure is no such death. Never blocks.
+    /// departure for the failure itself. Never blocks.
     pub(super) fn leave(&self) {
-        let deadline = Deadline::after(self.timeout);
-        let leaving = Waiting { comm: &self.info.name, op: OpKind::Close, seq: 0, deadline };
-        match self.waiter.told(&leaving) {
-            Some(cause) if cause.is_fatal() => self.declare(Standing::GaveUp, Some(&cause)),
+        match self.waiter.host.poll() {
+            Err(cause) if cause.is_fatal() => self.declare(Standing::GaveUp, Some(&cause)),
             _ => self.declare(Standing::Departed, None),
         }
     }

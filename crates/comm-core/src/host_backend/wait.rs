@@ -205,7 +205,7 @@ impl Waiter {
     }
 
     /// The failure that the host communicator tells of.
-    pub(super) fn told(&self, waiting: &Waiting<'_>) -> Option<CommError> {
+    fn told(&self, waiting: &Waiting<'_>) -> Option<CommError> {
         let error = at_home(waiting, self.host.poll().err()?);
         let CommError::PeerDied { rank, .. } = error else { return Some(error) };
         // A rank that let go of this communicator lets go of the host communicator too, which is no death: what it said
