@@ -216,8 +216,11 @@ impl Op<'_> {
         self.core.info.size
     }
 
+    /// Counts the algorithm of an operation that is not made of others.
     pub(super) fn count(&self, algorithm: Algorithm) {
-        self.core.usage.count(self.waiting.op, algorithm);
+        if !matches!(self.waiting.op, OpKind::AllReduceRmsNorm | OpKind::AllReduceRmsNormTwoGroup) {
+            self.core.usage.count(self.waiting.op, algorithm);
+        }
     }
 
     /// Whether operands may be reachable for peers where they lie. Equal on all ranks.

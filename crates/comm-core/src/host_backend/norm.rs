@@ -33,7 +33,7 @@ pub(super) unsafe fn fused(op: &mut Op<'_>, args: &RmsNormArgs, count: usize) ->
     let call = Call::of(OpKind::AllReduceRmsNorm, count, dtype);
     let call =
         call.shaped([tokens, hidden].into_iter().chain(numbers(args.eps, args.weight_offset, args.bias)));
-    op.count(Algorithm::Composed);
+    op.core.usage.count(OpKind::AllReduceRmsNorm, Algorithm::Composed);
     let (bytes, size, me) = (count * dtype.size(), op.size(), op.rank());
     if bytes < SHARED || tokens < size {
         let (send, recv) = ((input, bytes), (output, bytes));
