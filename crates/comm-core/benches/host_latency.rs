@@ -19,7 +19,7 @@ use comm_core::{
 };
 
 const S: StreamHandle = StreamHandle::NULL;
-const BATCHES: usize = 15;
+const BATCHES: usize = 9;
 
 /// Calls per batch; `latency.c` has the same rule.
 fn calls(bytes: usize) -> usize {

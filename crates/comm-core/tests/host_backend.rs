@@ -433,78 +433,90 @@ fn fused_norms() {
     for transport in TRANSPORTS {
         on_ranks(4, transport, |comm| {
             let (rank, size) = (comm.rank(), comm.size());
-            let (tokens, hidden) = (6, 200);
-            let input: Vec<f32> = data(rank, 1, tokens * hidden);
-            let residual: Vec<f32> = data(0, 2, tokens * hidden);
-            let (weight, bias): (Vec<f32>, Vec<f32>) = (data(0, 3, hidden), data(0, 4, hidden));
-            let sums: Vec<f32> = reduced(size, 1, tokens * hidden, ReduceOp::Sum);
-            let expected = |row: usize| -> (Vec<f32>, Vec<f32>) {
-                let r: Vec<f32> = (0..hidden)
-                    .map(|h| sums[row * hidden + h] + residual[row * hidden + h] + bias[h])
-                    .collect();
-                let mean = r.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / hidden as f64;
-                let scale = 1.0 / (mean + 1e-5).sqrt();
-                let out =
-                    r.iter().zip(&weight).map(|(x, w)| (f64::from(*x) * scale * f64::from(*w + 1.0)) as f32);
-                (r.clone(), out.collect())
-            };
-            let close = |found: &[f32], row: usize| {
-                for (f, e) in found.iter().zip(expected(row).1) {
-                    assert!((f - e).abs() <= 1e-5 * (1.0 + e.abs()), "row {row}: {f} {e}");
+            // Rows that every rank normalises, and such as they share out.
+            for (tokens, hidden) in [(6, 200), (7, 9000), (103, 200)] {
+                let input: Vec<f32> = data(rank, 1, tokens * hidden);
+                let residual: Vec<f32> = data(0, 2, tokens * hidden);
+                let (weight, bias): (Vec<f32>, Vec<f32>) = (data(0, 3, hidden), data(0, 4, hidden));
+                let sums: Vec<f32> = reduced(size, 1, tokens * hidden, ReduceOp::Sum);
+                let expected = |row: usize| -> (Vec<f32>, Vec<f32>) {
+                    let r: Vec<f32> = (0..hidden)
+                        .map(|h| sums[row * hidden + h] + residual[row * hidden + h] + bias[h])
+                        .collect();
+                    let mean = r.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / hidden as f64;
+                    let scale = 1.0 / (mean + 1e-5).sqrt();
+                    let out = r
+                        .iter()
+                        .zip(&weight)
+                        .map(|(x, w)| (f64::from(*x) * scale * f64::from(*w + 1.0)) as f32);
+                    (r.clone(), out.collect())
+                };
+                let close = |found: &[f32], row: usize| {
+                    for (f, e) in found.iter().zip(expected(row).1) {
+                        assert!((f - e).abs() <= 1e-5 * (1.0 + e.abs()), "row {row}: {f} {e}");
+                    }
+                };
+                let mut residual_out = vec![0_f32; tokens * hidden];
+                let mut output = vec![0_f32; tokens * hidden];
+                let args = RmsNormArgs {
+                    input: at(&input),
+                    residual: at(&residual),
+                    residual_out: at_mut(&mut residual_out),
+                    bias: Some(at(&bias)),
+                    weight: at(&weight),
+                    output: at_mut(&mut output),
+                    tokens,
+                    hidden,
+                    dtype: DType::F32,
+                    eps: 1e-5,
+                    weight_offset: 1.0,
+                };
+                // SAFETY: all operands hold what the arguments say.
+                unsafe { comm.all_reduce_rmsnorm(&args, S).unwrap() };
+                for row in 0..tokens {
+                    same(&residual_out[row * hidden..][..hidden], &expected(row).0, "residual");
+                    close(&output[row * hidden..][..hidden], row);
                 }
-            };
-            let mut residual_out = vec![0_f32; tokens * hidden];
-            let mut output = vec![0_f32; tokens * hidden];
-            let args = RmsNormArgs {
-                input: at(&input),
-                residual: at(&residual),
-                residual_out: at_mut(&mut residual_out),
-                bias: Some(at(&bias)),
-                weight: at(&weight),
-                output: at_mut(&mut output),
-                tokens,
-                hidden,
-                dtype: DType::F32,
-                eps: 1e-5,
-                weight_offset: 1.0,
-            };
-            // SAFETY: all operands hold what the arguments say.
-            unsafe { comm.all_reduce_rmsnorm(&args, S).unwrap() };
-            for row in 0..tokens {
-                same(&residual_out[row * hidden..][..hidden], &expected(row).0, "residual");
-                close(&output[row * hidden..][..hidden], row);
-            }
 
-            // Reduce over all four ranks, gather in pairs {0,1} and {2,3}.
-            let gather = comm.split(Some(rank as u32 / 2), 0).unwrap().unwrap();
-            let reduce_tokens = [1, 2, 0, 3];
-            let (first, gather_tokens) = if rank < 2 { (0, [1, 2]) } else { (3, [0, 3]) };
-            let own: usize = reduce_tokens[..rank].iter().sum();
-            let mut states = input.clone();
-            let mut own_residual = residual[own * hidden..][..reduce_tokens[rank] * hidden].to_vec();
-            let args = TwoGroupNormArgs {
-                hidden_states: at_mut(&mut states),
-                residual: at_mut(&mut own_residual),
-                bias: Some(at(&bias)),
-                weight: at(&weight),
-                reduce_first_row: 0,
-                reduce_tokens: &reduce_tokens,
-                gather_first_row: first,
-                gather_tokens: &gather_tokens,
-                hidden,
-                dtype: DType::F32,
-                eps: 1e-5,
-                weight_offset: 1.0,
-            };
-            // SAFETY: as above.
-            unsafe { comm.all_reduce_rmsnorm_two_group(&*gather, &args, S).unwrap() };
-            for row in first..first + 3 {
-                close(&states[row * hidden..][..hidden], row);
+                let in_place = RmsNormArgs { input: args.output, residual: args.residual_out, ..args };
+                let (first_output, first_residual) = (output.clone(), residual_out.clone());
+                output.copy_from_slice(&input);
+                residual_out.copy_from_slice(&residual);
+                // SAFETY: as above, in place.
+                unsafe { comm.all_reduce_rmsnorm(&in_place, S).unwrap() };
+                same(&output, &first_output, "output in place");
+                same(&residual_out, &first_residual, "residual in place");
+                // Reduce over all four ranks, gather in pairs {0,1} and {2,3}.
+                let gather = comm.split(Some(rank as u32 / 2), 0).unwrap().unwrap();
+                let reduce_tokens = [1, 2, 0, 3];
+                let (first, gather_tokens) = if rank < 2 { (0, [1, 2]) } else { (3, [0, 3]) };
+                let own: usize = reduce_tokens[..rank].iter().sum();
+                let mut states = input.clone();
+                let mut own_residual = residual[own * hidden..][..reduce_tokens[rank] * hidden].to_vec();
+                let args = TwoGroupNormArgs {
+                    hidden_states: at_mut(&mut states),
+                    residual: at_mut(&mut own_residual),
+                    bias: Some(at(&bias)),
+                    weight: at(&weight),
+                    reduce_first_row: 0,
+                    reduce_tokens: &reduce_tokens,
+                    gather_first_row: first,
+                    gather_tokens: &gather_tokens,
+                    hidden,
+                    dtype: DType::F32,
+                    eps: 1e-5,
+                    weight_offset: 1.0,
+                };
+                // SAFETY: as above.
+                unsafe { comm.all_reduce_rmsnorm_two_group(&*gather, &args, S).unwrap() };
+                for row in first..first + 3 {
+                    close(&states[row * hidden..][..hidden], row);
+                }
+                for row in 0..reduce_tokens[rank] {
+                    same(&own_residual[row * hidden..][..hidden], &expected(own + row).0, "own residual");
+                }
+                gather.close().unwrap();
             }
-            for row in 0..reduce_tokens[rank] {
-                same(&own_residual[row * hidden..][..hidden], &expected(own + row).0, "own residual");
-            }
-            gather.close().unwrap();
             comm.close().unwrap();
         });
     }

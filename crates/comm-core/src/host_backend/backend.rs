@@ -12,16 +12,14 @@ use super::layout::Layout;
 use super::scatter::Scatter;
 use super::usage::Algorithm;
 use super::wait::Waiting;
-use super::{create, memory, p2p};
+use super::{create, memory, norm, p2p};
 use crate::addr::{DeviceAddr, StreamHandle};
 use crate::check;
-use crate::compose;
 use crate::device_comm::{AlgorithmUsage, CommInfo, DeviceComm, P2pOp, Registration};
 use crate::dtype::{DType, ReduceOp};
 use crate::error::{CommError, Result};
 use crate::fused::{Block2d, RmsNormArgs, TwoGroupNormArgs};
 use crate::host_comm::Deadline;
-use crate::norm::rmsnorm_host;
 use crate::op::{OpKind, OpQuery, Support};
 
 /// A communicator over host memory.
@@ -57,18 +55,17 @@ impl HostBackend {
     /// The operands are valid and checked.
     unsafe fn gather_parts(
         &self,
-        kind: OpKind,
+        call: Call,
         send: DeviceAddr,
         recv: DeviceAddr,
         (offsets, lens): (Vec<usize>, Vec<usize>),
-        call: Call,
     ) -> Result<()> {
         let to = |rank: usize| Layout::dense(recv.0 as usize + offsets[rank]);
         let from = Layout::dense(send.0 as usize);
         let send = (send, lens[self.core.info.rank]);
         let gather = Gather { call, send, from, pitch: 0, width: 0, lens: &lens, to: &to };
         // SAFETY: as the caller vouches.
-        self.core.run(&self.state, kind, |op| unsafe { gather.run(op) })
+        self.core.run(&self.state, call.kind, |op| unsafe { gather.run(op) })
     }
 
     /// # Safety
@@ -126,11 +123,11 @@ unsafe impl DeviceComm for HostBackend {
 
     unsafe fn free(&self, addr: DeviceAddr) -> Result<()> {
         self.core.run(&self.state, OpKind::Free, |op| {
-            if !op.state.allocations.starts_at(addr) {
+            let number = op.state.allocations.number(addr).ok_or_else(|| {
                 let reason = format!("{addr:?} was not allocated by this communicator or was freed already");
-                return Err(CommError::invalid("addr", reason));
-            }
-            op.enter(&Call::new(OpKind::Free, 0))?;
+                CommError::invalid("addr", reason)
+            })?;
+            op.enter(&Call::numbered(OpKind::Free, number))?;
             op.state.allocations.remove(addr);
             Ok(())
         })
@@ -150,7 +147,7 @@ unsafe impl DeviceComm for HostBackend {
     unsafe fn deregister(&self, registration: &Registration) -> Result<()> {
         self.core.run(&self.state, OpKind::Deregister, |op| {
             op.state.allocations.registered(registration)?;
-            op.enter(&Call::new(OpKind::Deregister, registration.bytes))?;
+            op.enter(&Call::numbered(OpKind::Deregister, registration.id))?;
             op.state.allocations.deregister(registration);
             Ok(())
         })
@@ -225,7 +222,7 @@ unsafe impl DeviceComm for HostBackend {
         let call = Call::of(OpKind::AllGather, count, dtype);
         let parts = parts(&vec![count; self.size()], dtype);
         // SAFETY: the caller vouches for the operands, and they were checked.
-        unsafe { self.gather_parts(OpKind::AllGather, send, recv, parts, call) }
+        unsafe { self.gather_parts(call, send, recv, parts) }
     }
 
     unsafe fn all_gather_v(
@@ -237,9 +234,11 @@ unsafe impl DeviceComm for HostBackend {
         _stream: StreamHandle,
     ) -> Result<()> {
         let bytes = check::all_gather_v(self.info(), send, recv, counts, dtype)?;
-        let call = Call::of(OpKind::AllGatherV, bytes / dtype.size(), dtype).shaped(counts.iter().copied());
+        let plain =
+            || Call::of(OpKind::AllGatherV, bytes / dtype.size(), dtype).shaped(counts.iter().copied());
+        let call = norm::part().unwrap_or_else(plain);
         // SAFETY: the caller vouches for the operands, and they were checked.
-        unsafe { self.gather_parts(OpKind::AllGatherV, send, recv, parts(counts, dtype), call) }
+        unsafe { self.gather_parts(call, send, recv, parts(counts, dtype)) }
     }
 
     unsafe fn broadcast(
@@ -257,7 +256,7 @@ unsafe impl DeviceComm for HostBackend {
         lens[root] = bytes;
         let parts = (vec![0; self.size()], lens);
         // SAFETY: the caller vouches for the operands, and they were checked.
-        unsafe { self.gather_parts(OpKind::Broadcast, send, recv, parts, call) }
+        unsafe { self.gather_parts(call, send, recv, parts) }
     }
 
     unsafe fn all_gather_2d(
@@ -318,9 +317,11 @@ unsafe impl DeviceComm for HostBackend {
         _stream: StreamHandle,
     ) -> Result<()> {
         let bytes = check::reduce_scatter_v(self.info(), send, recv, counts, dtype)?;
-        let call = Call::of(OpKind::ReduceScatterV, bytes / dtype.size(), dtype)
-            .reducing(op)
-            .shaped(counts.iter().copied());
+        let plain = || {
+            let call = Call::of(OpKind::ReduceScatterV, bytes / dtype.size(), dtype).reducing(op);
+            call.shaped(counts.iter().copied())
+        };
+        let call = norm::part().unwrap_or_else(plain);
         // SAFETY: the caller vouches for the operands, and they were checked.
         unsafe { self.scatter_parts(call, send, recv, parts(counts, dtype), Some((dtype, op))) }
     }
@@ -373,20 +374,17 @@ unsafe impl DeviceComm for HostBackend {
     }
 
     unsafe fn barrier(&self, _stream: StreamHandle) -> Result<()> {
-        self.core.run(&self.state, OpKind::Barrier, |op| {
+        let call = norm::part().unwrap_or_else(|| Call::new(OpKind::Barrier, 0));
+        self.core.run(&self.state, call.kind, |op| {
             op.count(Algorithm::Flags);
-            op.enter(&Call::new(OpKind::Barrier, 0))
+            op.enter(&call)
         })
     }
 
-    unsafe fn all_reduce_rmsnorm(&self, args: &RmsNormArgs, stream: StreamHandle) -> Result<()> {
+    unsafe fn all_reduce_rmsnorm(&self, args: &RmsNormArgs, _stream: StreamHandle) -> Result<()> {
         let count = check::rmsnorm(args)?;
-        self.core.usage.count(OpKind::AllReduceRmsNorm, Algorithm::Composed);
-        // SAFETY: the caller vouches for the operands, and they were checked; `output` may be `input`, which is in place.
-        unsafe {
-            self.all_reduce(args.input, args.output, count, args.dtype, ReduceOp::Sum, stream)?;
-            rmsnorm_host(&RmsNormArgs { input: args.output, ..*args })
-        }
+        // SAFETY: the caller vouches for the operands, and they were checked.
+        self.core.run(&self.state, OpKind::AllReduceRmsNorm, |op| unsafe { norm::fused(op, args, count) })
     }
 
     unsafe fn all_reduce_rmsnorm_two_group(
@@ -397,9 +395,8 @@ unsafe impl DeviceComm for HostBackend {
     ) -> Result<()> {
         check::two_group_norm(self.info(), gather.info(), args)?;
         self.core.usage.count(OpKind::AllReduceRmsNormTwoGroup, Algorithm::Composed);
-        // SAFETY: the caller vouches for the operands; the rows that the norm is given are this rank's own, and no other
-        // rank uses them between the two operations.
-        unsafe { compose::two_group_norm(self, gather, args, stream, |args| rmsnorm_host(args)) }
+        // SAFETY: the caller vouches for the operands, and they were checked.
+        unsafe { norm::two_group(self, self.core.checked, gather, args, stream) }
     }
 
     fn poll(&self) -> Result<()> {

@@ -31,6 +31,11 @@ impl Call {
         Self { kind, count: count as u64, dtype: None, reduce: None, root: None, shape: 0 }
     }
 
+    /// A call on what has this number on all ranks: an allocation or a registration.
+    pub(super) fn numbered(kind: OpKind, number: u64) -> Self {
+        Self { count: number, ..Self::new(kind, 0) }
+    }
+
     pub(super) fn of(kind: OpKind, count: usize, dtype: DType) -> Self {
         Self { dtype: Some(dtype), ..Self::new(kind, count) }
     }
@@ -77,7 +82,8 @@ impl Call {
 
 impl fmt::Display for Call {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} of {}", self.kind, self.count)?;
+        let number = if matches!(self.kind, OpKind::Free | OpKind::Deregister) { "number " } else { "" };
+        write!(f, "{} of {number}{}", self.kind, self.count)?;
         if let Some(dtype) = self.dtype {
             write!(f, " {dtype}")?;
         }

@@ -6,6 +6,7 @@
 
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
+use super::cause;
 use super::segment::Segment;
 use crate::error::{CommError, Result};
 
@@ -227,7 +228,7 @@ impl Control {
         };
         let len = (block.cause_len.load(Ordering::Relaxed) as usize).min(CAUSE_BYTES);
         let bytes: Vec<u8> = block.cause[..len].iter().map(|byte| byte.load(Ordering::Relaxed)).collect();
-        (standing, postcard::from_bytes(&bytes).ok())
+        (standing, cause::decode(&bytes))
     }
 
     /// Whether any rank's standing is not alive. Ordered after this rank's earlier stores.
@@ -244,15 +245,17 @@ impl Control {
         {
             return;
         }
-        // A cause that is too long for its place is left out: the standing alone still ends the peers' waits.
-        let bytes = cause.and_then(|cause| postcard::to_stdvec(cause).ok()).unwrap_or_default();
-        let bytes = if bytes.len() <= CAUSE_BYTES && now == 0 { bytes } else { Vec::new() };
+        let bytes = match cause {
+            Some(cause) if now == Standing::Alive as u32 => cause::encode(cause, CAUSE_BYTES),
+            _ => Vec::new(),
+        };
         for (place, byte) in block.cause.iter().zip(&bytes) {
             place.store(*byte, Ordering::Relaxed);
         }
         block.cause_len.store(bytes.len() as u32, Ordering::Relaxed);
         block.standing.store(standing as u32, Ordering::Release);
-        self.header().alarm.store(1, Ordering::SeqCst);
+        // Modifies rather than stores, so that whoever sees the alarm sees the standings of all that raised it.
+        self.header().alarm.fetch_or(1, Ordering::SeqCst);
         self.wake();
     }
 

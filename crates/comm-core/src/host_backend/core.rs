@@ -216,8 +216,11 @@ impl Op<'_> {
         self.core.info.size
     }
 
+    /// Counts the algorithm of an operation that is not made of others.
     pub(super) fn count(&self, algorithm: Algorithm) {
-        self.core.usage.count(self.waiting.op, algorithm);
+        if !matches!(self.waiting.op, OpKind::AllReduceRmsNorm | OpKind::AllReduceRmsNormTwoGroup) {
+            self.core.usage.count(self.waiting.op, algorithm);
+        }
     }
 
     /// Whether operands may be reachable for peers where they lie. Equal on all ranks.
@@ -295,6 +298,13 @@ impl Op<'_> {
             }
         }
         Ok(())
+    }
+
+    /// A further step of a call: whether `mine` holds on all ranks.
+    pub(super) fn unanimous(&mut self, call: &Call, mine: bool) -> Result<bool> {
+        self.publish(call, Place::default(), Place::default(), u64::from(!mine))?;
+        let published = |rank: usize| &self.core.control().peer(rank).calls[(self.state.step % 2) as usize];
+        Ok((0..self.size()).all(|rank| call::read(published(rank)).extra == 0))
     }
 
     /// [`enter`](Self::enter) with operands. `None` when some rank's operand among those that `needed` asks for (send,

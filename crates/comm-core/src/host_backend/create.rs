@@ -119,7 +119,10 @@ pub(super) fn connect(
     if let Ok(control) = &control {
         remote::introduce(control);
     }
-    agree(&error, |mine| host.all_gather_bytes(mine, deadline))?.map_or(Ok(()), Err)?;
+    if let Some((rank, cause)) = agree(&error, |mine| host.all_gather_bytes(mine, deadline))? {
+        let (backend, cause) = (super::NAME.into(), Box::new(cause));
+        return Err(CommError::CreationFailed { backend, rank, cause });
+    }
     let control = match control {
         Ok(control) => control,
         Err(Failure::Host(error) | Failure::Local(error)) => return Err(error),

@@ -42,7 +42,7 @@ impl Gather<'_> {
                 op.enter_with(&self.call, self.send, NOTHING, self.pitch as u64, cross, needed)?
             {
                 let far = peers.far.iter().any(|far| *far);
-                op.count(if far { Algorithm::CrossRead } else { Algorithm::Direct });
+                let mut refused = false;
                 let pitched =
                     |rank: usize| Layout::rows(peers.send[rank], self.width, peers.extra[rank] as usize);
                 op.touch(|| {
@@ -50,7 +50,7 @@ impl Gather<'_> {
                         let (to, from) = ((self.to)(rank), pitched(rank));
                         if peers.far[rank] && rank != op.rank() {
                             // SAFETY: `recv` is valid; the rest is the kernel's to check.
-                            unsafe { self.read(op, rank, to, from)? };
+                            refused |= unsafe { !self.read(op, rank, to, from)? };
                             continue;
                         }
                         // SAFETY: all ranks have entered, so their operands are valid until they leave the barrier below;
@@ -59,7 +59,15 @@ impl Gather<'_> {
                     }
                     Ok(())
                 })?;
-                return op.barrier();
+                if !far {
+                    op.count(Algorithm::Direct);
+                    return op.barrier();
+                }
+                // What the kernel does not read for one rank goes through the windows for all.
+                if op.unanimous(&self.call, !refused)? {
+                    op.count(Algorithm::CrossRead);
+                    return Ok(());
+                }
             }
             entered = true;
         }
@@ -92,18 +100,23 @@ impl Gather<'_> {
         Ok(())
     }
 
+    /// Whether the kernel let this rank read all that `rank` contributes.
+    ///
     /// # Safety
     /// `to` is valid for writes of everything that `rank` contributes.
-    unsafe fn read(&self, op: &Op<'_>, rank: usize, to: Layout, from: Layout) -> Result<()> {
+    unsafe fn read(&self, op: &Op<'_>, rank: usize, to: Layout, from: Layout) -> Result<bool> {
         let len = self.lens[rank];
         for start in (0..len).step_by(READ) {
             let range = (start, (start + READ).min(len));
             // SAFETY: as the caller vouches.
             let read = unsafe { remote::copy(op.core.control(), &op.waiting, rank, (to, from), range) };
             // A peer that gave up may have freed its operand already: why it did says more than the failed read.
-            op.core.waiter.failure(&op.waiting).and(read)?;
+            op.core.waiter.failure(&op.waiting)?;
+            if !read? {
+                return Ok(false);
+            }
         }
-        Ok(())
+        Ok(true)
     }
 }
 

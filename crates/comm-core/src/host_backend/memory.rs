@@ -36,9 +36,9 @@ impl Allocations {
         self.live.iter().position(|allocation| allocation.own.start() as u64 == addr.0)
     }
 
-    /// Whether `addr` is the start of an allocation.
-    pub(super) fn starts_at(&self, addr: DeviceAddr) -> bool {
-        self.find(addr).is_some()
+    /// The number of the allocation that starts at `addr`; equal on all ranks.
+    pub(super) fn number(&self, addr: DeviceAddr) -> Option<u64> {
+        self.find(addr).and_then(|at| self.live.get(at)).map(|allocation| allocation.id)
     }
 
     /// Gives an allocation back, and the mappings of the peers' parts.
@@ -94,7 +94,8 @@ impl Allocations {
     }
 }
 
-/// Allocates on all ranks; between processes every rank maps every other's part.
+/// Allocates on all ranks; between processes every rank maps every other's part. Where one rank gets no memory, no rank
+/// does, and the communicator goes on without it.
 pub(super) fn allocate(op: &mut Op<'_>, bytes: usize) -> Result<DeviceAddr> {
     let len = bytes
         .max(1)
@@ -106,8 +107,12 @@ pub(super) fn allocate(op: &mut Op<'_>, bytes: usize) -> Result<DeviceAddr> {
     let outcome = own.and_then(|own| Ok((own, peers?)));
     let error = outcome.as_ref().err().cloned();
     let host = op.core.waiter.host.clone();
-    agree(&error, |mine| op.on_host(&host, |host, deadline| host.all_gather_bytes(mine, deadline)))?
-        .map_or(Ok(()), Err)?;
+    let refused =
+        agree(&error, |mine| op.on_host(&host, |host, deadline| host.all_gather_bytes(mine, deadline)))?;
+    if let Some((rank, cause)) = refused {
+        let reason = format!("rank {rank} cannot allocate {bytes} bytes, so no rank did: {cause}");
+        return Err(CommError::invalid("bytes", reason));
+    }
     let (own, peers) = outcome?;
     let addr = DeviceAddr(own.start() as u64);
     let allocations = &mut op.state.allocations;
@@ -134,11 +139,11 @@ fn shared(op: &Op<'_>, len: usize) -> Result<Mapped> {
     Ok((fd.and_then(|fd| Segment::map(fd.as_fd(), len)), peers))
 }
 
-/// Tells all ranks of this rank's error, if any. Returns the error of the lowest rank that has one.
+/// Tells all ranks of this rank's error, if any. Returns the lowest rank that has one, with its error.
 pub(super) fn agree(
     error: &Option<CommError>,
     gather: impl FnOnce(&[u8]) -> Result<Vec<Vec<u8>>>,
-) -> Result<Option<CommError>> {
+) -> Result<Option<(usize, CommError)>> {
     let encode = |error: &CommError| postcard::to_stdvec(error);
     let codec = |action: &'static str, e: postcard::Error| CommError::Serialization {
         action: action.into(),
@@ -149,11 +154,7 @@ pub(super) fn agree(
     for (rank, bytes) in gather(&mine)?.iter().enumerate() {
         if !bytes.is_empty() {
             let cause = postcard::from_bytes(bytes).map_err(|e| codec("decode", e))?;
-            return Ok(Some(CommError::CreationFailed {
-                backend: super::NAME.into(),
-                rank,
-                cause: Box::new(cause),
-            }));
+            return Ok(Some((rank, cause)));
         }
     }
     Ok(None)

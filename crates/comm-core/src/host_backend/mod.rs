@@ -11,12 +11,14 @@
 mod all_reduce;
 mod backend;
 mod call;
+mod cause;
 mod control;
 mod core;
 mod create;
 mod gather;
 mod layout;
 mod memory;
+mod norm;
 mod p2p;
 mod reduce;
 mod remote;

@@ -1,7 +1,7 @@
 //! Reading another process's memory through the kernel: one copy where staging takes two.
 //!
 //! The kernel checks the peer's mappings at every call, so a peer that is gone, or has freed its operand after a failed
-//! call, is an error here and never a fault.
+//! call, is a refusal here and never a fault.
 
 use std::sync::atomic::Ordering;
 
@@ -42,7 +42,8 @@ unsafe fn once(process: u32, target: usize, source: usize, len: usize) -> std::i
     usize::try_from(read).map_err(|_| std::io::Error::last_os_error())
 }
 
-/// Copies bytes number `from..to` from `src` in `rank`'s process to `dst` in this one.
+/// Copies bytes number `from..to` from `src` in `rank`'s process to `dst` in this one. `false` when the kernel refuses:
+/// some mappings it never reads for others, and what it permits may change while a program runs.
 ///
 /// # Safety
 /// They are valid for writes in `dst`.
@@ -52,21 +53,21 @@ pub(super) unsafe fn copy(
     rank: usize,
     (dst, src): (Layout, Layout),
     (from, to): (usize, usize),
-) -> Result<()> {
+) -> Result<bool> {
     let process = control.peer(rank).process.load(Ordering::Relaxed);
-    let failed = |error: std::io::Error| match error.raw_os_error() {
-        Some(libc::ESRCH) => CommError::PeerDied { at: waiting.site(), rank },
-        _ => CommError::io(format!("reading rank {rank}'s memory in {}", waiting.site()), &error),
-    };
     for (mut target, mut source, mut len) in runs(dst, src, from, to) {
         while len > 0 {
             // SAFETY: the run is part of `dst`, as the caller vouches.
-            let read = unsafe { once(process, target, source, len) }.map_err(failed)?;
-            if read == 0 {
-                return Err(failed(std::io::ErrorKind::UnexpectedEof.into()));
-            }
+            let read = match unsafe { once(process, target, source, len) } {
+                Ok(0) => return Ok(false),
+                Ok(read) => read,
+                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {
+                    return Err(CommError::PeerDied { at: waiting.site(), rank });
+                }
+                Err(_) => return Ok(false),
+            };
             (target, source, len) = (target + read, source + read, len - read.min(len));
         }
     }
-    Ok(())
+    Ok(true)
 }

@@ -16,7 +16,7 @@ pub(super) enum Algorithm {
     TwoShot,
     /// Operands through the staging windows piece by piece.
     ShmPipeline,
-    /// Made of other operations, which count as well.
+    /// Made of other operations, which do not count.
     Composed,
     /// Synchronisation alone.
     Flags,

@@ -304,13 +304,22 @@ impl Waiter {
     }
 
     /// Waits, after a failure was declared, until no peer touches this rank's operands any more: the caller may free
-    /// them as soon as the failed call has returned. Peers look for trouble between pieces of a few hundred kilobytes,
-    /// so this is short; only a machine that gives a thread no time for many seconds could exceed the limit.
+    /// them as soon as the failed call has returned, and safe callers do.
+    ///
+    /// Only for ranks of one process. What bounds the wait is the peers' work and not a clock, because returning early
+    /// would be unsound: a peer that touches operands waits for nobody, sees the declared failure after the piece
+    /// (`core::PIECE`) that it is in, and then stops; if it panics, unwinding ends its touching. None of these threads
+    /// can die or be stopped without this one. So it takes microseconds of every such peer's processor time.
     pub(super) fn untouched(&self) {
-        let limit = Instant::now() + Duration::from_secs(30);
         for rank in (0..self.control.size()).filter(|&rank| rank != self.control.rank()) {
-            while self.control.peer(rank).touching.load(Ordering::SeqCst) != 0 && Instant::now() < limit {
-                std::thread::yield_now();
+            let mut rounds = 0;
+            while self.control.peer(rank).touching.load(Ordering::SeqCst) != 0 {
+                rounds += 1;
+                match rounds {
+                    ..YIELDS => std::thread::yield_now(),
+                    // Leaves the processor to the peer, whatever this thread's priority.
+                    _ => std::thread::sleep(Duration::from_micros(50)),
+                }
             }
         }
     }

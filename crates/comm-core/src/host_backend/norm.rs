@@ -1,0 +1,138 @@
+//! The fused norms: made of the other collectives, but compared between ranks, and named in errors, as what they are.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+
+use super::all_reduce::Reduction;
+use super::call::Call;
+use super::core::Op;
+use super::gather::Gather;
+use super::layout::Layout;
+use super::scatter::Scatter;
+use super::usage::Algorithm;
+use crate::addr::{DeviceAddr, StreamHandle};
+use crate::compose;
+use crate::device_comm::DeviceComm;
+use crate::dtype::ReduceOp;
+use crate::error::Result;
+use crate::fused::{RmsNormArgs, TwoGroupNormArgs};
+use crate::norm::rmsnorm_host;
+use crate::op::OpKind;
+
+/// From here on each rank normalises its share of the rows and gathers the others': the rows' arithmetic costs more than
+/// moving them and the two steps that this takes.
+const SHARED: usize = 64 << 10;
+
+/// The fused norm of checked arguments, which describe `count` elements.
+///
+/// # Safety
+/// The operands are valid as the operation's contract says.
+pub(super) unsafe fn fused(op: &mut Op<'_>, args: &RmsNormArgs, count: usize) -> Result<()> {
+    let RmsNormArgs { input, residual, residual_out, output, tokens, hidden, dtype, .. } = *args;
+    let how = ReduceOp::Sum;
+    let call = Call::of(OpKind::AllReduceRmsNorm, count, dtype);
+    let call =
+        call.shaped([tokens, hidden].into_iter().chain(numbers(args.eps, args.weight_offset, args.bias)));
+    op.core.usage.count(OpKind::AllReduceRmsNorm, Algorithm::Composed);
+    let (bytes, size, me) = (count * dtype.size(), op.size(), op.rank());
+    if bytes < SHARED || tokens < size {
+        let (send, recv) = ((input, bytes), (output, bytes));
+        // SAFETY: as the caller vouches; `output` may be `input`, which is in place.
+        return unsafe {
+            Reduction { call, send, recv, bytes, dtype, how, root: None }.run(op)?;
+            rmsnorm_host(&RmsNormArgs { input: output, ..*args })
+        };
+    }
+    let row = hidden * dtype.size();
+    let rows = |rank: usize| tokens / size + usize::from(rank < tokens % size);
+    let lens: Vec<usize> = (0..size).map(|rank| rows(rank) * row).collect();
+    let offsets: Vec<usize> = (0..size).map(|rank| lens[..rank].iter().sum()).collect();
+    let own = |base: DeviceAddr| base.offset(offsets[me] as u64);
+    // Where `output` is `input`, its own part of it is where an in-place reduce-scatter wants it; elsewhere it is disjoint.
+    let recv = own(output).0 as usize;
+    let combine = Some((dtype, how));
+    let scatter = Scatter { call, send: (input, bytes), recv, offsets: &offsets, lens: &lens, combine };
+    let share = RmsNormArgs {
+        input: own(output),
+        residual: own(residual),
+        residual_out: own(residual_out),
+        output: own(output),
+        tokens: rows(me),
+        ..*args
+    };
+    // SAFETY: as the caller vouches; until the gathers below every rank writes its own rows alone.
+    unsafe {
+        scatter.run(op)?;
+        rmsnorm_host(&share)?;
+    }
+    for whole in [output, residual_out] {
+        let to = |rank: usize| Layout::dense(whole.0 as usize + offsets[rank]);
+        let (send, from) = ((own(whole), lens[me]), to(me));
+        let gather = Gather { call, send, from, pitch: 0, width: 0, lens: &lens, to: &to };
+        // SAFETY: as above, in place. All ranks have read their peers' `input` before any enters here, so `output` may be
+        // `input`.
+        unsafe { gather.run(op)? };
+    }
+    Ok(())
+}
+
+/// What makes two norms of one shape different.
+fn numbers(eps: f32, weight_offset: f32, bias: Option<DeviceAddr>) -> [usize; 3] {
+    [eps.to_bits() as usize, weight_offset.to_bits() as usize, usize::from(bias.is_some())]
+}
+
+thread_local! {
+    /// What the next operations that this thread begins are parts of. The gather group is known as a [`DeviceComm`]
+    /// only, whose operations have no argument for this.
+    static PARTS: RefCell<VecDeque<Call>> = const { RefCell::new(VecDeque::new()) };
+}
+
+/// The operation that the one which this thread begins is a part of, if it is.
+pub(super) fn part() -> Option<Call> {
+    PARTS.with_borrow_mut(VecDeque::pop_front)
+}
+
+/// Lets the operations that `work` begins be parts of `calls`, in turn.
+fn parts_of<T>(calls: impl IntoIterator<Item = Call>, work: impl FnOnce() -> T) -> T {
+    struct Cleared;
+    impl Drop for Cleared {
+        fn drop(&mut self) {
+            PARTS.with_borrow_mut(VecDeque::clear);
+        }
+    }
+    PARTS.with_borrow_mut(|parts| *parts = calls.into_iter().collect());
+    let _cleared = Cleared;
+    work()
+}
+
+/// The two-group norm of checked arguments. `checked` compares the calls in the gather group too before anything is
+/// written.
+///
+/// # Safety
+/// The operands are valid as the operation's contract says.
+pub(super) unsafe fn two_group(
+    reduce: &dyn DeviceComm,
+    checked: bool,
+    gather: &dyn DeviceComm,
+    args: &TwoGroupNormArgs<'_>,
+    stream: StreamHandle,
+) -> Result<()> {
+    let TwoGroupNormArgs { hidden, dtype, .. } = *args;
+    // The ranks of a group know the tokens of that group alone.
+    let call = |tokens: &[usize]| {
+        let shape = [hidden].into_iter().chain(numbers(args.eps, args.weight_offset, args.bias));
+        let rows: usize = tokens.iter().sum();
+        Call::of(OpKind::AllReduceRmsNormTwoGroup, rows * hidden, dtype)
+            .shaped(shape.chain(tokens.iter().copied()))
+    };
+    let (reduced, gathered) = (call(args.reduce_tokens), call(args.gather_tokens));
+    if checked {
+        // SAFETY: a barrier on host memory needs no stream.
+        parts_of([gathered], || unsafe { gather.barrier(stream) })?;
+    }
+    // SAFETY: as the caller vouches; the rows that the norm is given are this rank's own, and no other rank uses them
+    // between the two operations.
+    parts_of([reduced, gathered], || unsafe {
+        compose::two_group_norm(reduce, gather, args, stream, |args| rmsnorm_host(args))
+    })
+}
