@@ -4,7 +4,7 @@
 Needs OpenMPI's mpicc and mpirun (Debian: openmpi-bin libopenmpi-dev). Builds and runs both sides with the same sizes,
 batches, calls and kind of memory, alternating, and prints one table: OpenMPI's time, ours, and how many times faster
 ours is. A run's time is the median of its batches; of the rounds the fastest counts, for both sides, because what
-else a machine does only ever adds. Neither side binds its ranks to processors. Takes about three minutes once built.
+else a machine does only ever adds. Neither side binds its ranks to processors. Takes a minute or two once built.
 
     bench/openmpi/compare.py [--world 2,4] [--rounds 3] [--transport processes,direct,shm,allocated]
 
