@@ -177,7 +177,11 @@ impl BackendFactory for P2pFactory {
             ));
         }
         Options::parse(&context.options)?;
-        let device = raw::context(ordinal)?;
+        // Dropping a context makes it current. In this order, the guard is dropped later and puts the caller's back.
+        let (_caller, device) = {
+            let device = raw::context(ordinal)?;
+            (raw::Current::remember()?, device)
+        };
         check_device(&device)?;
         check_peers(ordinal, ranks)?;
         let _current = raw::Current::enter(&device)?;
