@@ -39,7 +39,8 @@ pub struct Current {
 }
 
 impl Current {
-    fn remember() -> Result<Self> {
+    /// Changes nothing, and puts back what is current now when dropped.
+    pub fn remember() -> Result<Self> {
         let mut previous = std::ptr::null_mut();
         // SAFETY: the pointer is valid for the write.
         check("cuCtxGetCurrent", unsafe { sys::cuCtxGetCurrent(&raw mut previous) })?;

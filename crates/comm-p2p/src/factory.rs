@@ -33,8 +33,20 @@ const PROTOCOL: u32 = 1;
 /// | `p2p.packet_slots`, `p2p.lamport_slots` | packs in flight between two ranks | 33792, 67584 |
 /// | `p2p.cell_ctas` | blocks of the largest kernels | 132 |
 /// | `p2p.algorithm` | use this one wherever it can be, as `COMM_P2P_ALGO` does | by size |
+/// | `p2p.symmetric_operands` | `on` or `off`: the promise described below | `off` |
 /// | `p2p.first_round` | for tests: the first round's number | 0 |
 /// | `p2p.stall_ns` | for tests: how long every kernel sleeps before its first wait | 0 |
+///
+/// # Symmetric operands
+/// Large results can be stored straight into the other ranks' buffers. A rank then computes from its own operand where
+/// the others' lie, and cannot see at enqueueing where they really are. It is done for results in memory of
+/// [`allocate`](DeviceComm::allocate), which the ranks make together, and must be used together: at one offset of one
+/// allocation on all ranks, or in no allocation on any. For results in [`register`](DeviceComm::register)ed buffers it
+/// is done only with `p2p.symmetric_operands = on`, by which the caller promises the same of registrations: a call's
+/// result lies at one offset of one registration on every rank, or in no registration on any. Otherwise operands in
+/// registered buffers may lie anywhere, and travel by way of the communicator's memory. Breaking the promise corrupts
+/// results and may write into registered memory that the call does not name, or let the ranks wait for each other until
+/// the timeout. Checked mode compares the places and refuses the call.
 #[derive(Clone, Copy, Default, Debug)]
 pub struct P2pFactory;
 
@@ -165,7 +177,11 @@ impl BackendFactory for P2pFactory {
             ));
         }
         Options::parse(&context.options)?;
-        let device = raw::context(ordinal)?;
+        // Dropping a context makes it current. In this order, the guard is dropped later and puts the caller's back.
+        let (_caller, device) = {
+            let device = raw::context(ordinal)?;
+            (raw::Current::remember()?, device)
+        };
         check_device(&device)?;
         check_peers(ordinal, ranks)?;
         let _current = raw::Current::enter(&device)?;

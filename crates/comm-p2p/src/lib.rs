@@ -6,9 +6,9 @@
 //!
 //! - Small and middle sizes travel as packs that announce their own arrival: no barrier, no registered memory.
 //! - Large ones are stored straight into result buffers that lie in memory of
-//!   [`allocate`](comm_core::DeviceComm::allocate) or [`register`](comm_core::DeviceComm::register). Such buffers lie
-//!   at the same offset of the same allocation or registration on every rank, or on no rank in any; checked mode
-//!   compares.
+//!   [`allocate`](comm_core::DeviceComm::allocate), at the same offset of the same allocation on every rank, or on no
+//!   rank in any; checked mode compares. If the caller promises the same of its own buffers, by the option
+//!   `p2p.symmetric_operands` of [`P2pFactory`], also into those of [`register`](comm_core::DeviceComm::register).
 //! - Everything else, any type, reduction and shape, goes through staging memory.
 //!
 //! Every operation is a fixed row of kernels on the caller's stream: it can be captured into a CUDA graph and replayed.

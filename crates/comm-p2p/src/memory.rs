@@ -60,7 +60,11 @@ impl P2pComm {
             Ok(bytes as u64)
         };
         agree(&*host, &usable).map_err(|error| self.lost(&*host, KIND, error))?;
-        let own = ipc::export(addr, bytes, shared.base.ordinal, host.same_process());
+        // Without the caller's promise, the ranks cannot know at enqueueing that their operands lie alike.
+        let own = match shared.base.options.symmetric_operands {
+            true => ipc::export(addr, bytes, shared.base.ordinal, host.same_process()),
+            false => Err("the option p2p.symmetric_operands is off".to_owned()),
+        };
         let exports: Vec<Result<Export, String>> =
             host.all_gather(&own).map_err(|error| self.lost(&*host, KIND, error))?;
         let opened = self.open(exports, addr);

@@ -18,6 +18,8 @@ pub(crate) struct Options {
     pub(crate) first_round: u32,
     pub(crate) stall: Duration,
     pub(crate) algorithm: Option<Algorithm>,
+    /// The caller's promise about operands in registered buffers.
+    pub(crate) symmetric_operands: bool,
 }
 
 impl Default for Options {
@@ -31,6 +33,7 @@ impl Default for Options {
             first_round: 0,
             stall: Duration::ZERO,
             algorithm: None,
+            symmetric_operands: false,
         }
     }
 }
@@ -65,6 +68,7 @@ impl Options {
                     parsed.stall = Duration::from_nanos(nanoseconds as u64);
                 }
                 "algorithm" => parsed.algorithm = Some(algorithm(name, value)?),
+                "symmetric_operands" => parsed.symmetric_operands = switch(name, value)?,
                 _ => {
                     return Err(CommError::invalid(
                         "options",
@@ -89,6 +93,14 @@ fn number(name: &str, value: &str, range: std::ops::RangeInclusive<usize>) -> Re
     })
 }
 
+fn switch(name: &str, value: &str) -> Result<bool> {
+    match value {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(CommError::invalid("options", format!("{name} = {value:?} is neither \"on\" nor \"off\""))),
+    }
+}
+
 fn algorithm(name: &str, value: &str) -> Result<Algorithm> {
     Algorithm::from_name(value).ok_or_else(|| {
         CommError::invalid(
@@ -109,7 +121,15 @@ mod tests {
         assert_eq!(parse("p2p.algorithm", "staged").unwrap().algorithm, Some(Algorithm::Staged));
         assert_eq!(parse("p2p.first_round", "4294967290").unwrap().first_round, u32::MAX - 5);
         assert!(parse("nccl.staging_bytes", "x").is_ok());
-        for (name, value) in [("p2p.staging_bytes", "12"), ("p2p.x", "1"), ("p2p.algorithm", "fast")] {
+        assert!(!parse("nccl.staging_bytes", "x").unwrap().symmetric_operands);
+        assert!(parse("p2p.symmetric_operands", "on").unwrap().symmetric_operands);
+        assert!(!parse("p2p.symmetric_operands", "off").unwrap().symmetric_operands);
+        for (name, value) in [
+            ("p2p.staging_bytes", "12"),
+            ("p2p.x", "1"),
+            ("p2p.algorithm", "fast"),
+            ("p2p.symmetric_operands", "true"),
+        ] {
             let text = parse(name, value).unwrap_err().to_string();
             assert!(text.contains(name), "{text}");
         }

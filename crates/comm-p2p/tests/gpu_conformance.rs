@@ -50,8 +50,13 @@ fn tiny_staging_and_rounds_that_wrap() {
 fn every_algorithm() {
     let Some(most) = world_size() else { return };
     for algorithm in ["one_shot", "two_shot", "cells", "packets", "relayed", "direct", "staged", "composed"] {
-        let options =
-            [("p2p.algorithm", algorithm), ("p2p.packet_slots", "1024"), ("p2p.lamport_slots", "1024")];
+        // The suite's operands lie alike on all ranks.
+        let options = [
+            ("p2p.algorithm", algorithm),
+            ("p2p.packet_slots", "1024"),
+            ("p2p.lamport_slots", "1024"),
+            ("p2p.symmetric_operands", "on"),
+        ];
         for case in ["all_", "reduce_scatter/", "broadcast", "register", "allocate"] {
             run(most, &config(&options).only(case));
         }

@@ -59,7 +59,7 @@ fn captured_operations_give_new_results_at_every_replay() {
 #[test]
 fn large_results_in_allocated_and_registered_buffers_skip_the_staging() {
     let Some(size) = world_size() else { return };
-    world(size, PATIENT, &[], |rank| {
+    world(size, PATIENT, &[("p2p.symmetric_operands", "on")], |rank| {
         let count = 4 << 20;
         let send = rank.buffer(count, (rank.rank + 1) as f32);
         let allocated = rank.comm.allocate(count * 4 + 64).unwrap().offset(64);
@@ -100,6 +100,31 @@ fn large_results_in_allocated_and_registered_buffers_skip_the_staging() {
 }
 
 #[test]
+fn without_the_promise_registered_operands_may_lie_anywhere() {
+    let Some(size) = world_size() else { return };
+    world(size, PATIENT, &[], |rank| {
+        let count = 4 << 20;
+        let send = rank.buffer(count, (rank.rank + 1) as f32);
+        let plain = rank.buffer(count + 64, 0.0);
+        // SAFETY: the buffer is freed with the memory, after the registration.
+        let registration = unsafe { rank.comm.register(plain, (count + 64) * 4).unwrap() };
+        let recv = plain.offset(rank.rank as u64 * 16);
+        rank.sum(send, recv, count).unwrap();
+        assert_eq!(rank.get(recv, count), vec![rank.triangle(); count]);
+        let part = count / size;
+        // SAFETY: the buffers are large enough.
+        unsafe { rank.comm.all_gather(send, recv, part, DType::F32, rank.stream()).unwrap() };
+        let expected: Vec<f32> = (0..size).flat_map(|r| vec![(r + 1) as f32; part]).collect();
+        assert_eq!(rank.get(recv, part * size), expected);
+        rank.memory.synchronize().unwrap();
+        rank.host.barrier(comm_core::Deadline::after(PATIENT)).unwrap();
+        // SAFETY: the calls have completed on all ranks.
+        unsafe { rank.comm.deregister(&registration).unwrap() };
+        rank.comm.close().unwrap();
+    });
+}
+
+#[test]
 fn many_calls_of_changing_size_back_to_back() {
     let Some(size) = world_size() else { return };
     world(size, PATIENT, &[], |rank| {
@@ -127,7 +152,7 @@ fn the_backend_says_how_its_gpus_are_connected_and_why_it_stages() {
             memory: MemoryKind::Cuda { ordinal: host.rank() },
             timeout: PATIENT,
             checked: false,
-            options: Default::default(),
+            options: [("p2p.symmetric_operands".to_owned(), "on".to_owned())].into(),
         };
         let factory = comm_p2p::P2pFactory;
         let own = factory.probe(&context).unwrap();

@@ -8,7 +8,7 @@ use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::sync::{Mutex, PoisonError};
 
 use comm_core::{CommError, DeviceAddr, Result};
-use comm_kernels::raw::check;
+use comm_kernels::raw::{Current, check};
 use cudarc::driver::sys;
 use serde::{Deserialize, Serialize};
 
@@ -133,6 +133,9 @@ impl Drop for Opened {
 /// Lets kernels of the current context use addresses of device `ordinal`'s primary context. It stays so: others in the
 /// process may rely on it as well.
 fn enable_peer(ordinal: usize) -> Result<()> {
+    // Dropping a context makes it current. Declared first, so that this puts the caller's back after that: the next
+    // peer would otherwise be opened to this peer instead of to the caller.
+    let _current = Current::remember()?;
     let peer = comm_kernels::raw::context(ordinal)?;
     // SAFETY: the context is live: it is held until after the call, and primary contexts are shared.
     match unsafe { sys::cuCtxEnablePeerAccess(peer.cu_ctx(), 0) } {
