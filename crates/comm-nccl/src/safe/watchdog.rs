@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use comm_core::{CommError, Deadline, OpKind, Result};
 use comm_kernels::exit;
 
+use super::diagnose::may_come_from_a_peer;
 use super::state::{Native, Pause, Shared, lock};
 use super::track::Progress;
 use crate::driver::{self, Current};
@@ -117,6 +118,35 @@ fn look(shared: &Shared) {
         Ok(Progress::Overdue(issued, waited)) => drop(shared.overdue(issued, waited)),
         Ok(_) => {}
         Err(error) => drop(shared.blame(error)),
+    }
+}
+
+/// Declares an error of the device's that the watchdog has not seen yet, while the other ranks can still be told: once
+/// the handle has been dropped they would take this rank for one that left. Waits for nothing but the lock, and briefly.
+pub(crate) fn report_last(shared: &Shared) {
+    if shared.healthy().is_err() {
+        return;
+    }
+    let deadline = Deadline::after(INTERVAL);
+    let found = Current::enter(&shared.base.context).and_then(|_current| {
+        loop {
+            let mut native = match shared.native.try_lock() {
+                Ok(native) => native,
+                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) if deadline.has_passed() => return Ok(()),
+                Err(TryLockError::WouldBlock) => {
+                    std::thread::sleep(Duration::from_micros(50));
+                    continue;
+                }
+            };
+            return inspect(shared, &mut native).map(drop);
+        }
+    });
+    // An error that may come from a peer is left to the watchdog, which waits for the peer's name.
+    if let Err(error) = found
+        && !may_come_from_a_peer(&error)
+    {
+        shared.fail(error);
     }
 }
 
