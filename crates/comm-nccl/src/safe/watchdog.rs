@@ -178,14 +178,18 @@ fn end(shared: &Shared, collective: bool, timeout: Duration) -> Result<()> {
         abort(shared);
         return Err(cause);
     }
-    let mut native = lock(&shared.native);
-    let comm = std::mem::replace(&mut native.comm, std::ptr::null_mut());
-    give_back_buffers(shared, &mut native, comm);
+    let comm = {
+        let mut native = lock(&shared.native);
+        let comm = std::mem::replace(&mut native.comm, std::ptr::null_mut());
+        give_back_buffers(shared, &mut native, comm);
+        comm
+    };
+    // Without the lock, so that a call that came just too late is refused and does not wait for NCCL.
     if !comm.is_null() {
-        // SAFETY: the communicator has been flushed, is not used again, and the lock is held.
+        // SAFETY: the communicator has been flushed, and was taken out under the lock, so this thread alone has it.
         let _ = unsafe { shared.base.library.comm_destroy(comm) }?;
     }
-    give_back_scratch(shared, &mut native);
+    give_back_scratch(shared, &mut lock(&shared.native));
     Ok(())
 }
 
@@ -242,14 +246,15 @@ fn flush(shared: &Shared, deadline: Deadline) -> Result<()> {
 fn abort(shared: &Shared) {
     let start = Instant::now();
     // Calls see the failure between two looks at NCCL, so the lock is free within microseconds.
-    let mut native = lock(&shared.native);
-    let comm = std::mem::replace(&mut native.comm, std::ptr::null_mut());
+    let comm = std::mem::replace(&mut lock(&shared.native).comm, std::ptr::null_mut());
+    // Without the lock, so that a call that came just too late is refused and does not wait for NCCL.
     if !comm.is_null() {
-        // SAFETY: the lock is held, so no other thread is inside NCCL with the communicator; it is not used again.
+        // SAFETY: it was taken out under the lock, so no other thread is inside NCCL with it, nor can be again.
         if let Err(error) = unsafe { shared.base.library.comm_abort(comm) }.map(drop) {
             tracing::warn!(comm = shared.info.name, %error, "aborting a communicator");
         }
     }
+    let mut native = lock(&shared.native);
     // Registrations went with the communicator; allocations did not.
     give_back_buffers(shared, &mut native, std::ptr::null_mut());
     give_back_scratch(shared, &mut native);
