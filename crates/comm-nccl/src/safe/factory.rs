@@ -14,7 +14,7 @@ use crate::driver;
 use crate::result::NcclLibrary;
 
 /// Raised when ranks of different builds would no longer understand each other's facts or reports.
-const PROTOCOL: u32 = 2;
+const PROTOCOL: u32 = 3;
 
 /// Makes communicators over NCCL.
 ///
@@ -22,7 +22,8 @@ const PROTOCOL: u32 = 2;
 /// captured work is not watched for time-outs, which the capabilities' fact `nccl.watch_graphs` says.
 ///
 /// # Options
-/// From [`CreateContext::options`], all optional, all whole numbers unless said otherwise, the same on all ranks:
+/// From [`CreateContext::options`], all optional, all whole numbers unless said otherwise. Ranks whose options
+/// differ get no communicator:
 ///
 /// | name | meaning |
 /// |---|---|
@@ -142,6 +143,7 @@ impl BackendFactory for NcclFactory {
             (fact::HOST, host_name()),
             (fact::KERNELS, kernels),
             (fact::WATCH, watch.to_owned()),
+            (fact::OPTIONS, options.describe()),
         ];
         Ok(Capability {
             protocol: PROTOCOL,
