@@ -164,7 +164,7 @@ fn inspect(shared: &Shared, native: &mut Native) -> Result<Progress> {
 /// Ends a healthy communicator: lets its work finish, flushes it and gives everything back.
 fn end(shared: &Shared, collective: bool, timeout: Duration) -> Result<()> {
     let deadline = Deadline::after(timeout);
-    let ended = drain(shared, deadline).and_then(|()| {
+    let ended = drain(shared, deadline, OpKind::Close).and_then(|()| {
         if collective {
             let control = shared.hosts()?.control;
             control.barrier(deadline).map_err(|e| shared.relocate(e, Some(OpKind::Close)))?;
@@ -193,8 +193,16 @@ fn end(shared: &Shared, collective: bool, timeout: Duration) -> Result<()> {
     Ok(())
 }
 
+/// Waits for enqueued work on behalf of a call, within the communicator's timeout. The context is current.
+pub(crate) fn quiesce(shared: &Shared, op: OpKind) -> Result<()> {
+    drain(shared, Deadline::after(shared.base.timeout), op).map_err(|error| match error {
+        error @ (CommError::Cuda { .. } | CommError::Backend { .. }) => shared.blame(error),
+        other => other,
+    })
+}
+
 /// Waits for enqueued work.
-fn drain(shared: &Shared, deadline: Deadline) -> Result<()> {
+fn drain(shared: &Shared, deadline: Deadline, op: OpKind) -> Result<()> {
     loop {
         shared.observe()?;
         if shared.has_failed() {
@@ -209,7 +217,7 @@ fn drain(shared: &Shared, deadline: Deadline) -> Result<()> {
             Progress::Overdue(issued, waited) => return Err(shared.overdue(issued, waited)),
             Progress::Pending if deadline.has_passed() => {
                 return Err(CommError::Timeout {
-                    at: shared.at(OpKind::Close, shared.seq()),
+                    at: shared.at(op, shared.seq()),
                     missing: Vec::new(),
                     waited: deadline.elapsed(),
                 });
