@@ -61,14 +61,14 @@ impl fmt::Debug for NcclLibrary {
 }
 
 impl NcclLibrary {
-    /// Finds and loads the library: the file that `COMM_NCCL_LIBRARY` names, if it is set; otherwise `libnccl.so.2` on
+    /// Finds and loads the library: the file that `COMM_NCCL_LIBRARY` names, if it is set and not empty; otherwise `libnccl.so.2` on
     /// the loader's path, then NVIDIA's wheel in the active virtual or Conda environment, then wherever `python3` finds
     /// that wheel.
     ///
     /// # Errors
     /// [`CommError::Library`] that lists what was tried, or names the symbol that the library lacks.
     pub fn load() -> Result<Arc<Self>> {
-        if let Some(path) = std::env::var_os(search::VARIABLE) {
+        if let Some(path) = std::env::var_os(search::VARIABLE).filter(|path| !path.is_empty()) {
             return Self::open(Path::new(&path));
         }
         let mut tried = Vec::new();
@@ -120,7 +120,7 @@ impl NcclLibrary {
             |reason: String| CommError::Library { library: path.display().to_string().into(), reason };
         // SAFETY: loading NCCL runs its initialisers, which only set up tables. A file that is not NCCL is the fault of
         // whoever named it.
-        let library = unsafe { Library::new(path) }.map_err(|error| failed(error.to_string()))?;
+        let library = unsafe { Library::new(path) }.map_err(|error| failed(with_cause(&error)))?;
         let version = version(&library).map_err(failed)?;
         // SAFETY: the file has just answered NCCL's version query, so its `nccl` symbols are NCCL's.
         let api = unsafe { Api::load(&library) }.map_err(|symbol| {
@@ -182,6 +182,15 @@ impl NcclLibrary {
     }
 }
 
+/// An error's words and its cause's: the loader's own words are the cause of what the wrapper says.
+fn with_cause(error: &dyn std::error::Error) -> String {
+    let words = error.to_string();
+    match error.source().map(ToString::to_string) {
+        Some(cause) if !words.contains(&cause) => format!("{words}: {cause}"),
+        _ => words,
+    }
+}
+
 /// Copies a C string that may be null.
 ///
 /// # Safety
@@ -224,6 +233,7 @@ mod tests {
     fn a_file_that_is_missing_or_not_nccl_says_so() {
         let missing = NcclLibrary::open(Path::new("/nonexistent/libnccl.so.2")).unwrap_err().to_string();
         assert!(missing.contains("/nonexistent/libnccl.so.2"), "{missing}");
+        assert!(missing.contains("No such file"), "{missing}");
         let other = NcclLibrary::open(Path::new("libc.so.6")).unwrap_err().to_string();
         assert!(other.contains("ncclGetVersion"), "{other}");
     }

@@ -9,6 +9,7 @@ use comm_core::{
 };
 
 use super::state::{Shared, lock};
+use super::watchdog;
 
 /// A communicator over NCCL.
 ///
@@ -76,6 +77,8 @@ impl NcclComm {
 
 impl Drop for NcclComm {
     fn drop(&mut self) {
+        // The caller may have met an error of its device, and drop for that, before the watchdog has seen it.
+        watchdog::report_last(&self.shared);
         lock(&self.shared.ending).dropped = true;
         self.shared.changed.notify_all();
         // On this thread, because a host communicator may tell a death from a departure by the thread that drops it.

@@ -71,6 +71,15 @@ fn laggards(reports: &[Option<Report>]) -> Vec<usize> {
     reports.iter().enumerate().filter(|(_, report)| behind(report)).map(|(rank, _)| rank).collect()
 }
 
+/// Whether a peer's end may be what NCCL reports.
+pub(crate) fn may_come_from_a_peer(error: &CommError) -> bool {
+    matches!(
+        error,
+        CommError::Backend { code, .. }
+            if *code == i64::from(sys::REMOTE_ERROR) || *code == i64::from(sys::SYSTEM_ERROR)
+    )
+}
+
 impl Shared {
     /// Declares failure because `issued` has not ended in time, and returns the cause.
     pub(crate) fn overdue(&self, issued: Issued, waited: Duration) -> CommError {
@@ -127,11 +136,7 @@ impl Shared {
     /// Declares failure because NCCL or the device reported an error, and returns the cause. NCCL may see a peer's
     /// sockets close before the host side knows of its death, so errors that may come from that wait for a name.
     pub(crate) fn blame(&self, error: CommError) -> CommError {
-        let from_peer = matches!(
-            &error,
-            CommError::Backend { code, .. }
-                if *code == i64::from(sys::REMOTE_ERROR) || *code == i64::from(sys::SYSTEM_ERROR)
-        );
+        let from_peer = may_come_from_a_peer(&error);
         let start = Instant::now();
         while from_peer && !self.has_failed() && start.elapsed() < NAME_TIME {
             if let Err(cause) = self.observe() {
@@ -148,7 +153,9 @@ impl Shared {
         // communicator may tell a death from a departure by the thread that drops it.
         let hosts = lock(&self.hosts);
         let Some(hosts) = &*hosts else { return Ok(()) };
-        let found = hosts.parent.iter().chain([&hosts.control]).find_map(|host| host.poll().err());
+        let found = hosts.parent.iter().chain([&hosts.control]).filter_map(|host| host.poll().err());
+        // A rank that reports its failure may end right after; what it reported says more than its death.
+        let found = found.min_by_key(|error| matches!(error, CommError::PeerDied { .. }));
         found.map_or(Ok(()), |error| Err(self.relocate(error, None)))
     }
 

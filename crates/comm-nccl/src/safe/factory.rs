@@ -14,15 +14,22 @@ use crate::driver;
 use crate::result::NcclLibrary;
 
 /// Raised when ranks of different builds would no longer understand each other's facts or reports.
-const PROTOCOL: u32 = 2;
+const PROTOCOL: u32 = 3;
 
 /// Makes communicators over NCCL.
 ///
 /// Where a rank has no compiled kernels, communicators are made without the fused norms, and `supports` says why; and
 /// captured work is not watched for time-outs, which the capabilities' fact `nccl.watch_graphs` says.
 ///
+/// # Timeout
+/// A call that is not captured has [`CreateContext::timeout`] from when it is enqueued, or from when the communicator's
+/// call before it was through, whichever is later. What the caller enqueued ahead of it on the stream counts too: choose
+/// a timeout longer than the longest work between two calls, or calls behind such work end in a time-out that names ranks
+/// which are only computing. A captured call's time begins when the replay reaches it.
+///
 /// # Options
-/// From [`CreateContext::options`], all optional, all whole numbers unless said otherwise, the same on all ranks:
+/// From [`CreateContext::options`], all optional, all whole numbers unless said otherwise. Ranks whose options
+/// differ get no communicator:
 ///
 /// | name | meaning |
 /// |---|---|
@@ -142,6 +149,7 @@ impl BackendFactory for NcclFactory {
             (fact::HOST, host_name()),
             (fact::KERNELS, kernels),
             (fact::WATCH, watch.to_owned()),
+            (fact::OPTIONS, options.describe()),
         ];
         Ok(Capability {
             protocol: PROTOCOL,

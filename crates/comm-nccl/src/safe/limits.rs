@@ -17,6 +17,8 @@ pub(crate) mod fact {
     pub(crate) const KERNELS: &str = "kernels";
     /// `on`, or why captured work cannot be watched.
     pub(crate) const WATCH: &str = "nccl.watch_graphs";
+    /// All options in effect, in words that are equal where the options are.
+    pub(crate) const OPTIONS: &str = "nccl.options";
 }
 
 /// What [`fact::WATCH`] says when captured work can be watched.
@@ -39,8 +41,9 @@ pub(crate) struct Limits {
 }
 
 impl Limits {
-    /// From all ranks' facts, which must not name a GPU twice.
+    /// From all ranks' facts, which must not name a GPU twice, nor differ in options.
     pub(crate) fn agree(capabilities: &[Capability]) -> Result<Self> {
+        let mut first_options = None;
         let mut owners: BTreeMap<&str, usize> = BTreeMap::new();
         let mut limits =
             Self { version: Version::new(u32::MAX, 0, 0), compute: u32::MAX, norm: None, watch_graphs: true };
@@ -63,6 +66,16 @@ impl Limits {
                         "ranks {other} and {rank} (on {}) both use GPU {gpu}, but NCCL needs one per rank; give \
                          them different devices",
                         get(fact::HOST)?
+                    ),
+                ));
+            }
+            let options = get(fact::OPTIONS)?;
+            let first = *first_options.get_or_insert(options);
+            if options != first {
+                return Err(CommError::invalid(
+                    "options",
+                    format!(
+                        "rank 0 has [{first}], but rank {rank} has [{options}]; give all ranks the same options"
                     ),
                 ));
             }
@@ -181,6 +194,7 @@ mod tests {
             (fact::COMPUTE, compute.to_string()),
             (fact::HOST, "node".to_owned()),
             (fact::KERNELS, norm.to_owned()),
+            (fact::OPTIONS, "max_ctas=8".to_owned()),
             (fact::WATCH, if norm.is_empty() { WATCHED } else { "no kernels" }.to_owned()),
         ];
         Capability { protocol: 1, facts: facts.map(|(k, v)| (k.to_owned(), v)).into() }
@@ -192,6 +206,15 @@ mod tests {
             [capability("a", 22809, 90, ""), capability("b", 22809, 90, ""), capability("a", 22809, 90, "")];
         let message = Limits::agree(&ranks).unwrap_err().to_string();
         assert!(message.contains("ranks 0 and 2") && message.contains("GPU a"), "{message}");
+    }
+
+    #[test]
+    fn a_rank_with_other_options_is_named() {
+        let mut ranks = [capability("a", 22809, 90, ""), capability("b", 22809, 90, "")];
+        assert!(Limits::agree(&ranks).is_ok());
+        ranks[1].facts.insert(fact::OPTIONS.to_owned(), "max_ctas=16".to_owned());
+        let message = Limits::agree(&ranks).unwrap_err().to_string();
+        assert!(message.contains("rank 1 has [max_ctas=16]"), "{message}");
     }
 
     #[test]

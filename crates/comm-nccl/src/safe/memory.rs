@@ -7,6 +7,8 @@ use comm_core::{CommError, DeviceAddr, HostCommExt, OpKind, Registration, Result
 
 use super::comm::NcclComm;
 use super::state::{Hosts, Shared};
+use super::watchdog;
+use crate::driver::Current;
 use crate::result::NcclLibrary;
 use crate::sys;
 
@@ -125,6 +127,10 @@ impl NcclComm {
     /// No work uses the allocation.
     pub(super) unsafe fn free_buffer(&self, addr: DeviceAddr) -> Result<()> {
         let shared = self.shared();
+        shared.healthy()?;
+        // Freeing waits inside the driver for the device's work. That wait is watched here, where it can be.
+        let _current = Current::enter(&shared.base.context).map_err(|error| shared.fail(error))?;
+        watchdog::quiesce(shared, OpKind::Free)?;
         let mut call = shared.begin(OpKind::Free)?;
         let allocation = call.native.buffers.allocations.remove(&addr.0).ok_or_else(|| {
             CommError::invalid(
@@ -141,8 +147,10 @@ impl NcclComm {
             // work uses it.
             call.fatal(unsafe { library.comm_deregister(comm, allocation.handle) })?;
         }
+        // So that the watchdog can look while the driver frees.
+        drop(call);
         // SAFETY: the address is from `mem_alloc` and has just left the table.
-        call.fatal(unsafe { library.mem_free(addr) })
+        unsafe { library.mem_free(addr) }.map_err(|error| shared.fail(error))
     }
 
     /// # Safety

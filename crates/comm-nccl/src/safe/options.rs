@@ -47,6 +47,26 @@ impl Options {
         })
     }
 
+    /// All settings in words, equal where the settings are.
+    pub(crate) fn describe(&self) -> String {
+        let given = |name: &str, value: Option<c_int>| value.map(|value| format!("{name}={value}"));
+        let net_name = self.net_name.as_ref().map(|name| format!("net_name={}", name.to_string_lossy()));
+        let always = [
+            format!("staging_bytes={}", self.staging_bytes),
+            format!("watch_graphs={}", if self.watch_graphs { "on" } else { "off" }),
+        ];
+        let settings = [
+            given("min_ctas", self.min_ctas),
+            given("max_ctas", self.max_ctas),
+            given("cga_cluster_size", self.cga_cluster_size),
+            given("traffic_class", self.traffic_class),
+            given("cta_policy", self.cta_policy),
+            given("split_share", self.split_share),
+            net_name,
+        ];
+        settings.into_iter().flatten().chain(always).collect::<Vec<_>>().join(", ")
+    }
+
     /// The configuration that NCCL gets. It points into `self`.
     pub(crate) fn config(&self) -> Config {
         let mut config = Config::new();
@@ -103,6 +123,7 @@ mod tests {
         let config = parsed.config();
         assert_eq!((config.blocking, config.max_ctas, config.min_ctas), (0, 8, UNDEFINED));
         assert!(!config.net_name.is_null());
+        assert_eq!(parsed.describe(), "max_ctas=8, net_name=Socket, staging_bytes=8388608, watch_graphs=on");
         let wrong = BTreeMap::from([("nccl.min_ctas".to_owned(), "many".to_owned())]);
         let message = Options::parse(&wrong).unwrap_err().to_string();
         assert!(message.contains("nccl.min_ctas") && message.contains("many"), "{message}");

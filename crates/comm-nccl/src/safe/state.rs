@@ -205,6 +205,8 @@ impl Shared {
     /// Declares the communicator lost and returns the cause, which is the first one declared. Tells the other ranks if
     /// the cause arose here. Never blocks.
     pub(crate) fn fail(&self, error: CommError) -> CommError {
+        // Held until the others have been told, so that a drop meanwhile cannot take the host communicators away first.
+        let hosts = lock(&self.hosts);
         let cause = {
             let mut failure = lock(&self.failure);
             if let Some(first) = &*failure {
@@ -214,8 +216,7 @@ impl Shared {
             self.state.store(FAILED, Ordering::Release);
             error
         };
-        let control = lock(&self.hosts).as_ref().map(|hosts| hosts.control.clone());
-        if let Some(control) = control {
+        if let Some(Hosts { control, .. }) = &*hosts {
             match &cause {
                 // The others see a death, or a failure reported by its own rank, for themselves.
                 CommError::PeerDied { .. } | CommError::PeerFailed { .. } | CommError::Closed { .. } => {}
@@ -223,6 +224,7 @@ impl Shared {
                 local => control.report_failure(local),
             }
         }
+        drop(hosts);
         tracing::warn!(comm = self.info.name, rank = self.info.rank, %cause, "communicator failed");
         // Under the lock, so that a watchdog between its check and its wait cannot miss it.
         drop(lock(&self.ending));

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use comm_core::{CommError, Deadline, OpKind, Result};
 use comm_kernels::exit;
 
+use super::diagnose::may_come_from_a_peer;
 use super::state::{Native, Pause, Shared, lock};
 use super::track::Progress;
 use crate::driver::{self, Current};
@@ -120,6 +121,35 @@ fn look(shared: &Shared) {
     }
 }
 
+/// Declares an error of the device's that the watchdog has not seen yet, while the other ranks can still be told: once
+/// the handle has been dropped they would take this rank for one that left. Waits for nothing but the lock, and briefly.
+pub(crate) fn report_last(shared: &Shared) {
+    if shared.healthy().is_err() {
+        return;
+    }
+    let deadline = Deadline::after(INTERVAL);
+    let found = Current::enter(&shared.base.context).and_then(|_current| {
+        loop {
+            let mut native = match shared.native.try_lock() {
+                Ok(native) => native,
+                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) if deadline.has_passed() => return Ok(()),
+                Err(TryLockError::WouldBlock) => {
+                    std::thread::sleep(Duration::from_micros(50));
+                    continue;
+                }
+            };
+            return inspect(shared, &mut native).map(drop);
+        }
+    });
+    // An error that may come from a peer is left to the watchdog, which waits for the peer's name.
+    if let Err(error) = found
+        && !may_come_from_a_peer(&error)
+    {
+        shared.fail(error);
+    }
+}
+
 fn inspect(shared: &Shared, native: &mut Native) -> Result<Progress> {
     if !native.comm.is_null() {
         // SAFETY: the communicator is live and the lock is held.
@@ -134,7 +164,7 @@ fn inspect(shared: &Shared, native: &mut Native) -> Result<Progress> {
 /// Ends a healthy communicator: lets its work finish, flushes it and gives everything back.
 fn end(shared: &Shared, collective: bool, timeout: Duration) -> Result<()> {
     let deadline = Deadline::after(timeout);
-    let ended = drain(shared, deadline).and_then(|()| {
+    let ended = drain(shared, deadline, OpKind::Close).and_then(|()| {
         if collective {
             let control = shared.hosts()?.control;
             control.barrier(deadline).map_err(|e| shared.relocate(e, Some(OpKind::Close)))?;
@@ -148,19 +178,31 @@ fn end(shared: &Shared, collective: bool, timeout: Duration) -> Result<()> {
         abort(shared);
         return Err(cause);
     }
-    let mut native = lock(&shared.native);
-    let comm = std::mem::replace(&mut native.comm, std::ptr::null_mut());
-    give_back_buffers(shared, &mut native, comm);
+    let comm = {
+        let mut native = lock(&shared.native);
+        let comm = std::mem::replace(&mut native.comm, std::ptr::null_mut());
+        give_back_buffers(shared, &mut native, comm);
+        comm
+    };
+    // Without the lock, so that a call that came just too late is refused and does not wait for NCCL.
     if !comm.is_null() {
-        // SAFETY: the communicator has been flushed, is not used again, and the lock is held.
+        // SAFETY: the communicator has been flushed, and was taken out under the lock, so this thread alone has it.
         let _ = unsafe { shared.base.library.comm_destroy(comm) }?;
     }
-    give_back_scratch(shared, &mut native);
+    give_back_scratch(shared, &mut lock(&shared.native));
     Ok(())
 }
 
+/// Waits for enqueued work on behalf of a call, within the communicator's timeout. The context is current.
+pub(crate) fn quiesce(shared: &Shared, op: OpKind) -> Result<()> {
+    drain(shared, Deadline::after(shared.base.timeout), op).map_err(|error| match error {
+        error @ (CommError::Cuda { .. } | CommError::Backend { .. }) => shared.blame(error),
+        other => other,
+    })
+}
+
 /// Waits for enqueued work.
-fn drain(shared: &Shared, deadline: Deadline) -> Result<()> {
+fn drain(shared: &Shared, deadline: Deadline, op: OpKind) -> Result<()> {
     loop {
         shared.observe()?;
         if shared.has_failed() {
@@ -175,7 +217,7 @@ fn drain(shared: &Shared, deadline: Deadline) -> Result<()> {
             Progress::Overdue(issued, waited) => return Err(shared.overdue(issued, waited)),
             Progress::Pending if deadline.has_passed() => {
                 return Err(CommError::Timeout {
-                    at: shared.at(OpKind::Close, shared.seq()),
+                    at: shared.at(op, shared.seq()),
                     missing: Vec::new(),
                     waited: deadline.elapsed(),
                 });
@@ -212,14 +254,15 @@ fn flush(shared: &Shared, deadline: Deadline) -> Result<()> {
 fn abort(shared: &Shared) {
     let start = Instant::now();
     // Calls see the failure between two looks at NCCL, so the lock is free within microseconds.
-    let mut native = lock(&shared.native);
-    let comm = std::mem::replace(&mut native.comm, std::ptr::null_mut());
+    let comm = std::mem::replace(&mut lock(&shared.native).comm, std::ptr::null_mut());
+    // Without the lock, so that a call that came just too late is refused and does not wait for NCCL.
     if !comm.is_null() {
-        // SAFETY: the lock is held, so no other thread is inside NCCL with the communicator; it is not used again.
+        // SAFETY: it was taken out under the lock, so no other thread is inside NCCL with it, nor can be again.
         if let Err(error) = unsafe { shared.base.library.comm_abort(comm) }.map(drop) {
             tracing::warn!(comm = shared.info.name, %error, "aborting a communicator");
         }
     }
+    let mut native = lock(&shared.native);
     // Registrations went with the communicator; allocations did not.
     give_back_buffers(shared, &mut native, std::ptr::null_mut());
     give_back_scratch(shared, &mut native);
