@@ -1,7 +1,7 @@
 //! Finding the compiled kernels at run time.
 //!
 //! Looked for in this order, the first that is there counts: the folder `COMM_KERNELS_DIR`; what was embedded when
-//! this crate was built; `kernels/` beside the running program (a bundle); `target/kernels` of a checkout, upward from
+//! this crate was built; `kernels/` beside the running program or beside its folder (a bundle); `target/kernels` of a checkout, upward from
 //! the program and from the current directory. Kernels found but built from other sources than this crate are an
 //! error, never passed over.
 
@@ -181,8 +181,8 @@ impl Search<'_> {
             return parse(text.as_bytes(), Origin::Embedded);
         }
         let mut folders = Vec::new();
-        if let Some(dir) = self.exe.and_then(Path::parent) {
-            folders.push(dir.join("kernels"));
+        if let Some(exe) = self.exe {
+            folders.extend(exe.ancestors().skip(1).take(2).map(|dir| dir.join("kernels")));
         }
         for start in [self.exe, self.cwd].into_iter().flatten() {
             // Only a checkout or the target folder of one has `target/kernels`.
