@@ -1,5 +1,6 @@
 //! Embeds compiled kernels, where there are any: those of `COMM_KERNELS_DIR`, or those that `cargo xtask kernels` left
-//! in the target folder. Without them the crate compiles just the same, and looks for kernels at run time.
+//! in the target folder. Without them the crate compiles just the same, and looks for kernels at run time; so it does
+//! with `COMM_KERNELS_EMBED=0`, for programs that lie beside one copy of the kernels that they share.
 
 use std::env;
 use std::error::Error;
@@ -18,6 +19,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=src/manifest.rs");
     println!("cargo::rerun-if-changed=cuda");
     println!("cargo::rerun-if-env-changed=COMM_KERNELS_DIR");
+    println!("cargo::rerun-if-env-changed=COMM_KERNELS_EMBED");
 
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
     let package = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").ok_or("CARGO_MANIFEST_DIR is not set")?);
@@ -25,7 +27,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rustc-env=COMM_KERNELS_SOURCES_SHA256={fingerprint}");
 
     let mut code = None;
-    if let Some(dir) = kernels_dir(&out, &package) {
+    let wanted = env::var_os("COMM_KERNELS_EMBED").is_none_or(|value| value != "0");
+    if wanted && let Some(dir) = kernels_dir(&out, &package) {
         println!("cargo::rerun-if-changed={}", dir.display());
         match embed(&dir, &fingerprint, &out) {
             Ok(embedded) => code = embedded,

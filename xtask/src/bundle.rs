@@ -3,8 +3,8 @@
 //! ```text
 //! bundle/run            a script that sets the environment and starts the runner: ./run test-gpus --world 2,4,8
 //! bundle/runner         this program
-//! bundle/tests/         GPU test programs, run by test-gpus
-//! bundle/kernels/       compiled kernels
+//! bundle/tests/         GPU test programs named <package>__<test>, run by test-gpus
+//! bundle/kernels/       compiled kernels; the programs embed none, so that these are all there are
 //! bundle/targets/       bench targets
 //! ```
 
@@ -14,14 +14,13 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use comm_kernels::locate::{KernelSet, Origin};
 
 use crate::bench::human;
 use crate::kernels;
 use crate::launch::MULTICAST_OFF;
 
 /// What a bundle may weigh.
-const LIMIT: u64 = 64 << 20;
+const LIMIT: u64 = 30 << 20;
 
 /// Options of `cargo xtask bundle`.
 #[derive(Args, Debug)]
@@ -49,6 +48,8 @@ pub fn run(args: &BundleArgs) -> Result<()> {
         );
         std::fs::remove_dir_all(out).with_context(|| format!("removing the old {}", out.display()))?;
     }
+    // Before the long build, which would be for nothing if they cannot be had.
+    let compiled = if args.no_kernels { None } else { Some(kernels::ready_to_ship()?) };
     std::fs::create_dir_all(out.join("tests")).with_context(|| format!("creating {}", out.display()))?;
 
     let runner = build(&["build", "--release", "--package", "xtask", "--bin", "xtask"], |artifact| {
@@ -62,14 +63,14 @@ pub fn run(args: &BundleArgs) -> Result<()> {
             artifact["target"]["kind"][0] == "test"
                 && artifact["target"]["name"].as_str().is_some_and(is_gpu_test)
         })?;
-    for (name, path) in &tests {
-        copy(path, &out.join("tests").join(name))?;
+    for (program, path) in &tests {
+        let to = out.join("tests").join(program);
+        ensure!(!to.exists(), "two test programs are named {program}; rename one of them");
+        copy(path, &to)?;
     }
-
-    if args.no_kernels {
-        println!("kernels are left out: tests and benchmarks that need them will say so");
-    } else {
-        copy_kernels(&out.join("kernels"))?;
+    match &compiled {
+        Some(folder) => copy_folder(folder, &out.join("kernels"))?,
+        None => println!("kernels are left out: tests and benchmarks that need them will say so"),
     }
     // Whatever folder of the workspace the command is given in.
     copy_folder(&kernels::workspace().join("bench/targets"), &out.join("targets"))?;
@@ -86,12 +87,25 @@ fn is_gpu_test(name: &str) -> bool {
     name.starts_with("gpu_") || name == "gpu"
 }
 
-/// Runs cargo and returns the name and path of the programs it made that `wanted` selects.
+/// The name of a test program in a bundle: packages may have tests of the same name.
+///
+/// A package's id is a URL that ends with `#name@version`, or with `folder#version` where the folder has its name.
+fn bundled_name(package_id: &str, target: &str) -> String {
+    let (url, fragment) = package_id.rsplit_once('#').unwrap_or((package_id, ""));
+    let package = match fragment.split_once('@') {
+        Some((name, _)) => name,
+        None => url.rsplit('/').next().unwrap_or(url),
+    };
+    format!("{package}__{target}")
+}
+
+/// Runs cargo and returns the bundled name and the path of the programs it made that `wanted` selects.
 fn build(args: &[&str], wanted: impl Fn(&serde_json::Value) -> bool) -> Result<Vec<(String, PathBuf)>> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let output = Command::new(&cargo)
         .args(args)
         .arg("--message-format=json-render-diagnostics")
+        .env("COMM_KERNELS_EMBED", "0")
         .env("CARGO_PROFILE_RELEASE_DEBUG", "false")
         .env("CARGO_PROFILE_RELEASE_STRIP", "symbols")
         .stdin(Stdio::null())
@@ -105,24 +119,13 @@ fn build(args: &[&str], wanted: impl Fn(&serde_json::Value) -> bool) -> Result<V
         if message["reason"] == "compiler-artifact"
             && wanted(&message)
             && let Some(name) = message["target"]["name"].as_str()
+            && let Some(package) = message["package_id"].as_str()
             && let Some(path) = message["executable"].as_str()
         {
-            programs.push((name.to_owned(), PathBuf::from(path)));
+            programs.push((bundled_name(package, name), PathBuf::from(path)));
         }
     }
     Ok(programs)
-}
-
-fn copy_kernels(to: &Path) -> Result<()> {
-    let set = KernelSet::locate().context("the bundle's kernels (--no-kernels leaves them out)")?;
-    match set.origin() {
-        Origin::Folder(folder) => copy_folder(folder, to),
-        Origin::Embedded => {
-            // Embedded ones are in the runner and in the tests already.
-            println!("kernels are embedded in the runner");
-            Ok(())
-        }
-    }
 }
 
 fn copy(from: &Path, to: &Path) -> Result<()> {
@@ -201,6 +204,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         copy_folder(&kernels::workspace().join("bench/targets"), dir.path()).unwrap();
         assert!(dir.path().join("8xh200.json").is_file());
+    }
+
+    #[test]
+    fn tests_of_one_name_in_two_packages_stay_apart() {
+        let name = |id| bundled_name(id, "gpu_faults");
+        assert_eq!(name("path+file:///src/crates/comm-nccl#0.1.0"), "comm-nccl__gpu_faults");
+        assert_eq!(name("path+file:///src/crates/p2p#comm-p2p@0.1.0"), "comm-p2p__gpu_faults");
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! Finding the compiled kernels at run time.
 //!
 //! Looked for in this order, the first that is there counts: the folder `COMM_KERNELS_DIR`; what was embedded when
-//! this crate was built; `kernels/` beside the running program (a bundle); `target/kernels` of a checkout, upward from
-//! the program and from the current directory. Kernels found but built from other sources than this crate are an
+//! this crate was built; `kernels/` beside the running program or beside its folder (a bundle); `target/kernels` of a checkout, upward from
+//! the program and from the current directory. In the folders of the last two, kernels count only if their manifest
+//! belongs to the user, to root or to the program's owner and not all may write it: a folder upward of the current one
+//! (`/tmp`, say) could be anyone's, and kernels are code. Kernels found but built from other sources than this crate are an
 //! error, never passed over.
 
 use std::borrow::Cow;
@@ -10,6 +12,8 @@ use std::collections::HashSet;
 use std::env;
 use std::fmt;
 use std::fs;
+use std::io::Read as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use comm_core::{CommError, Result};
@@ -65,6 +69,7 @@ impl KernelSet {
             embedded: embedded::MANIFEST,
             exe: exe.as_deref(),
             cwd: cwd.as_deref(),
+            user: rustix::process::geteuid().as_raw(),
         }
         .run()
     }
@@ -164,14 +169,15 @@ struct Search<'a> {
     embedded: Option<&'static str>,
     exe: Option<&'a Path>,
     cwd: Option<&'a Path>,
+    user: u32,
 }
 
 impl Search<'_> {
     fn run(self) -> Result<KernelSet> {
         if let Some(dir) = self.variable {
-            return match read(&dir)? {
-                Some(set) => Ok(set),
-                None => Err(unusable(format!(
+            return match read(&dir, |_| Ok(()))? {
+                Some(Found::Set(set)) => Ok(set),
+                _ => Err(unusable(format!(
                     "{VARIABLE} is {}, where there is no {FILE_NAME}; {WHAT_TO_DO}",
                     dir.display()
                 ))),
@@ -181,8 +187,8 @@ impl Search<'_> {
             return parse(text.as_bytes(), Origin::Embedded);
         }
         let mut folders = Vec::new();
-        if let Some(dir) = self.exe.and_then(Path::parent) {
-            folders.push(dir.join("kernels"));
+        if let Some(exe) = self.exe {
+            folders.extend(exe.ancestors().skip(1).take(2).map(|dir| dir.join("kernels")));
         }
         for start in [self.exe, self.cwd].into_iter().flatten() {
             // Only a checkout or the target folder of one has `target/kernels`.
@@ -190,24 +196,59 @@ impl Search<'_> {
         }
         let mut seen = HashSet::new();
         folders.retain(|dir| seen.insert(dir.clone()));
+        // Whoever owns the program could have put any kernels into it.
+        let owner = self.exe.and_then(|exe| fs::metadata(exe).ok()).map(|meta| meta.uid());
+        let trusted = |meta: &fs::Metadata| {
+            let uid = meta.uid();
+            if uid != self.user && uid != 0 && Some(uid) != owner {
+                return Err(format!("it belongs to another user ({uid})"));
+            }
+            if meta.mode() & 0o002 != 0 { Err("everyone may write it".to_owned()) } else { Ok(()) }
+        };
+        let mut skipped = String::new();
         for dir in &folders {
-            if let Some(set) = read(dir)? {
-                return Ok(set);
+            match read(dir, trusted)? {
+                Some(Found::Set(set)) => return Ok(set),
+                Some(Found::Untrusted(why)) => {
+                    skipped += &format!("; {} was passed over: {why}", dir.join(FILE_NAME).display());
+                }
+                None => {}
             }
         }
         let searched: Vec<String> = folders.iter().map(|dir| dir.display().to_string()).collect();
         Err(unusable(format!(
-            "none were found: {VARIABLE} is not set, none are embedded, and there is no {FILE_NAME} in {}; \
-             {WHAT_TO_DO}",
+            "none were found: {VARIABLE} is not set, none are embedded, and there is no {FILE_NAME} to \
+             use in {}{skipped}; {WHAT_TO_DO}",
             searched.join(", ")
         )))
     }
 }
 
-fn read(dir: &Path) -> Result<Option<KernelSet>> {
+/// A manifest that is there.
+enum Found {
+    Set(KernelSet),
+    Untrusted(String),
+}
+
+/// Reads a folder's manifest if `trusted` accepts it. Modules need no check of their own: the manifest has their hashes.
+fn read(
+    dir: &Path,
+    trusted: impl Fn(&fs::Metadata) -> std::result::Result<(), String>,
+) -> Result<Option<Found>> {
     let path = dir.join(FILE_NAME);
-    match fs::read(&path) {
-        Ok(bytes) => parse(&bytes, Origin::Folder(dir.to_path_buf())).map(Some),
+    // The opened file's owner: what the path names could change between asking and reading.
+    let open = || -> std::io::Result<std::result::Result<Vec<u8>, String>> {
+        let mut file = fs::File::open(&path)?;
+        if let Err(why) = trusted(&file.metadata()?) {
+            return Ok(Err(why));
+        }
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes)?;
+        Ok(Ok(bytes))
+    };
+    match open() {
+        Ok(Ok(bytes)) => parse(&bytes, Origin::Folder(dir.to_path_buf())).map(|set| Some(Found::Set(set))),
+        Ok(Err(why)) => Ok(Some(Found::Untrusted(why))),
         Err(error)
             if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) =>
         {

@@ -247,6 +247,25 @@ pub(crate) fn ensure() -> anyhow::Result<()> {
     run(&args).context("building the CUDA kernels (`cargo xtask kernels`)")
 }
 
+/// The folder of up-to-date kernels for a bundle: that of `COMM_KERNELS_DIR`, or the target folder's, built if need be.
+///
+/// # Errors
+/// When those that the variable names are not up to date, or the others cannot be built.
+pub(crate) fn ready_to_ship() -> anyhow::Result<PathBuf> {
+    let mut args = Defaults::try_parse_from(["kernels", "--check"])?.args;
+    if let Some(named) = std::env::var_os(VARIABLE).map(PathBuf::from) {
+        args.out = Some(named.clone());
+        run(&args).with_context(|| format!("{VARIABLE} (--no-kernels leaves the kernels out)"))?;
+        return Ok(named);
+    }
+    if let Err(reason) = run(&args) {
+        println!("building the CUDA kernels, because {reason}");
+        args.check = false;
+        run(&args).context("the bundle's kernels (--no-kernels leaves them out)")?;
+    }
+    Ok(target_folder().join("kernels"))
+}
+
 /// [`KernelsArgs`] as no argument leaves them.
 #[derive(Parser)]
 struct Defaults {

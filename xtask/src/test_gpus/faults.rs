@@ -40,10 +40,11 @@ pub fn run(
             if fault.case.as_deref().is_some_and(|only| only != case) {
                 continue;
             }
-            let name = format!("{} fault/{}:{}@{case}", world.name(), fault.kind.name(), fault.rank);
-            if !selected(args, &name) {
+            let test = format!("fault/{}:{}@{case}", fault.kind.name(), fault.rank);
+            if !selected(args, world, &test) {
                 continue;
             }
+            let name = format!("{} {test}", world.name());
             if let Some(reason) = does_not_fit(&fault, world, case == "graph") {
                 // Only what was asked for by name is worth a line; the standard set is simply what fits.
                 if faults.is_some() {

@@ -35,13 +35,17 @@ pub struct TestGpusArgs {
     /// How the ranks run, comma separated.
     #[arg(long, value_delimiter = ',', default_value = "processes,threads")]
     pub mode: Vec<Mode>,
-    /// Only tests whose name contains this, for example `conformance` or `fault/kill`. What follows the suite's name
-    /// selects its cases: `conformance/all_reduce`.
+    /// Only tests whose name begins with this, with or without the world in front: `conformance`, `fault/kill`,
+    /// `nccl/processesx2 fault`. What follows the suite's name selects its cases: `conformance/all_reduce`. A bundle's
+    /// test programs run when it begins with `program`: `program`, `program/comm-nccl__gpu_faults`.
     #[arg(long)]
     pub filter: Option<String>,
     /// Every world ends after this many seconds.
     #[arg(long, default_value_t = 600)]
     pub timeout: u64,
+    /// Every test program of a bundle ends after this many seconds.
+    #[arg(long, default_value_t = 300, value_name = "SECONDS")]
+    pub program_timeout: u64,
     /// Fail, instead of skipping, when fewer GPUs are usable.
     #[arg(long, value_name = "N")]
     pub require_gpus: Option<usize>,
@@ -167,23 +171,34 @@ fn report(tally: &mut Tally, name: &str, result: &CaseResult, took: Option<Durat
     }
 }
 
-fn selected(args: &TestGpusArgs, name: &str) -> bool {
-    args.filter.as_deref().is_none_or(|filter| name.contains(filter))
+/// Whether the filter selects a suite's test: `test` is its name without the world.
+fn selected(args: &TestGpusArgs, world: &World, test: &str) -> bool {
+    args.filter.as_deref().is_none_or(|filter| {
+        test.starts_with(filter) || format!("{} {test}", world.name()).starts_with(filter)
+    })
+}
+
+/// Whether the filter selects a test program. A short filter such as `p2p` or `conformance` means suites, whatever
+/// programs there are.
+fn program_selected(args: &TestGpusArgs, name: &str) -> bool {
+    let names_programs = |filter: &str| filter.starts_with("program") && name.starts_with(filter);
+    args.filter.as_deref().is_none_or(names_programs)
+}
+
+/// Whether the conformance suite is wanted, and which cases of it, if not all.
+fn conformance_cases<'a>(args: &'a TestGpusArgs, world: &World) -> Option<Option<&'a str>> {
+    let Some(filter) = args.filter.as_deref() else { return Some(None) };
+    let suite = filter.strip_prefix(&world.name()).map_or(filter, str::trim_start);
+    match suite.strip_prefix("conformance/") {
+        Some(cases) => Some(Some(cases)),
+        None => selected(args, world, "conformance").then_some(None),
+    }
 }
 
 fn conformance(args: &TestGpusArgs, world: &World, gpus: &[String], tally: &mut Tally) -> Result<()> {
     let name = format!("{} conformance", world.name());
-    // `conformance/all_reduce` runs the suite with its own filter `all_reduce`.
-    let (wanted, filter) = match args.filter.as_deref() {
-        Some(filter) => match filter.strip_prefix("conformance/") {
-            Some(cases) => (true, Some(cases.to_owned())),
-            None => (name.contains(filter), None),
-        },
-        None => (true, None),
-    };
-    if !wanted {
-        return Ok(());
-    }
+    let Some(filter) = conformance_cases(args, world) else { return Ok(()) };
+    let filter = filter.map(str::to_owned);
     let job =
         Job::Conformance(ConformanceJob { backend: world.backend.name.into(), filter, quick: args.quick });
     let timeout = Duration::from_secs(args.timeout);
@@ -245,13 +260,40 @@ mod tests {
     }
 
     #[test]
-    fn required_gpus_turn_a_skip_into_a_failure() {
+    fn filters_select_by_the_beginning_of_a_name() {
+        let host = World { backend: backends::find("host").unwrap(), size: 2, mode: Mode::Threads };
+        let selects = |filter: &str| {
+            let args = parse(&["t", "--filter", filter]);
+            let cases = conformance_cases(&args, &host).map(|cases| cases.map(str::to_owned));
+            let fault = selected(&args, &host, "fault/kill:1@eager");
+            (cases, fault, program_selected(&args, "program/comm-p2p__gpu_conformance"))
+        };
+        let cases = |text: &str| Some(Some(text.to_owned()));
+        assert_eq!(selects("conformance"), (Some(None), false, false));
+        assert_eq!(selects("conformance/all_reduce"), (cases("all_reduce"), false, false));
+        assert_eq!(selects("host/threadsx2 conformance/all"), (cases("all"), false, false));
+        assert_eq!(selects("host/threadsx2"), (Some(None), true, false));
+        assert_eq!(selects("host/threadsx4 conformance/all"), (None, false, false));
+        assert_eq!(selects("fault/kill"), (None, true, false));
+        assert_eq!(selects("kill"), (None, false, false));
+        assert_eq!(selects("p"), (None, false, false));
+        assert_eq!(selects("program/comm-p2p"), (None, false, true));
+        let all = parse(&["t"]);
+        assert_eq!(conformance_cases(&all, &host), Some(None));
+        assert!(program_selected(&all, "program/x") && selected(&all, &host, "fault/x"));
+    }
+
+    fn parse(words: &[&str]) -> TestGpusArgs {
         #[derive(clap::Parser)]
         struct Parsed {
             #[command(flatten)]
             args: TestGpusArgs,
         }
-        let parse = |words: &[&str]| <Parsed as clap::Parser>::try_parse_from(words).unwrap().args;
+        <Parsed as clap::Parser>::try_parse_from(words).unwrap().args
+    }
+
+    #[test]
+    fn required_gpus_turn_a_skip_into_a_failure() {
         let of = |name, size| World { backend: backends::find(name).unwrap(), size, mode: Mode::Threads };
         let why = || "NCCL was not found".to_owned();
         let (plain, required) = (parse(&["t"]), parse(&["t", "--require-gpus", "4"]));

@@ -12,7 +12,10 @@ use crate::job;
 use crate::launch::{Exit, LaunchSpec, Mode, launch, lease};
 use crate::signal;
 use crate::tally::Tally;
-use crate::test_gpus::{TestGpusArgs, report, selected};
+use crate::test_gpus::{TestGpusArgs, program_selected, report};
+
+/// Lines of a failed program's output that are shown again beside its verdict.
+const TAIL: usize = 40;
 
 /// Runs them with the GPUs that there are. Outside a bundle there are none.
 ///
@@ -21,7 +24,7 @@ use crate::test_gpus::{TestGpusArgs, report, selected};
 pub fn run(args: &TestGpusArgs, gpus: &[String], tally: &mut Tally) -> Result<()> {
     for program in programs()? {
         let name = format!("program/{}", program.file_name().unwrap_or_default().to_string_lossy());
-        if !selected(args, &name) || signal::interrupted() {
+        if !program_selected(args, &name) || signal::interrupted() {
             continue;
         }
         if gpus.is_empty() {
@@ -45,7 +48,7 @@ fn one(args: &TestGpusArgs, program: PathBuf, gpus: &[String], name: &str, tally
             lines.push('\n');
         })
     };
-    let timeout = Duration::from_secs(args.timeout);
+    let timeout = Duration::from_secs(args.program_timeout);
     let base = job::spec(1, Mode::Processes, timeout, Duration::from_secs(30))?;
     let spec = LaunchSpec {
         program,
@@ -66,14 +69,26 @@ fn one(args: &TestGpusArgs, program: PathBuf, gpus: &[String], name: &str, tally
     println!("{name}: {counts} ({:.1} s)", start.elapsed().as_secs_f64());
     *tally += counts;
     match outcome.ranks.first().map(|end| end.exit) {
-        Some(Exit::Code(0)) if outcome.leaks.is_empty() => {}
-        Some(Exit::Code(_)) if counts.failed > 0 => {}
+        Some(Exit::Code(0)) if outcome.leaks.is_empty() => return Ok(()),
+        Some(Exit::Code(_)) if counts.failed > 0 && !outcome.timed_out => {}
+        _ if outcome.timed_out => {
+            let why = format!("still running after {timeout:?} (--program-timeout)");
+            report(tally, name, &CaseResult::Failed(why), None);
+        }
         exit => {
-            let why = format!("{exit:?}; left behind: {:?}; timed out: {}", outcome.leaks, outcome.timed_out);
+            let why = format!("{exit:?}; left behind: {:?}", outcome.leaks);
             report(tally, name, &CaseResult::Failed(why), None);
         }
     }
+    println!("the end of what {name} said:");
+    tail(&lines, TAIL).for_each(|line| println!("    {line}"));
     Ok(())
+}
+
+/// The last `count` lines.
+fn tail(text: &str, count: usize) -> impl Iterator<Item = &str> {
+    let before = text.lines().count().saturating_sub(count);
+    text.lines().skip(before)
 }
 
 fn programs() -> Result<Vec<PathBuf>> {
@@ -88,4 +103,15 @@ fn programs() -> Result<Vec<PathBuf>> {
         .collect();
     programs.sort();
     Ok(programs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tail_is_the_last_lines() {
+        assert_eq!(tail("a\nb\nc\n", 2).collect::<Vec<_>>(), ["b", "c"]);
+        assert_eq!(tail("a\n", 2).collect::<Vec<_>>(), ["a"]);
+    }
 }

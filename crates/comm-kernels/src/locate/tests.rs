@@ -26,7 +26,13 @@ fn write(dir: &Path, manifest: &Manifest) {
 }
 
 fn search<'a>(variable: Option<&Path>, exe: Option<&'a Path>, cwd: Option<&'a Path>) -> Search<'a> {
-    Search { variable: variable.map(Path::to_path_buf), embedded: None, exe, cwd }
+    Search {
+        variable: variable.map(Path::to_path_buf),
+        embedded: None,
+        exe,
+        cwd,
+        user: rustix::process::geteuid().as_raw(),
+    }
 }
 
 fn complaint<T: fmt::Debug>(result: Result<T>) -> String {
@@ -107,4 +113,30 @@ fn what_is_embedded_is_whole() {
     for name in set.manifest().modules.keys() {
         assert!(!set.image(name).unwrap().is_empty());
     }
+}
+
+#[test]
+fn others_kernels_are_passed_over_unless_they_are_named() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let home = tempfile::tempdir().unwrap();
+    let cwd = home.path().join("work");
+    let dir = home.path().join("target/kernels");
+    write(&dir, &manifest());
+    fs::set_permissions(dir.join(FILE_NAME), fs::Permissions::from_mode(0o666)).unwrap();
+    assert!(complaint(search(None, None, Some(&cwd)).run()).contains("everyone may write it"));
+    assert!(search(Some(&dir), None, None).run().is_ok());
+    fs::set_permissions(dir.join(FILE_NAME), fs::Permissions::from_mode(0o644)).unwrap();
+    assert!(search(None, None, Some(&cwd)).run().is_ok());
+
+    // Only root can give a file to another user, and root's own would count for anyone.
+    if !rustix::process::geteuid().is_root() {
+        let other = Search { user: u32::MAX - 1, ..search(None, None, Some(&cwd)) };
+        assert!(complaint(other.run()).contains("another user"));
+        return;
+    }
+    std::os::unix::fs::chown(dir.join(FILE_NAME), Some(12_345), None).unwrap();
+    let text = complaint(search(None, None, Some(&cwd)).run());
+    assert!(text.contains("another user (12345)") && text.contains("target/kernels/manifest.json"), "{text}");
+    let owner = Search { user: 12_345, ..search(None, None, Some(&cwd)) };
+    assert!(owner.run().is_ok());
 }
