@@ -33,6 +33,23 @@ pub fn context(ordinal: usize) -> Result<Arc<CudaContext>> {
     CudaContext::new(ordinal).map_err(|DriverError(code)| error("cuDevicePrimaryCtxRetain", code))
 }
 
+/// Whether the first device can map the second one's memory. Makes no context on either.
+pub fn can_access_peer(device: usize, peer: usize) -> Result<bool> {
+    let count = device_count()?;
+    let ordinal = |device: usize| {
+        i32::try_from(device).ok().filter(|_| device < count).ok_or_else(|| {
+            CommError::invalid(
+                "memory",
+                format!("CUDA device {device} does not exist; the driver sees {count} device(s)"),
+            )
+        })
+    };
+    let mut can = 0;
+    // SAFETY: both devices exist, and the driver is initialised; the pointer is valid for the write.
+    let code = unsafe { sys::cuDeviceCanAccessPeer(&raw mut can, ordinal(device)?, ordinal(peer)?) };
+    check("cuDeviceCanAccessPeer", code).map(|()| can != 0)
+}
+
 /// Makes a context current on this thread and puts back what was current before when dropped.
 pub struct Current {
     previous: Option<sys::CUcontext>,

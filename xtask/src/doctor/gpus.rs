@@ -1,4 +1,4 @@
-//! GPUs, driver, links and peer access, as NVML tells them.
+//! GPUs, driver and links, as NVML tells them, and peer access, as CUDA does.
 
 use nvml_wrapper::enum_wrappers::nv_link::Capability;
 use nvml_wrapper::enums::device::DeviceArchitecture;
@@ -46,6 +46,48 @@ pub fn look(findings: &mut Findings) {
     }
     links(findings, &devices);
     peers(findings, &nvml, &devices);
+    match comm_kernels::driver::device_count() {
+        Ok(count) => peer_access(findings, count, comm_kernels::raw::can_access_peer),
+        Err(error) => findings.fact("peer access", error),
+    }
+}
+
+/// Which GPUs can map which others' memory, which is what the p2p backend lives on. CUDA's numbers, which
+/// `CUDA_VISIBLE_DEVICES` makes others than NVML's.
+fn peer_access(findings: &mut Findings, count: usize, can: impl Fn(usize, usize) -> comm_core::Result<bool>) {
+    if count < 2 {
+        return;
+    }
+    findings.line("peer access of each GPU (row, CUDA's numbers) to each GPU:");
+    let (mut closed, mut failure) = (0, None);
+    for from in 0..count {
+        let cells: Vec<&str> = (0..count)
+            .map(|to| match (from == to, can(from, to)) {
+                (true, _) => "-",
+                (_, Ok(true)) => "yes",
+                (_, Ok(false)) => {
+                    closed += 1;
+                    "no"
+                }
+                (_, Err(error)) => {
+                    failure.get_or_insert(error);
+                    "?"
+                }
+            })
+            .collect();
+        let cells: Vec<String> = cells.iter().map(|cell| format!("{cell:>3}")).collect();
+        findings.line(format!("  {from}: {}", cells.join(" ")));
+    }
+    if closed > 0 {
+        findings.missing(
+            "peer access",
+            format!("{closed} of {} pairs have none", count * (count - 1)),
+            "peer access: the p2p backend needs it between all its ranks; see `nvidia-smi topo -p2p rw`",
+        );
+    }
+    if let Some(error) = failure {
+        findings.fact("peer access", error);
+    }
 }
 
 fn describe(index: usize, device: &Device<'_>) -> String {
@@ -116,5 +158,22 @@ fn peers(findings: &mut Findings, nvml: &Nvml, devices: &[Device<'_>]) {
             })
             .collect();
         findings.line(format!("  {a}: {}", cells.join(" ")));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pairs_without_peer_access_are_shown_and_advised_on() {
+        let mut findings = Findings::default();
+        peer_access(&mut findings, 3, |from, to| Ok((from, to) != (2, 0)));
+        assert_eq!(findings.lines[1], "    0:   - yes yes");
+        assert_eq!(findings.lines[3], "    2:  no yes   -");
+        assert!(findings.lines[4].contains("1 of 6 pairs") && findings.advice.len() == 1);
+        let mut one = Findings::default();
+        peer_access(&mut one, 1, |_, _| Ok(true));
+        assert!(one.lines.is_empty());
     }
 }
