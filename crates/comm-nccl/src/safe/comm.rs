@@ -19,6 +19,9 @@ use super::watchdog;
 /// has no kernels. Graphs hold the communicator inside NCCL: drop them before [`close`](DeviceComm::close), and do not
 /// launch them after.
 ///
+/// What an operation received is right only if [`poll`](DeviceComm::poll), asked after the operation has completed, finds
+/// nothing wrong: the end of a failed communicator lets kernels complete that hold garbage.
+///
 /// A send to this rank itself needs its receive in the same [`group`](DeviceComm::group).
 ///
 /// Memory from [`allocate`](DeviceComm::allocate) lives until it is freed or the communicator ends.
@@ -288,7 +291,8 @@ unsafe impl DeviceComm for NcclComm {
     }
 
     fn poll(&self) -> Result<()> {
-        self.shared.healthy()
+        self.shared.healthy()?;
+        self.shared.overtaken()
     }
 
     fn abort(&self) {

@@ -8,6 +8,7 @@ use comm_core::{
 };
 
 use super::comm::NcclComm;
+use super::farewell::Farewell;
 use super::state::{Base, Hosts, Pause, Scratch, Shared, lock};
 use super::track::Tracker;
 use super::watchdog;
@@ -36,7 +37,8 @@ pub(crate) fn hosts(
     deadline: Deadline,
 ) -> Result<Hosts> {
     let diagnosis = sibling(&*control, deadline)?;
-    Ok(Hosts { parent, control, diagnosis })
+    let farewell = Farewell::new(sibling(&*control, deadline)?);
+    Ok(Hosts { parent, control, diagnosis, farewell })
 }
 
 /// A host communicator of the same ranks in the same order.

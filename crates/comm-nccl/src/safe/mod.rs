@@ -7,6 +7,7 @@ mod comm;
 mod create;
 mod diagnose;
 mod factory;
+mod farewell;
 mod gather2d;
 mod limits;
 mod marks;

@@ -87,6 +87,7 @@ fn run(shared: &Shared) {
 }
 
 fn finish(shared: &Shared, outcome: Result<()>) {
+    drop(lock(&shared.farewell).take());
     lock(&shared.ending).outcome = Some(outcome);
     shared.changed.notify_all();
 }
@@ -213,7 +214,8 @@ fn drain(shared: &Shared, deadline: Deadline, op: OpKind) -> Result<()> {
             inspect(shared, &mut native)?
         };
         match waiting {
-            Progress::Idle => return Ok(()),
+            // Asked after the completion, which an abort elsewhere may have brought about.
+            Progress::Idle => return shared.overtaken(),
             Progress::Overdue(issued, waited) => return Err(shared.overdue(issued, waited)),
             Progress::Pending if deadline.has_passed() => {
                 return Err(CommError::Timeout {
@@ -250,13 +252,17 @@ fn flush(shared: &Shared, deadline: Deadline) -> Result<()> {
     Ok(())
 }
 
-/// Ends a failed communicator: its kernels leave their waits.
+/// Ends a failed communicator: its kernels leave their waits, after the other ranks know.
 fn abort(shared: &Shared) {
     let start = Instant::now();
     // Calls see the failure between two looks at NCCL, so the lock is free within microseconds.
     let comm = std::mem::replace(&mut lock(&shared.native).comm, std::ptr::null_mut());
     // Without the lock, so that a call that came just too late is refused and does not wait for NCCL.
     if !comm.is_null() {
+        let farewell = lock(&shared.farewell).clone();
+        if let Some(farewell) = farewell {
+            farewell.leave();
+        }
         // SAFETY: it was taken out under the lock, so no other thread is inside NCCL with it, nor can be again.
         if let Err(error) = unsafe { shared.base.library.comm_abort(comm) }.map(drop) {
             tracing::warn!(comm = shared.info.name, %error, "aborting a communicator");
