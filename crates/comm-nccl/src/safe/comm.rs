@@ -26,6 +26,10 @@ use super::watchdog;
 ///
 /// Memory from [`allocate`](DeviceComm::allocate) lives until it is freed or the communicator ends.
 ///
+/// Where ranks share a process, what a closed or dropped communicator holds of its device, NCCL's memory and its own, is
+/// given back when the last communicator of the process has ended, because giving it back may wait for other ranks' work:
+/// split once and keep the groups, rather than again and again. With one rank in a process it is given back at once.
+///
 /// Dropping the handle returns at once: a thread of its own lets enqueued work finish, within the timeout, and ends the
 /// communicator. The end of the process waits for that thread, for five seconds at most;
 /// [`close`](DeviceComm::close) waits for it anyway and reports how it went.

@@ -9,6 +9,7 @@ use comm_core::{
 
 use super::comm::NcclComm;
 use super::farewell::Farewell;
+use super::remains;
 use super::state::{Base, Hosts, Pause, Scratch, Shared, lock};
 use super::track::Tracker;
 use super::watchdog;
@@ -76,7 +77,7 @@ pub(crate) fn draft(base: Base, hosts: Hosts, ordinal: usize) -> Result<Draft> {
     let scratch = Scratch { barrier, staging, staging_bytes };
     let shared = Arc::new(Shared::new(info, base, scratch, tracker, hosts));
     watchdog::spawn(shared.clone()).inspect_err(|_| {
-        watchdog::give_back_scratch(&shared, &mut lock(&shared.native));
+        remains::give_back_device(lock(&shared.native).tracker.take(), scratch);
     })?;
     Ok(Draft { comm: NcclComm::new(shared.clone()), shared })
 }

@@ -14,7 +14,7 @@ use crate::driver;
 use crate::result::NcclLibrary;
 
 /// Raised when ranks of different builds would no longer understand each other's facts or reports.
-const PROTOCOL: u32 = 3;
+const PROTOCOL: u32 = 4;
 
 /// Makes communicators over NCCL.
 ///
@@ -146,6 +146,7 @@ impl BackendFactory for NcclFactory {
             (fact::VERSION, code.to_string()),
             (fact::GPU, uuid),
             (fact::COMPUTE, (major * 10 + minor).to_string()),
+            (fact::PROCESS, format!("{}/{}", host_name(), std::process::id())),
             (fact::HOST, host_name()),
             (fact::KERNELS, kernels),
             (fact::WATCH, watch.to_owned()),

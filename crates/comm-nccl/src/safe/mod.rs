@@ -15,6 +15,7 @@ mod memory;
 mod norm;
 mod ops;
 mod options;
+mod remains;
 mod split;
 mod state;
 mod track;
