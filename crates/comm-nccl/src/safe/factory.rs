@@ -44,8 +44,18 @@ const PROTOCOL: u32 = 4;
 ///
 /// Watching costs two kernels per captured call: 2.5 us between two H200s, at every size. Calls that are not captured are
 /// watched by events, which cost the device nothing; but they reach NCCL through a thread that it starts for each call on
-/// a non-blocking communicator, which takes some 40 us of host time more than a blocking one would (`benches/enqueue.rs`).
-/// On a blocking one a call could wait inside NCCL for ranks that never come.
+/// a non-blocking communicator, which takes some 48 us of host time more than a blocking one would (`benches/enqueue.rs`).
+/// Replayed graphs pay nothing of that.
+///
+/// # Why not blocking
+/// A call on a blocking communicator can wait inside NCCL, on the caller's thread, for ranks that never come: the first
+/// use of an algorithm, or of a pair of ranks, connects them, and a full launch queue waits for the device. Only NCCL's
+/// abort flag ends such a wait. `ncclCommAbort`, called by another thread, sets the flag and then frees the communicator
+/// under the thread that is still inside. A blocking communicator that is split from a non-blocking one can be reached
+/// through its parent, whose abort sets the child's flag, but only if parent and child share resources, and then the
+/// parent's other children, the groups that a program split off, have that flag in common: the failure of one group would
+/// make the kernels of all others leave with garbage. It would take a native parent for each communicator's own use, three
+/// native communicators in place of one, and behaviour that NCCL does not promise.
 #[derive(Clone, Default)]
 pub struct NcclFactory {
     library: Arc<Mutex<Option<Arc<NcclLibrary>>>>,
