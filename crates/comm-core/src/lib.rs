@@ -25,6 +25,7 @@ mod registry;
 mod tiered;
 pub mod topology;
 mod typed;
+mod usage;
 
 pub use addr::{DeviceAddr, StreamHandle};
 pub use device_comm::{AlgorithmUsage, CommInfo, DeviceComm, P2pOp, Registration};
@@ -44,3 +45,4 @@ pub use tiered::{SkippedTier, TieredComm};
 #[cfg(feature = "cudarc")]
 pub use typed::{CudaSliceExt, CudaTransfer};
 pub use typed::{HostSliceExt, HostTransfer, NormScale, TwoGroupRows};
+pub use usage::{CountedAlgorithm, UsageTable};
