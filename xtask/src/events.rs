@@ -41,9 +41,22 @@ pub enum Event {
         began: u64,
         /// `CLOCK_MONOTONIC` at which it returned, in nanoseconds.
         returned: u64,
+        /// The call before it, which was reported to be good.
+        before: Option<GoodCall>,
     },
     /// The rank is done. A process that exits without it did not finish its work.
     Done,
+}
+
+/// A call that a rank took for good.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct GoodCall {
+    /// Calls before it.
+    pub index: u64,
+    /// `CLOCK_MONOTONIC` at which it began, in nanoseconds.
+    pub began: u64,
+    /// `CLOCK_MONOTONIC` at which it returned, in nanoseconds.
+    pub returned: u64,
 }
 
 /// How a test case ended.
