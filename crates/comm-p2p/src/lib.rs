@@ -24,6 +24,7 @@
 
 #![deny(missing_docs)]
 
+mod candidates;
 mod comm;
 mod create;
 mod factory;
@@ -39,6 +40,7 @@ mod topology;
 mod usage;
 mod watchdog;
 
+pub use candidates::{TUNABLE, candidates};
 pub use comm::P2pComm;
 pub use factory::P2pFactory;
 

@@ -9,15 +9,16 @@ mod format;
 mod tests;
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::{CommError, Result};
 use crate::op::OpKind;
 
 /// An algorithm and what is fixed about its launch; what is `None` the backend decides by the size.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub struct Choice<A = String> {
     /// The algorithm: its name, or what a backend has made of it.
     pub algorithm: A,
@@ -40,6 +41,20 @@ impl<A> Choice<A> {
     /// The same launch of another algorithm.
     pub fn with<B>(&self, algorithm: B) -> Choice<B> {
         Choice { algorithm, grid: self.grid, block: self.block, chunk: self.chunk, units: self.units }
+    }
+}
+
+impl fmt::Display for Choice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.algorithm)?;
+        let named =
+            [("grid", self.grid), ("block", self.block), ("chunk", self.chunk), ("units", self.units)];
+        for (name, value) in named {
+            if let Some(value) = value {
+                write!(f, " {name} {value}")?;
+            }
+        }
+        Ok(())
     }
 }
 

@@ -13,6 +13,12 @@ use crate::tables::{self, InUse};
 use crate::usage::Algorithm;
 
 impl P2pComm {
+    /// The kind of GPU that all ranks have, as the driver names it, or `mixed`: what a table is looked up by.
+    #[must_use]
+    pub fn gpu(&self) -> &str {
+        &self.shared().base.gpu
+    }
+
     /// The table that algorithms are chosen by, the same on all ranks.
     #[must_use]
     pub fn table(&self) -> Table {
@@ -71,6 +77,13 @@ impl P2pComm {
             _ => return None,
         };
         Some(described(&plan))
+    }
+
+    /// The same for a fused norm of `tokens` rows of `row` bytes; `None` with one rank, no rows or no columns.
+    #[must_use]
+    pub fn planned_norm(&self, tokens: usize, row: usize) -> Option<Choice> {
+        let used = self.shared().info.size > 1 && tokens > 0 && row > 0;
+        used.then(|| described(&self.limits().norm(tokens, row)))
     }
 }
 
