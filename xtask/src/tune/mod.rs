@@ -77,6 +77,10 @@ pub fn run(args: &TuneArgs) -> Result<()> {
     rank::check_backend(&args.backend)?;
     ensure!(args.reps > 0 && args.budget > 0, "--reps and --budget must be at least 1");
     ensure!(args.hysteresis >= 0.0 && args.hysteresis < 100.0, "--hysteresis is a percentage from 0 to 100");
+    ensure!(
+        std::env::var_os("COMM_P2P_ALGO").is_none(),
+        "COMM_P2P_ALGO forces an algorithm: unset it, or there is nothing to choose from"
+    );
     let mut tables = read(&args.out)?;
     let rules = parse_rules(&args.op)?;
     let sizes = parse_sizes(&args.sizes)?;

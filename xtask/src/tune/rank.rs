@@ -98,10 +98,6 @@ impl TuneJob {
 /// # Errors
 /// The first failure; the other ranks' waits then end too.
 pub fn run(job: &TuneJob, context: &RankContext) -> Result<()> {
-    ensure!(
-        std::env::var_os("COMM_P2P_ALGO").is_none(),
-        "COMM_P2P_ALGO forces an algorithm: unset it, or there is nothing to choose from"
-    );
     let device = context.open_device(comm_p2p::NAME)?;
     let (comm, p2p) = create(context, &*device)?;
     let table = p2p.table();
