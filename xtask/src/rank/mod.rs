@@ -63,6 +63,16 @@ enum Again {
 }
 
 impl RankContext {
+    /// A rank of a test's world of threads, whose events go nowhere.
+    ///
+    /// # Errors
+    /// As [`EventSink::from_env`].
+    #[cfg(test)]
+    pub fn of_test(host: Arc<dyn HostComm>) -> Result<Self> {
+        let (local_rank, events) = (host.rank(), EventSink::from_env(host.rank())?);
+        Ok(Self { host, local_rank, events, again: Again::Threads(Arc::default()) })
+    }
+
     /// The device that this rank works on.
     ///
     /// # Errors

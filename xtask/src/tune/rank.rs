@@ -93,6 +93,45 @@ impl TuneJob {
     }
 }
 
+/// A backend that chooses by a table, as tuning needs it.
+pub trait Tunable {
+    /// The kind of GPU.
+    fn gpu(&self) -> &str;
+
+    /// The table in use.
+    fn table(&self) -> Table;
+
+    /// Uses another table from now on. Collective.
+    ///
+    /// # Errors
+    /// When the ranks' tables differ or cannot be used.
+    fn set_table(&self, table: &Table) -> comm_core::Result<()>;
+
+    /// How the operation of a case, with elements of `size` bytes, would be launched.
+    fn planned(&self, case: &Case, size: usize, registered: bool) -> Option<Choice>;
+}
+
+impl Tunable for P2pComm {
+    fn gpu(&self) -> &str {
+        Self::gpu(self)
+    }
+
+    fn table(&self) -> Table {
+        Self::table(self)
+    }
+
+    fn set_table(&self, table: &Table) -> comm_core::Result<()> {
+        Self::set_table(self, table)
+    }
+
+    fn planned(&self, case: &Case, size: usize, registered: bool) -> Option<Choice> {
+        match case.norm {
+            Some(shape) => self.planned_norm(shape.tokens, shape.hidden * size),
+            None => Self::planned(self, case.op, usize::try_from(case.bytes).ok()?, registered),
+        }
+    }
+}
+
 /// Runs the job.
 ///
 /// # Errors
@@ -100,44 +139,55 @@ impl TuneJob {
 pub fn run(job: &TuneJob, context: &RankContext) -> Result<()> {
     let device = context.open_device(comm_p2p::NAME)?;
     let (comm, p2p) = create(context, &*device)?;
-    let table = p2p.table();
-    if context.host.rank() == 0 {
-        let tables = Tables::new(vec![table.clone()])?.to_string();
-        let started = TuneEvent::Started { gpu: p2p.gpu().to_owned(), tables };
-        context.events.emit(Event::Tune(Box::new(started)));
-    }
+    measure(job, context, &*device, (&comm, &*p2p), &mut |event| {
+        if context.host.rank() == 0 {
+            context.events.emit(Event::Tune(Box::new(event)));
+        }
+    })?;
+    context.events.phase("closing");
+    comm.close()?;
+    Ok(())
+}
+
+/// Measures everything on a communicator, of which `tuned` is the same. Every rank reports the same.
+///
+/// # Errors
+/// The first failure.
+pub fn measure(
+    job: &TuneJob,
+    context: &RankContext,
+    device: &dyn Device,
+    (comm, tuned): (&Arc<dyn DeviceComm>, &dyn Tunable),
+    report: &mut dyn FnMut(TuneEvent),
+) -> Result<()> {
+    let table = tuned.table();
+    let tables = Tables::new(vec![table.clone()])?.to_string();
+    report(TuneEvent::Started { gpu: tuned.gpu().to_owned(), tables });
     let world = context.host.size();
     let mut left: usize = job.rules.iter().map(|&(op, _)| job.cases(op, world).len()).sum();
     let start = Instant::now();
     let mut number = 0;
     for &(op, registered) in &job.rules {
         let bench_job = job.bench(op);
-        let bench = Bench { job: &bench_job, context, device: &*device, comm: &comm, registered };
+        let bench = Bench { job: &bench_job, context, device, comm, registered };
         for case in job.cases(op, world) {
-            // What is left of the time, in equal parts. Rank 0's clock counts.
+            // What is left of the time, in equal parts. The slowest clock counts.
             let used = context.host.all_reduce(&[start.elapsed().as_secs_f64()], HostReduceOp::Max)?[0];
             let share = (job.budget - used).max(0.0) / left.max(1) as f64;
             left = left.saturating_sub(1);
-            let point = Point { bench: &bench, p2p: &p2p, table: &table, case, registered, share };
-            let explored = point.explore(&mut number)?;
-            if context.host.rank() == 0 {
-                let Explored { times, wrong, measurements, cut_short } = explored;
-                let bytes = case.bytes;
-                let event =
-                    TuneEvent::Explored { op, registered, bytes, times, wrong, measurements, cut_short };
-                context.events.emit(Event::Tune(Box::new(event)));
-            }
+            let point = Point { bench: &bench, tuned, table: &table, case, registered, share };
+            let Explored { times, wrong, measurements, cut_short } = point.explore(&mut number)?;
+            let bytes = case.bytes;
+            report(TuneEvent::Explored { op, registered, bytes, times, wrong, measurements, cut_short });
         }
     }
-    context.events.phase("closing");
-    comm.close()?;
     Ok(())
 }
 
 /// One size of one operation.
 struct Point<'a> {
     bench: &'a Bench<'a>,
-    p2p: &'a P2pComm,
+    tuned: &'a dyn Tunable,
     table: &'a Table,
     case: Case,
     registered: bool,
@@ -171,14 +221,10 @@ impl Point<'_> {
 
     /// Makes a choice the only one, and says how it would be launched.
     fn launch(&self, choice: &Choice) -> Result<Option<Choice>> {
-        let Case { op, bytes, norm, .. } = self.case;
         let rows = vec![Row { from: 0, choice: choice.clone() }];
-        let rule = Rule { op, registered: self.registered, rows, measured: Vec::new() };
-        self.p2p.set_table(&self.table.clone().with_rule(rule)?)?;
-        let planned = match norm {
-            Some(shape) => self.p2p.planned_norm(shape.tokens, shape.hidden * self.bench.job.dtype.size()),
-            None => self.p2p.planned(op, usize::try_from(bytes)?, self.registered),
-        };
+        let rule = Rule { op: self.case.op, registered: self.registered, rows, measured: Vec::new() };
+        self.tuned.set_table(&self.table.clone().with_rule(rule)?)?;
+        let planned = self.tuned.planned(&self.case, self.bench.job.dtype.size(), self.registered);
         Ok(planned.filter(|planned| planned.algorithm == choice.algorithm))
     }
 

@@ -1,6 +1,15 @@
+use std::sync::{Arc, Mutex};
+
 use comm_core::tuning::{Choice, Row};
+use comm_core::{
+    AlgorithmUsage, CommInfo, CreateContext, DeviceAddr, DeviceComm, HostFactory, MemoryKind, OpQuery,
+    ReduceOp, StreamHandle, Support, create_with,
+};
 
 use super::*;
+use crate::bench::plan::Case;
+use crate::device::HostDevice;
+use crate::rank::RankContext;
 
 fn choice(name: &str) -> Choice {
     Choice::of(name.to_owned())
@@ -100,4 +109,140 @@ fn sizes_that_fall_together_are_measured_once() {
     let bytes = |op| job.cases(op, 8).iter().map(|case| case.bytes).collect::<Vec<_>>();
     assert_eq!(bytes(OpKind::AllGather), [16, 1024]);
     assert_eq!(bytes(OpKind::AllReduceRmsNorm), [16_384, 32_768]);
+}
+
+/// The host backend with algorithms: one-shot is fast for small sizes, two-shot for large ones, cells sum wrongly, and
+/// shapes make no difference.
+struct Fake {
+    inner: Arc<dyn DeviceComm>,
+    table: Mutex<Table>,
+}
+
+impl Fake {
+    fn chosen(&self, bytes: u64) -> Choice {
+        let table = self.table.lock().unwrap();
+        choice(&table.choose(OpKind::AllReduce, false, bytes).unwrap().algorithm)
+    }
+}
+
+impl rank::Tunable for Fake {
+    fn gpu(&self) -> &str {
+        "GPU"
+    }
+
+    fn table(&self) -> Table {
+        self.table.lock().unwrap().clone()
+    }
+
+    fn set_table(&self, table: &Table) -> comm_core::Result<()> {
+        *self.table.lock().unwrap() = table.clone();
+        Ok(())
+    }
+
+    fn planned(&self, case: &Case, _size: usize, _registered: bool) -> Option<Choice> {
+        Some(self.chosen(case.bytes))
+    }
+}
+
+// SAFETY: everything is passed on to a backend that keeps the contract; only results are spoilt, within their range.
+unsafe impl DeviceComm for Fake {
+    fn info(&self) -> &CommInfo {
+        self.inner.info()
+    }
+
+    fn supports(&self, query: &OpQuery) -> Support {
+        self.inner.supports(query)
+    }
+
+    fn usage(&self) -> Vec<AlgorithmUsage> {
+        Vec::new()
+    }
+
+    unsafe fn all_reduce(
+        &self,
+        send: DeviceAddr,
+        recv: DeviceAddr,
+        count: usize,
+        dtype: DType,
+        op: ReduceOp,
+        stream: StreamHandle,
+    ) -> comm_core::Result<()> {
+        let bytes = (count * dtype.size()) as u64;
+        let algorithm = self.chosen(bytes).algorithm;
+        let slow = (algorithm == "two_shot") == (bytes < 64 << 10);
+        std::thread::sleep(Duration::from_millis(if slow { 20 } else { 1 }));
+        // SAFETY: the caller vouches for the operands; the backend has written the result's first byte.
+        unsafe {
+            self.inner.all_reduce(send, recv, count, dtype, op, stream)?;
+            if algorithm == "cells" && self.rank() == 0 {
+                *(recv.0 as *mut u8) ^= 0x40;
+            }
+        }
+        Ok(())
+    }
+
+    fn poll(&self) -> comm_core::Result<()> {
+        self.inner.poll()
+    }
+
+    fn abort(&self) {
+        self.inner.abort();
+    }
+
+    fn close(&self) -> comm_core::Result<()> {
+        self.inner.close()
+    }
+}
+
+#[test]
+fn ranks_measure_alike_and_wrong_algorithms_are_found() {
+    let old = measured(3, &[]).in_force.unwrap();
+    let rows = vec![Row { from: 0, choice: choice("two_shot") }];
+    let rule = Rule { op: OpKind::AllReduce, registered: false, rows, measured: Vec::new() };
+    let old = old.with_rule(rule).unwrap();
+    let job = TuneJob {
+        rules: vec![(OpKind::AllReduce, false)],
+        sizes: vec![4 << 10, 256 << 10],
+        tokens: Vec::new(),
+        hidden: 1,
+        dtype: DType::F32,
+        reps: 3,
+        budget: 60.0,
+    };
+    let reports = comm_core::run_threads(3, Duration::from_secs(20), |host| {
+        let context = RankContext::of_test(Arc::clone(&host)).unwrap();
+        let device = HostDevice::default();
+        let inner = create_with(&HostFactory, &CreateContext::new(host, MemoryKind::Host)).unwrap();
+        let fake = Arc::new(Fake { inner, table: Mutex::new(old.clone()) });
+        let comm: Arc<dyn DeviceComm> = Arc::clone(&fake) as _;
+        let mut reports = Vec::new();
+        rank::measure(&job, &context, &device, (&comm, &*fake), &mut |event| reports.push(event)).unwrap();
+        comm.close().unwrap();
+        reports
+    })
+    .unwrap();
+    for reports in &reports {
+        let [TuneEvent::Started { gpu, tables }, rest @ ..] = &reports[..] else { panic!("{reports:?}") };
+        assert_eq!((&**gpu, Tables::parse(tables).unwrap().all()), ("GPU", &[old.clone()][..]));
+        let points: Vec<Point> = rest
+            .iter()
+            .map(|event| {
+                let TuneEvent::Explored { bytes, times, wrong, measurements, cut_short, .. } = event else {
+                    panic!("{event:?}");
+                };
+                // One of each algorithm; what was in force came first.
+                assert_eq!((*measurements, *cut_short), (3, false));
+                assert_eq!(times[0].0, choice("two_shot"));
+                assert!(
+                    wrong.iter().all(|(choice, count)| choice.algorithm == "cells" && *count == 2),
+                    "{wrong:?}"
+                );
+                assert_eq!(wrong.len(), 1);
+                Point { bytes: *bytes, times: times.clone() }
+            })
+            .collect();
+        let rows = pick::pick(&points, 0.03).unwrap();
+        let names: Vec<_> = rows.iter().map(|row| row.choice.algorithm.as_str()).collect();
+        assert_eq!(names, ["one_shot", "two_shot"]);
+    }
 }
