@@ -47,7 +47,7 @@ impl UniformBlock {
     }
 
     /// The block's elements, row by row: the same bits as [`LayerKernels::uniform`] makes.
-    pub fn values(&self) -> impl Iterator<Item = bf16> {
+    pub fn values(self) -> impl Iterator<Item = bf16> {
         (0..self.rows).flat_map(move |row| (0..self.columns).map(move |column| self.value(row, column)))
     }
 
@@ -232,7 +232,8 @@ fn blocks(units: u64) -> u32 {
 }
 
 fn elements(argument: &'static str, rows: usize, columns: usize) -> Result<usize> {
-    rows.checked_mul(columns).ok_or_else(|| CommError::invalid(argument, format!("{rows} x {columns} overflows")))
+    rows.checked_mul(columns)
+        .ok_or_else(|| CommError::invalid(argument, format!("{rows} x {columns} overflows")))
 }
 
 /// A matrix as an argument: its name, first element and columns.

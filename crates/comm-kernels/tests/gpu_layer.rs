@@ -26,7 +26,8 @@ fn blocks_of_random_matrices_have_the_host_s_bits() {
     let Some(device) = device() else { return };
     let kernels = LayerKernels::load(device.memory.context()).unwrap();
     for (rows, columns, first_row, first_column) in [(1, 1, 0, 0), (7, 300, 11, 5), (3000, 33, 2, 1000)] {
-        let block = UniformBlock { first_row, first_column, whole_columns: 1100, ..random(rows, columns, 9, 0.3) };
+        let block =
+            UniformBlock { first_row, first_column, whole_columns: 1100, ..random(rows, columns, 9, 0.3) };
         let out = device.buffer(rows * columns * 2, 0);
         // SAFETY: the buffer holds the block and outlives the download in `content`.
         unsafe { kernels.uniform(out.addr(), &block, device.stream()).unwrap() };
@@ -43,7 +44,8 @@ fn attention_to_oneself_returns_the_values_of_each_head_s_group() {
         for tokens in [1, 5, 70] {
             let (row, width) = (heads.qkv(), query * 128);
             let input: Vec<bf16> = random(tokens, row, 5, 1.0).values().collect();
-            let (qkv, out) = (device.filled(&bytes(input.iter().copied()), 0), device.buffer(tokens * width * 2, 0));
+            let (qkv, out) =
+                (device.filled(&bytes(input.iter().copied()), 0), device.buffer(tokens * width * 2, 0));
             // SAFETY: both buffers are as large as the heads say and outlive the download in `content`.
             unsafe { kernels.attend_self(qkv.addr(), out.addr(), tokens, heads, device.stream()).unwrap() };
             let expected = (0..tokens * width).map(|i| input[i / width * row + heads.value_of(i % width)]);
@@ -58,7 +60,8 @@ fn the_gated_activation_is_the_host_s_to_one_unit_in_the_last_place() {
     let kernels = LayerKernels::load(device.memory.context()).unwrap();
     for (tokens, width) in [(1, 8), (3, 3584), (130, 72)] {
         let input: Vec<bf16> = random(tokens, 2 * width, 7, 12.0).values().collect();
-        let (both, out) = (device.filled(&bytes(input.iter().copied()), 0), device.buffer(tokens * width * 2, 0));
+        let (both, out) =
+            (device.filled(&bytes(input.iter().copied()), 0), device.buffer(tokens * width * 2, 0));
         // SAFETY: both buffers are as large as the arguments say and outlive the download in `content`.
         unsafe { kernels.silu_mul(both.addr(), out.addr(), tokens, width, device.stream()).unwrap() };
         for (at, found) in values(&out.content()).into_iter().enumerate() {
