@@ -30,11 +30,12 @@ pub struct Plan {
     pub effort: Effort,
 }
 
-/// How far a row of the output may be from one GPU's, relative to the row's length (both as Euclidean vectors).
+/// How far a row of the output may be from one device's after a layer, relative to the row's length (both as Euclidean
+/// vectors); over several layers it grows as a random walk does.
 ///
 /// Both round every intermediate result to bf16, whose unit in the last place is 2^-8, but at different places: a rank
-/// rounds its partial sums before they are added up. The differences add up over the layers.
-pub const TOLERANCE: f64 = 0.03;
+/// rounds its partial sums before they are added up, and the fused norm rounds once less than an all-reduce and a norm.
+const TOLERANCE_OF_LAYER: f64 = 0.015;
 
 /// A way of reducing: its name in the report, and whether the norm is part of the operation.
 const PLAIN: bool = false;
@@ -96,7 +97,7 @@ pub fn run(
         layers: plan.layers,
         hidden: plan.shape.hidden,
         intermediate: plan.shape.intermediate,
-        tolerance: TOLERANCE,
+        tolerance: TOLERANCE_OF_LAYER * (plan.layers as f64).sqrt(),
         skipped,
         rows,
     })
@@ -218,7 +219,7 @@ mod tests {
                 for row in &report.rows {
                     let names: Vec<&str> = row.figures.iter().map(|figure| &*figure.name).collect();
                     assert_eq!(names, ["none", "host", "host_fused"]);
-                    assert!(row.figures[0].error > 10.0 * TOLERANCE, "{report:?}");
+                    assert!(row.figures[0].error > 10.0 * report.tolerance, "{report:?}");
                     assert!(row.figures[1..].iter().all(|figure| figure.equal_on_all_ranks));
                 }
             }

@@ -7,7 +7,7 @@ use crate::report::{Figure, Report, title};
 const WIDTH: f64 = 960.0;
 const HEIGHT: f64 = 460.0;
 /// Left, top, right and bottom of the panel.
-const PANEL: (f64, f64, f64, f64) = (70.0, 70.0, 940.0, 400.0);
+const PANEL: (f64, f64, f64, f64) = (84.0, 70.0, 940.0, 400.0);
 const FLOOR: &str = "#b8b8b8";
 /// Colours that stay apart, for colour-blind readers too.
 const COLOURS: [&str; 4] = ["#d55e00", "#0072b2", "#009e73", "#cc79a7"];

@@ -29,6 +29,15 @@ pub struct Row {
     pub figures: Vec<Figure>,
 }
 
+impl Row {
+    /// How many times as fast a layer is in the last way as in the first, of those whose output is right.
+    pub fn gain(&self) -> f64 {
+        let mut times = self.figures.iter().filter(|figure| figure.checked).map(|figure| figure.us_per_layer);
+        let first = times.next().unwrap_or(1.0);
+        first / times.next_back().unwrap_or(first)
+    }
+}
+
 /// The whole run.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
@@ -106,10 +115,10 @@ impl fmt::Display for Report {
         let Some(first) = self.rows.first() else { return Ok(()) };
         let titles: Vec<String> = first.figures.iter().map(|figure| title(&figure.name)).collect();
         let header: Vec<String> = titles.iter().map(|title| format!(" {title} |")).collect();
-        writeln!(f, "| tokens |{}", header.concat())?;
+        writeln!(f, "| tokens |{} gain |", header.concat())?;
         writeln!(
             f,
-            "|-------:|{}",
+            "|-------:|{}-----:|",
             titles.iter().map(|title| "-".repeat(title.len() + 1) + ":|").collect::<String>()
         )?;
         for row in &self.rows {
@@ -117,7 +126,7 @@ impl fmt::Display for Report {
             for (figure, title) in row.figures.iter().zip(&titles) {
                 write!(f, " {:>width$.1} |", figure.us_per_layer, width = title.len())?;
             }
-            writeln!(f)?;
+            writeln!(f, " {:>3.2}x |", row.gain())?;
         }
         writeln!(f)?;
         for reason in &self.skipped {
@@ -172,8 +181,14 @@ pub mod tests {
     #[test]
     fn the_table_has_a_row_per_number_of_tokens() {
         let text = report().to_string();
-        assert!(text.contains("| tokens | no communication | nccl | p2p | p2p, fused norm |"), "{text}");
-        assert!(text.contains("|    128 |            100.0 | 130.0 | 112.0 |           108.5 |"), "{text}");
+        assert!(
+            text.contains("| tokens | no communication | nccl | p2p | p2p, fused norm | gain |"),
+            "{text}"
+        );
+        assert!(
+            text.contains("|    128 |            100.0 | 130.0 | 112.0 |           108.5 | 1.20x |"),
+            "{text}"
+        );
         assert!(text.contains("all outputs equal"), "{text}");
     }
 
