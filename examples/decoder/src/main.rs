@@ -29,12 +29,12 @@ use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use comm_core::{HostFactory, run_threads};
 use comm_kernels::driver;
-use comm_nccl::NcclFactory;
+use comm_nccl::{NcclFactory, NcclLibrary};
 use comm_p2p::P2pFactory;
 
 use crate::cuda::CudaDevice;
 use crate::device::Effort;
-use crate::measure::{PATIENCE, Plan};
+use crate::measure::{Backend, PATIENCE, Plan};
 use crate::on_host::HostDevice;
 use crate::report::Report;
 use crate::shape::Shape;
@@ -131,10 +131,14 @@ fn on_gpus(args: &Args, world: usize) -> Result<Report> {
     let plan = plan(args, Shape::LLAMA_70B, &[1, 8, 32, 128, 512], 8, 4)?;
     plan.shape.check(world)?;
     let nccl = NcclFactory::new();
-    first(run_threads(world, PATIENCE, |host| {
+    let mut report = first(run_threads(world, PATIENCE, |host| {
         let device = CudaDevice::open(host.rank())?;
-        measure::run(&device, &host, &plan, &[("nccl", &nccl, false), ("p2p", &P2pFactory, true)])
-    })?)
+        let backends =
+            [Backend { factory: &nccl, fused: false }, Backend { factory: &P2pFactory, fused: true }];
+        measure::run(&device, &host, &plan, &backends)
+    })?)?;
+    report.nccl = NcclLibrary::load().ok().map(|library| library.version().to_string());
+    Ok(report)
 }
 
 fn on_host(args: &Args) -> Result<Report> {
@@ -142,7 +146,7 @@ fn on_host(args: &Args) -> Result<Report> {
     let plan = plan(args, Shape::SMALL, &[1, 8, 32], 2, 1)?;
     plan.shape.check(world)?;
     first(run_threads(world, PATIENCE, |host| {
-        measure::run(&HostDevice::default(), &host, &plan, &[("host", &HostFactory, true)])
+        measure::run(&HostDevice::default(), &host, &plan, &[Backend { factory: &HostFactory, fused: true }])
     })?)
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use comm_core::{
-    BackendFactory, CommError, CreateContext, DeviceComm, HostComm, HostCommExt, HostReduceOp, create_with,
+    BackendFactory, CommError, CreateContext, Deadline, HostComm, HostCommExt, HostReduceOp, create_with,
 };
 use half::bf16;
 
@@ -37,9 +37,17 @@ pub struct Plan {
 /// rounds its partial sums before they are added up, and the fused norm rounds once less than an all-reduce and a norm.
 const TOLERANCE_OF_LAYER: f64 = 0.015;
 
-/// A way of reducing: its name in the report, and whether the norm is part of the operation.
-const PLAIN: bool = false;
-const FUSED: bool = true;
+/// The bound on a collective's waits: shorter than that on a sample, so that it is the collective that names the culprit.
+const COMM_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A backend to measure.
+#[derive(Clone, Copy)]
+pub struct Backend<'a> {
+    /// Makes its communicators.
+    pub factory: &'a dyn BackendFactory,
+    /// Whether its fused norm is measured too.
+    pub fused: bool,
+}
 
 /// Measures everything on this rank; collective. Every rank returns the same report.
 ///
@@ -49,7 +57,7 @@ pub fn run(
     device: &dyn Device,
     host: &Arc<dyn HostComm>,
     plan: &Plan,
-    backends: &[(&str, &dyn BackendFactory, bool)],
+    backends: &[Backend<'_>],
 ) -> Result<Report> {
     let (rank, world) = (host.rank(), host.size());
     let most = plan.tokens.iter().copied().max().unwrap_or(1);
@@ -68,8 +76,11 @@ pub fn run(
     // SAFETY: the work on it has ended with the measurements.
     unsafe { partial.free(device)? };
 
-    for &(name, factory, fused) in backends {
-        let comm = match create_with(factory, &CreateContext::new(Arc::clone(host), device.memory().kind())) {
+    for &Backend { factory, fused } in backends {
+        let name = factory.name();
+        let mut context = CreateContext::new(Arc::clone(host), device.memory().kind());
+        context.timeout = COMM_TIMEOUT;
+        let comm = match create_with(factory, &context) {
             Ok(comm) => comm,
             // Every rank has the same cause, so all of them go on.
             Err(error @ CommError::CreationFailed { .. }) => {
@@ -80,12 +91,13 @@ pub fn run(
         };
         let partial = Partial::new(device, Some(&comm), most, plan.shape.hidden)?;
         for row in &mut rows {
-            for form in if fused { &[PLAIN, FUSED][..] } else { &[PLAIN] } {
-                row.figures.push(bench.with(name, &*comm, row.tokens, &partial, *form)?);
+            row.figures.push(bench.figure(name, row.tokens, &partial, Reduction::AllReduce(&*comm))?);
+            if fused {
+                let name = format!("{name}_fused");
+                row.figures.push(bench.figure(&name, row.tokens, &partial, Reduction::Fused(&*comm))?);
             }
         }
-        device.memory().synchronize()?;
-        host.barrier(comm_core::Deadline::after(host.timeout()))?;
+        host.barrier(Deadline::after(host.timeout()))?;
         // SAFETY: the work on it has ended on all ranks.
         unsafe { partial.free(device)? };
         comm.close().with_context(|| format!("closing {name}"))?;
@@ -98,6 +110,7 @@ pub fn run(
         hidden: plan.shape.hidden,
         intermediate: plan.shape.intermediate,
         tolerance: TOLERANCE_OF_LAYER * (plan.layers as f64).sqrt(),
+        nccl: None,
         skipped,
         rows,
     })
@@ -130,21 +143,6 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    fn with(
-        &self,
-        name: &str,
-        comm: &dyn DeviceComm,
-        tokens: usize,
-        partial: &Partial,
-        fused: bool,
-    ) -> Result<Figure> {
-        let (name, reduction) = match fused {
-            true => (format!("{name}_fused"), Reduction::Fused(comm)),
-            false => (name.to_owned(), Reduction::AllReduce(comm)),
-        };
-        self.figure(&name, tokens, partial, reduction).with_context(|| format!("{name}, {tokens} tokens"))
-    }
-
     /// Runs, times and checks one way at one number of tokens.
     fn figure(
         &self,
@@ -155,18 +153,20 @@ impl Bench<'_> {
     ) -> Result<Figure> {
         // SAFETY: `partial` holds the most tokens and is freed after all measurements.
         let forward = || unsafe { self.model.forward(tokens, partial.addr, reduction) };
-        let time = self.device.time(&**self.host, self.plan.effort, &forward)?;
+        let time = self.device.time(&**self.host, self.plan.effort, &forward);
+        // A communicator knows more of what went wrong than the device that waited for it.
+        let time = reduction.poll().and(time).with_context(|| format!("{name}, {tokens} tokens"))?;
         // The output of the timed passes themselves: each gives the same.
         let output = self.model.output(tokens)?;
         let layer = time.as_secs_f64() * 1e6 / self.plan.layers.max(1) as f64;
         let slowest = self.host.all_reduce(&[layer], HostReduceOp::Max)?[0];
-        let equal = !matches!(reduction, Reduction::None) && self.equal_on_all_ranks(&output)?;
+        let checked = reduction.is_right();
+        let equal = checked && self.equal_on_all_ranks(&output)?;
         let error = match self.reference.get(&tokens) {
             Some(expected) => distance(&output, expected, self.plan.shape.hidden),
             None => 0.0,
         };
         let error = self.host.all_reduce(&[error], HostReduceOp::Max)?[0];
-        let checked = !matches!(reduction, Reduction::None);
         Ok(Figure { name: name.to_owned(), us_per_layer: slowest, checked, equal_on_all_ranks: equal, error })
     }
 
@@ -211,7 +211,7 @@ mod tests {
     fn ranks_together_compute_what_one_does_and_without_communication_they_do_not() {
         for world in [2, 4] {
             let reports = run_threads(world, PATIENCE, |host| {
-                run(&HostDevice::default(), &host, &plan(), &[("host", &HostFactory, true)])
+                run(&HostDevice::default(), &host, &plan(), &[Backend { factory: &HostFactory, fused: true }])
             });
             for report in reports.unwrap() {
                 let report = report.unwrap();

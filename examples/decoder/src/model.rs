@@ -1,7 +1,7 @@
 //! The model: a loop over decoder layers, of which every rank holds a shard.
 //!
 //! ```text
-//! x = norm(tokens)                                  hidden
+//! x, residual = tokens                              hidden
 //! every layer:
 //!     qkv  = x * Wqkv           split by heads      (64 + 8 + 8) * 128 / world
 //!     a    = attention(qkv)     stand-in, see below 64 * 128 / world
@@ -40,6 +40,24 @@ pub enum Reduction<'a> {
     Fused(&'a dyn DeviceComm),
 }
 
+impl Reduction<'_> {
+    /// Whether the output is the model's.
+    pub fn is_right(self) -> bool {
+        !matches!(self, Self::None)
+    }
+
+    /// The communicator's failure, if there is one: on a device it comes to light after the call.
+    ///
+    /// # Errors
+    /// That failure.
+    pub fn poll(self) -> Result<()> {
+        match self {
+            Self::None => Ok(()),
+            Self::AllReduce(comm) | Self::Fused(comm) => comm.poll(),
+        }
+    }
+}
+
 /// One layer's weights, of one rank.
 struct Layer {
     qkv: Linear,
@@ -55,9 +73,8 @@ pub struct Model<'a> {
     device: &'a dyn Device,
     shard: Shard,
     layers: Vec<Layer>,
-    /// The tokens' hidden states and their norm: what the first layer starts from. Read only.
+    /// The tokens' hidden states, of magnitude 1 and so their own norm: what the first layer starts from. Read only.
     embedding: DeviceAddr,
-    first_input: DeviceAddr,
     /// The running hidden states and their norm, the pass's output.
     residual: DeviceAddr,
     normed: DeviceAddr,
@@ -90,20 +107,18 @@ impl<'a> Model<'a> {
                 norms: [buffers.norm_weight(hidden, seed(4))?, buffers.norm_weight(hidden, seed(5))?],
             });
         }
-        let tokens = |seed, scale| UniformBlock {
+        let tokens = UniformBlock {
             rows: max_tokens,
             columns: hidden,
             first_row: 0,
             first_column: 0,
             whole_columns: hidden,
-            seed,
-            scale,
+            seed: SEED,
+            // Uniform between plus and minus this has a mean square of 1.
+            scale: 3_f32.sqrt(),
         };
-        // Uniform in -sqrt(3)..sqrt(3) has a mean square of 1, as if normalised.
-        let input = tokens(SEED, 3_f32.sqrt());
         Ok(Self {
-            embedding: buffers.filled(&[input])?,
-            first_input: buffers.filled(&[input])?,
+            embedding: buffers.filled(&[tokens])?,
             residual: buffers.matrix(max_tokens, hidden)?,
             normed: buffers.matrix(max_tokens, hidden)?,
             qkv: buffers.matrix(max_tokens, shard.heads().qkv())?,
@@ -127,7 +142,7 @@ impl<'a> Model<'a> {
     /// `partial` is valid until the pass has completed, and nothing else uses it in that time.
     pub unsafe fn forward(&self, tokens: usize, partial: DeviceAddr, reduction: Reduction<'_>) -> Result<()> {
         let (device, heads) = (self.device, self.shard.heads());
-        let (mut input, mut residual) = (self.first_input, self.embedding);
+        let (mut input, mut residual) = (self.embedding, self.embedding);
         for layer in &self.layers {
             // SAFETY: all operands are buffers of this model, made for its shard and at least `tokens` rows, or `partial`,
             // for which the caller vouches; the device works on them in order.

@@ -53,6 +53,8 @@ pub struct Report {
     pub intermediate: usize,
     /// The largest error that passes.
     pub tolerance: f64,
+    /// NCCL's version, where it was measured.
+    pub nccl: Option<String>,
     /// Backends that could not be used, and why.
     pub skipped: Vec<String>,
     /// The measurements.
@@ -77,7 +79,7 @@ impl Report {
                 );
                 ensure!(
                     *error <= self.tolerance,
-                    "{name}, {} tokens: the output is off by {error:.4}, more than {}",
+                    "{name}, {} tokens: the output is off by {error:.4}, more than {:.4}",
                     row.tokens,
                     self.tolerance
                 );
@@ -109,8 +111,13 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{} layers, hidden {}, intermediate {}, bf16, {} ranks on {}; microseconds per layer, median, slowest rank\n",
-            self.layers, self.hidden, self.intermediate, self.world, self.device
+            "{} layers, hidden {}, intermediate {}, bf16, {} ranks on {}{}; microseconds per layer, median, slowest rank\n",
+            self.layers,
+            self.hidden,
+            self.intermediate,
+            self.world,
+            self.device,
+            self.nccl.as_ref().map_or_else(String::new, |version| format!(", NCCL {version}"))
         )?;
         let Some(first) = self.rows.first() else { return Ok(()) };
         let titles: Vec<String> = first.figures.iter().map(|figure| title(&figure.name)).collect();
@@ -135,7 +142,7 @@ impl fmt::Display for Report {
         match self.verdict() {
             Ok(()) => writeln!(
                 f,
-                "all outputs equal on all ranks, and within {:.4} of one device's (tolerance {})",
+                "all outputs equal on all ranks, and within {:.4} of one device's (tolerance {:.4})",
                 self.largest_error(),
                 self.tolerance
             ),
@@ -173,6 +180,7 @@ pub mod tests {
             hidden: 8192,
             intermediate: 28_672,
             tolerance: 0.03,
+            nccl: None,
             skipped: Vec::new(),
             rows: vec![row(1, 60.0), row(128, 100.0)],
         }
