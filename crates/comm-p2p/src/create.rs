@@ -9,10 +9,11 @@ use comm_kernels::p2p::{
     BUFFERS, FLAG_BYTES, Link, MAX_RANKS, P2pKernels, PAIR_COUNTERS_BYTES, Peers, buffer_bytes, cells_bytes,
     scratch_bytes,
 };
-use comm_kernels::raw::{Current, Event};
+use comm_kernels::raw::Current;
 
 use crate::comm::P2pComm;
 use crate::state::{Base, Channels, Hosts, Owned, Shared};
+use crate::stream::Sentinel;
 use crate::symmetric::table::Table;
 use crate::symmetric::words::Words;
 use crate::symmetric::{Block, agree, shifted};
@@ -87,7 +88,7 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result
     };
     let (topology, uuids) = meet(&*control, &base)?;
     let words = Words::new().map(Arc::new);
-    let sentinel = Event::new();
+    let sentinel = Sentinel::new();
     let (channels, scratch) = if info.size > 1 {
         let prepared = words
             .as_ref()

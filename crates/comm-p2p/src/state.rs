@@ -8,10 +8,11 @@ use comm_core::topology::Topology;
 use comm_core::{CallSite, CommError, CommInfo, Deadline, DeviceAddr, HostComm, OpKind, Result};
 use comm_kernels::Kernels;
 use comm_kernels::p2p::{ErrorRecord, Link, P2pKernels, Peers};
-use comm_kernels::raw::{Current, Event};
+use comm_kernels::raw::Current;
 use cudarc::driver::CudaContext;
 
 use crate::options::Options;
+use crate::stream::Sentinel;
 use crate::symmetric::table::Table;
 use crate::symmetric::words::Words;
 use crate::symmetric::{Block, Hold};
@@ -72,7 +73,7 @@ pub(crate) struct Owned {
     #[allow(dead_code, reason = "held, not read")]
     pub(crate) scratch: Option<Block>,
     pub(crate) words: Option<Arc<Words>>,
-    pub(crate) sentinel: Option<Event>,
+    pub(crate) sentinel: Option<Sentinel>,
 }
 
 /// What the handle asks of the watchdog, and what came of it.
@@ -171,6 +172,8 @@ impl Shared {
     /// Declares the communicator lost and returns the cause, which is the first one declared: ends all waits of this
     /// rank's kernels, and tells the other ranks if the cause arose here. Never blocks.
     pub(crate) fn fail(&self, error: CommError) -> CommError {
+        // Held until the others have been told, so that a drop meanwhile cannot take the host communicators away first.
+        let hosts = lock(&self.host);
         let cause = {
             let mut failure = lock(&self.failure);
             if let Some(first) = &*failure {
@@ -183,8 +186,7 @@ impl Shared {
         if let Some(words) = &*lock(&self.words) {
             words.abort();
         }
-        let control = lock(&self.host).as_ref().map(|hosts| Arc::clone(&hosts.control));
-        if let Some(control) = control {
+        if let Some(Hosts { control, .. }) = &*hosts {
             match &cause {
                 // The others see a death, or a failure reported by its own rank, for themselves.
                 CommError::PeerDied { .. } | CommError::PeerFailed { .. } | CommError::Closed { .. } => {}
@@ -192,6 +194,7 @@ impl Shared {
                 local => control.report_failure(local),
             }
         }
+        drop(hosts);
         tracing::warn!(comm = self.info.name, rank = self.info.rank, %cause, "communicator failed");
         // Under the lock, so that a watchdog between its check and its wait cannot miss it.
         drop(lock(&self.ending));
@@ -248,6 +251,12 @@ impl Shared {
         }
         let missing = (0..self.info.size).filter(|&rank| record.missing >> rank & 1 == 1).collect();
         CommError::Timeout { at, missing, waited: Duration::from_nanos(record.waited_ns) }
+    }
+
+    /// What this rank's kernels have to say, whatever became of the other ranks.
+    pub(crate) fn record(&self) -> Option<CommError> {
+        let record = lock(&self.words).as_ref().and_then(|words| words.error())?;
+        Some(self.gave_up(&record))
     }
 
     /// What can be said about this rank's failure, if there is one.
