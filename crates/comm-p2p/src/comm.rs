@@ -129,6 +129,10 @@ unsafe impl DeviceComm for P2pComm {
         self.deregister_buffer(registration)
     }
 
+    fn register_captured(&self) -> Result<()> {
+        self.register_captured_operands()
+    }
+
     fn supports(&self, query: &OpQuery) -> Support {
         let norm = matches!(query.kind, OpKind::AllReduceRmsNorm | OpKind::AllReduceRmsNormTwoGroup);
         if norm && !matches!(query.dtype, DType::F32 | DType::F16 | DType::BF16) {

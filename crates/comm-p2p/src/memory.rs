@@ -10,7 +10,7 @@ use crate::symmetric::{Block, Hold, agree};
 
 impl P2pComm {
     /// An error of a collective over the host communicator. If that one is lost, so is this.
-    fn lost(&self, host: &dyn HostComm, op: OpKind, error: CommError) -> CommError {
+    pub(crate) fn lost(&self, host: &dyn HostComm, op: OpKind, error: CommError) -> CommError {
         let shared = self.shared();
         match host.poll() {
             Err(cause) => shared.fail(shared.relocate(cause, op)),
@@ -93,7 +93,7 @@ impl P2pComm {
     }
 
     /// Opens the other ranks' exports, or says why one cannot be used.
-    fn open(
+    pub(crate) fn open(
         &self,
         exports: Vec<Result<Export, String>>,
         own: DeviceAddr,

@@ -20,6 +20,9 @@ pub(crate) struct Options {
     pub(crate) algorithm: Option<Algorithm>,
     /// The caller's promise about operands in registered buffers.
     pub(crate) symmetric_operands: bool,
+    /// Whether captured operands are registered after the capture, and how many at a time.
+    pub(crate) graph_registration: bool,
+    pub(crate) graph_entries: u32,
 }
 
 impl Default for Options {
@@ -34,6 +37,8 @@ impl Default for Options {
             stall: Duration::ZERO,
             algorithm: None,
             symmetric_operands: false,
+            graph_registration: false,
+            graph_entries: 8192,
         }
     }
 }
@@ -68,6 +73,11 @@ impl Options {
                     parsed.stall = Duration::from_nanos(nanoseconds as u64);
                 }
                 "algorithm" => parsed.algorithm = Some(algorithm(name, value)?),
+                "graph_registration" => parsed.graph_registration = switch(name, value)?,
+                "graph_entries" => {
+                    let entries = number(name, value, 1..=1 << 20)?;
+                    parsed.graph_entries = u32::try_from(entries).unwrap_or(u32::MAX);
+                }
                 "symmetric_operands" => parsed.symmetric_operands = switch(name, value)?,
                 _ => {
                     return Err(CommError::invalid(
@@ -129,6 +139,8 @@ mod tests {
             ("p2p.x", "1"),
             ("p2p.algorithm", "fast"),
             ("p2p.symmetric_operands", "true"),
+            ("p2p.graph_registration", "auto"),
+            ("p2p.graph_entries", "0"),
         ] {
             let text = parse(name, value).unwrap_err().to_string();
             assert!(text.contains(name), "{text}");

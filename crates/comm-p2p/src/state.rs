@@ -11,6 +11,7 @@ use comm_kernels::p2p::{ErrorRecord, Link, P2pKernels, Peers};
 use comm_kernels::raw::Current;
 use cudarc::driver::CudaContext;
 
+use crate::captured::Captured;
 use crate::options::Options;
 use crate::stream::Sentinel;
 use crate::symmetric::table::Table;
@@ -70,6 +71,8 @@ pub(crate) struct Channels {
 /// What is given back at the end, in this order.
 pub(crate) struct Owned {
     pub(crate) table: Table<Hold>,
+    /// With the option `p2p.graph_registration`, between at least two ranks.
+    pub(crate) captured: Option<Captured>,
     #[allow(dead_code, reason = "held, not read")]
     pub(crate) scratch: Option<Block>,
     pub(crate) words: Option<Arc<Words>>,
@@ -227,6 +230,8 @@ impl Shared {
                 // A rank that ran out of patience first reports the others; what was missed here says more.
                 (Some(CommError::PeerFailed { cause, .. }), Some(record))
                     if matches!(*cause, CommError::Timeout { .. }) && record.cause == TIMED_OUT => {}
+                // Ranks that replay the same graph too early all make the same mistake.
+                (Some(CommError::PeerFailed { .. }), Some(record)) if record.cause == UNREGISTERED => {}
                 (Some(error), _) => return Err(self.relocate(error, op)),
                 (None, _) => {}
             }
@@ -246,6 +251,9 @@ impl Shared {
 
     fn gave_up(&self, record: &ErrorRecord) -> CommError {
         let at = self.kernel(record);
+        if record.cause == UNREGISTERED {
+            return CommError::NotRegistered { at };
+        }
         if record.cause != TIMED_OUT {
             return CommError::Aborted { at };
         }
@@ -288,6 +296,7 @@ impl Shared {
 }
 
 const TIMED_OUT: u32 = 1;
+const UNREGISTERED: u32 = 3;
 
 /// A call under way, with the lock held and the device current.
 pub(crate) struct Call<'a> {

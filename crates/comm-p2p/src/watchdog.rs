@@ -11,6 +11,7 @@ use comm_kernels::exit;
 use comm_kernels::raw::{self, Current, check};
 use cudarc::driver::sys;
 
+use crate::captured::take_back;
 use crate::state::{Shared, lock};
 use crate::stream::{RelaxedCapture, Sentinel};
 use crate::symmetric::table::Table;
@@ -67,7 +68,7 @@ fn watch(shared: &Shared) -> Result<()> {
         // A failed communicator keeps its memory until it is closed or dropped: a graph may still be replayed, whose
         // kernels then leave at once.
         if !shared.has_failed() {
-            let seen = shared.observe().and_then(|()| device_is_fit(shared));
+            let seen = shared.observe().and_then(|()| device_is_fit(shared)).and_then(|()| take_back(shared));
             if let Err(error) = seen {
                 shared.fail(error);
             }
@@ -164,6 +165,7 @@ fn take(shared: &Shared) -> crate::state::Owned {
     let mut owned = lock(&shared.owned);
     crate::state::Owned {
         table: std::mem::replace(&mut owned.table, Table::new(0)),
+        captured: owned.captured.take(),
         scratch: owned.scratch.take(),
         words: owned.words.take(),
         sentinel: owned.sentinel.take(),

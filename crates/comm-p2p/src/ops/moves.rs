@@ -24,11 +24,18 @@ impl P2pComm {
             format!("{count} {dtype}{}", self.place(recv, count * dtype.size() * info.size))
         })?;
         let part = checked?;
-        let call = self.begin(KIND)?;
+        let mut call = self.begin(KIND)?;
         let Some(channels) = self.channels(part) else {
             return self.local(call, send, recv, part, stream);
         };
         let found = call.owned.table.find(recv, part * info.size);
+        if found.is_none()
+            // SAFETY: the caller vouches for the operands.
+            && unsafe { self.capture_all_gather(&mut call, channels, (send, recv), part, stream) }?
+        {
+            call.finish(Algorithm::Captured);
+            return Ok(());
+        }
         let Plan { algorithm, shape, chunk, .. } = self.limits().all_gather(part, found.is_some());
         let link = call.link(&channels.packet);
         match (algorithm, found) {
