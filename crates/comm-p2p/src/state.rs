@@ -14,7 +14,8 @@ use cudarc::driver::CudaContext;
 use crate::captured::Captured;
 use crate::options::Options;
 use crate::stream::Sentinel;
-use crate::symmetric::table::Table;
+use crate::symmetric::ipc;
+use crate::symmetric::table::{Found, Table};
 use crate::symmetric::words::Words;
 use crate::symmetric::{Block, Hold};
 use crate::topology::links::Links;
@@ -318,6 +319,23 @@ impl Call<'_> {
     /// Turns an error of enqueueing into the communicator's failure: other ranks may be waiting for what was not.
     pub(crate) fn fatal<T>(&self, result: Result<T>) -> Result<T> {
         result.map_err(|error| self.shared.fail(error))
+    }
+
+    /// Refuses a registered operand whose memory is no longer what was registered. Nothing has been enqueued yet, so
+    /// the communicator is unharmed here; the other ranks wait for the call until their timeout.
+    pub(crate) fn still_there(&self, found: &Found, addr: DeviceAddr) -> Result<()> {
+        let Some(Hold::Opened(_, Some(registered))) = self.owned.table.hold(found.id) else { return Ok(()) };
+        let now = ipc::allocation_id(addr);
+        if now.as_ref().is_ok_and(|now| now == registered) {
+            return Ok(());
+        }
+        Err(CommError::StaleHandle {
+            handle: format!("registration {} of communicator {:?}", found.id, self.shared.info.name),
+            reason: match now {
+                Ok(_) => format!("the memory at {addr:?} was freed while registered, and allocated anew"),
+                Err(error) => format!("the memory at {addr:?} was freed while registered: {error}"),
+            },
+        })
     }
 
     /// Ends the call; it counts as used.

@@ -38,9 +38,8 @@ __device__ __forceinline__ uint32_t look_up(const Link& link, const CapturedEntr
         // The successor must not overtake what runs before this kernel.
         allow_successor();
         wait_for_predecessor();
-        volatile ErrorRecord* error = link.error;
-        // The first failure is the one to report: the graph's later calls, on other channels, fail for the same reason.
-        if (blockIdx.x == 0 && threadIdx.x == 0 && atomicExch(&link.channel->broken, 1u) == 0 && error->cause == 0) {
+        if (blockIdx.x == 0 && threadIdx.x == 0 && atomicExch(link.broken, 1u) == 0) {
+            volatile ErrorRecord* error = link.error;
             error->op = link.op;
             error->round = 0;
             error->missing = 0;

@@ -40,6 +40,7 @@ impl P2pComm {
         let link = call.link(&channels.packet);
         match (algorithm, found) {
             (Algorithm::Direct, Some(found)) => {
+                call.still_there(&found, recv)?;
                 // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks,
                 // `recv` lies in a region of all ranks, and the caller vouches for the operands.
                 call.fatal(unsafe {
@@ -93,6 +94,7 @@ impl P2pComm {
         let link = call.link(&channels.packet);
         match (plan.algorithm, found) {
             (Algorithm::Direct, Some(found)) => {
+                call.still_there(&found, recv)?;
                 let peers = found.peers;
                 // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks,
                 // `recv` lies in a region of all ranks, and the caller vouches for the operands.
