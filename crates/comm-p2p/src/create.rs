@@ -9,10 +9,12 @@ use comm_kernels::p2p::{
     BUFFERS, FLAG_BYTES, Link, MAX_RANKS, P2pKernels, PAIR_COUNTERS_BYTES, Peers, buffer_bytes, cells_bytes,
     scratch_bytes,
 };
-use comm_kernels::raw::{Current, Event};
+use comm_kernels::raw::Current;
 
+use crate::captured::Captured;
 use crate::comm::P2pComm;
 use crate::state::{Base, Channels, Hosts, Owned, Shared};
+use crate::stream::Sentinel;
 use crate::symmetric::table::Table;
 use crate::symmetric::words::Words;
 use crate::symmetric::{Block, agree, shifted};
@@ -94,30 +96,42 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result
     };
     let (topology, uuids) = meet(&*control, &base, &tables)?;
     let words = Words::new().map(Arc::new);
-    let sentinel = Event::new();
-    let (channels, scratch) = if info.size > 1 {
+    let sentinel = Sentinel::new();
+    let (channels, scratch, captured) = if info.size > 1 {
         let prepared = words
             .as_ref()
             .map_err(Clone::clone)
-            .and_then(|words| Ok((Arc::clone(words), P2pKernels::load(&base.context, info.size)?)));
+            .and_then(|words| Ok((Arc::clone(words), P2pKernels::load(&base.context, info.size)?)))
+            .and_then(|(words, kernels)| Ok((words, kernels, table_of_captured(&base, info.size)?)));
         agree(&*control, &prepared.as_ref().map(|_| 0).map_err(Clone::clone))?;
-        let (words, kernels) = prepared?;
+        let (words, kernels, captured) = prepared?;
         let (channels, block) = channels(&*control, &base, &words, kernels, deadline)?;
         if !verified {
             let driver = &base.device.driver;
             verify::verify(&*control, &base.kernels, &channels.staging, driver, &uuids)?;
         }
-        (Some(channels), Some(block))
+        (Some(channels), Some(block), captured)
     } else {
-        (None, None)
+        (None, None, None)
     };
     static COMMUNICATORS: AtomicU64 = AtomicU64::new(0);
     let generations = COMMUNICATORS.fetch_add(1, Ordering::Relaxed) << 32;
-    let owned =
-        Owned { table: Table::new(generations), scratch, words: Some(words?), sentinel: Some(sentinel?) };
+    let owned = Owned {
+        table: Table::new(generations),
+        captured,
+        scratch,
+        words: Some(words?),
+        sentinel: Some(sentinel?),
+    };
     let shared = Arc::new(Shared::new(info, base, topology, tables, channels, owned, hosts));
     watchdog::spawn(Arc::clone(&shared))?;
     Ok(P2pComm::new(shared))
+}
+
+fn table_of_captured(base: &Base, world: usize) -> Result<Option<Captured>> {
+    let options = &base.options;
+    let table = || Captured::new(&base.context, world, options.graph_entries);
+    options.graph_registration.then(table).transpose()
 }
 
 /// Exchanges what the ranks' devices are, and agrees on their topology and on how algorithms are chosen. Returns the

@@ -10,6 +10,8 @@
 //!   rank in any; checked mode compares. If the caller promises the same of its own buffers, by the option
 //!   `p2p.symmetric_operands` of [`P2pFactory`], also into those of [`register`](comm_core::DeviceComm::register).
 //! - Everything else, any type, reduction and shape, goes through staging memory.
+//! - Large results in other memory, captured into a graph, can be made known to the ranks after the capture, by the option
+//!   `p2p.graph_registration`.
 //!
 //! Every operation is a fixed row of kernels on the caller's stream: it can be captured into a CUDA graph and replayed.
 //! When a communicator is made, what its GPUs store into and load from each other is checked in both directions, once
@@ -25,6 +27,7 @@
 #![deny(missing_docs)]
 
 mod candidates;
+mod captured;
 mod comm;
 mod create;
 mod factory;

@@ -26,6 +26,9 @@ pub(crate) struct Options {
     pub(crate) tables: Option<Arc<Tables>>,
     /// The caller's promise about operands in registered buffers.
     pub(crate) symmetric_operands: bool,
+    /// Whether captured operands are registered after the capture, and how many at a time.
+    pub(crate) graph_registration: bool,
+    pub(crate) graph_entries: u32,
 }
 
 impl Default for Options {
@@ -41,6 +44,8 @@ impl Default for Options {
             algorithm: None,
             tables: None,
             symmetric_operands: false,
+            graph_registration: false,
+            graph_entries: 8192,
         }
     }
 }
@@ -79,6 +84,11 @@ impl Options {
                 }
                 "algorithm" => parsed.algorithm = Some(algorithm(name, value)?),
                 "table" => parsed.tables = Some(Arc::new(tables::read(name, Path::new(value))?)),
+                "graph_registration" => parsed.graph_registration = switch(name, value)?,
+                "graph_entries" => {
+                    let entries = number(name, value, 1..=1 << 20)?;
+                    parsed.graph_entries = u32::try_from(entries).unwrap_or(u32::MAX);
+                }
                 "symmetric_operands" => parsed.symmetric_operands = switch(name, value)?,
                 _ => {
                     return Err(CommError::invalid(
@@ -141,6 +151,8 @@ mod tests {
             ("p2p.algorithm", "fast"),
             ("p2p.table", "/nonexistent/table.json"),
             ("p2p.symmetric_operands", "true"),
+            ("p2p.graph_registration", "auto"),
+            ("p2p.graph_entries", "0"),
         ] {
             let text = parse(name, value).unwrap_err().to_string();
             assert!(text.contains(name), "{text}");
