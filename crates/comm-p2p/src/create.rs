@@ -157,7 +157,10 @@ fn channels(
         abort: words.abort_addr(),
         error: words.error_addr(),
         timeout_ns: u64::try_from(base.timeout.as_nanos()).unwrap_or(u64::MAX),
-        stall_ns: u64::try_from(options.stall.as_nanos()).unwrap_or(0),
+        stall_ns: match options.stall_rank {
+            Some(only) if only != host.rank() => 0,
+            _ => u64::try_from(options.stall.as_nanos()).unwrap_or(0),
+        },
         rank: host.rank() as u32,
         slot_packs: slots as u32,
         op: 0,
@@ -190,11 +193,12 @@ fn fill(block: &Block, layout: &Layout, world: usize, base: &Base) -> Result<()>
     let (own, options) = (block.own(), &base.options);
     let first = options.first_round;
     let before = first.wrapping_sub(1);
-    own.fill(layout.counters, 0, CHANNELS * CHANNEL_STRIDE + PAIR_COUNTERS_BYTES)?;
+    // Cells and staging memory need no value: the peers store before this rank reads. A checker of uninitialised reads
+    // cannot see those stores, though, and new memory takes well under a millisecond to clear.
+    own.fill(0, 0, layout.bytes)?;
     for channel in 0..CHANNELS {
         own.fill(layout.counters + channel * CHANNEL_STRIDE, first, 4)?;
     }
-    own.fill(layout.pairs, 0, FLAG_BYTES)?;
     for flags in [layout.barrier, layout.packet, layout.lamport, layout.cells] {
         own.fill(flags, before, FLAG_BYTES)?;
     }

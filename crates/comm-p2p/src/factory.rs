@@ -36,6 +36,8 @@ const PROTOCOL: u32 = 1;
 /// | `p2p.symmetric_operands` | `on` or `off`: the promise described below | `off` |
 /// | `p2p.first_round` | for tests: the first round's number | 0 |
 /// | `p2p.stall_ns` | for tests: how long every kernel sleeps before its first wait | 0 |
+/// | `p2p.stall_rank` | for tests: the only rank whose kernels do | all |
+/// | `p2p.test_single_buffer` | for tests only, **gives wrong results**: calls by packs use one buffer instead of four | `off` |
 ///
 /// # Symmetric operands
 /// Large results can be stored straight into the other ranks' buffers. A rank then computes from its own operand where

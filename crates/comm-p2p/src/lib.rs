@@ -21,6 +21,7 @@
 #![deny(missing_docs)]
 
 mod comm;
+mod control;
 mod create;
 mod factory;
 mod memory;
