@@ -146,7 +146,14 @@ fn channels(
     let (world, options) = (host.size(), &base.options);
     let layout = Layout::new(world, base);
     let block = Block::create(host, base.ordinal, layout.bytes, deadline)?;
-    let filled = fill(&block, &layout, world, base);
+    let filled = fill(&block, &layout, world, base).and_then(|()| match options.clear_peers {
+        // Every owner clears the same bytes at the same time, so the order does not matter.
+        true => block
+            .all()
+            .iter()
+            .try_for_each(|part| part.fill(layout.staging, 0, layout.bytes - layout.staging)),
+        false => Ok(()),
+    });
     // Nobody may send before everybody's memory holds what says that nothing has arrived.
     agree(host, &filled.map(|()| 0))?;
     let peers = block.peers();

@@ -37,6 +37,7 @@ const PROTOCOL: u32 = 1;
 /// | `p2p.first_round` | for tests: the first round's number | 0 |
 /// | `p2p.stall_ns` | for tests: how long every kernel sleeps before its first wait | 0 |
 /// | `p2p.stall_rank` | for tests: the only rank whose kernels do | all |
+/// | `p2p.test_clear_peers` | for checkers of uninitialised reads, which do not see what other processes store: every rank clears all ranks' staging memory at first | `off` |
 /// | `p2p.test_single_buffer` | for tests only, **gives wrong results**: calls by packs use one buffer instead of four | `off` |
 ///
 /// # Symmetric operands

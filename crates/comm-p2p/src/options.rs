@@ -19,6 +19,8 @@ pub(crate) struct Options {
     pub(crate) stall: Duration,
     /// The only rank whose kernels sleep; `None` for all.
     pub(crate) stall_rank: Option<usize>,
+    /// This rank clears the other ranks' staging memory as well.
+    pub(crate) clear_peers: bool,
     /// What double buffering does is switched off.
     pub(crate) single_buffer: bool,
     pub(crate) algorithm: Option<Algorithm>,
@@ -37,6 +39,7 @@ impl Default for Options {
             first_round: 0,
             stall: Duration::ZERO,
             stall_rank: None,
+            clear_peers: false,
             single_buffer: false,
             algorithm: None,
             symmetric_operands: false,
@@ -74,6 +77,7 @@ impl Options {
                     parsed.stall = Duration::from_nanos(nanoseconds as u64);
                 }
                 "stall_rank" => parsed.stall_rank = Some(number(name, value, 0..=usize::MAX)?),
+                "test_clear_peers" => parsed.clear_peers = switch(name, value)?,
                 "test_single_buffer" => parsed.single_buffer = switch(name, value)?,
                 "algorithm" => parsed.algorithm = Some(algorithm(name, value)?),
                 "symmetric_operands" => parsed.symmetric_operands = switch(name, value)?,

@@ -4,6 +4,7 @@
 
 mod conformance;
 mod fault;
+mod sweep;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -24,6 +25,7 @@ use crate::launch::THREADS_ENV;
 
 pub use conformance::ConformanceJob;
 pub use fault::{FaultJob, GOES_ON};
+pub use sweep::SweepJob;
 
 /// The environment variable that names the file which holds the job.
 pub const JOB_ENV: &str = "COMM_XTASK_JOB";
@@ -37,6 +39,8 @@ pub enum Job {
     Conformance(ConformanceJob),
     /// A fault test.
     Fault(FaultJob),
+    /// Every kernel once.
+    Sweep(SweepJob),
 }
 
 /// What a rank knows of itself.
@@ -180,6 +184,7 @@ fn run_rank(job: &Job, context: &RankContext) -> Result<()> {
         Job::Bench(job) => bench::measure::run(job, context),
         Job::Conformance(job) => conformance::run(job, context),
         Job::Fault(job) => fault::run(job, context),
+        Job::Sweep(_) => sweep::run(context),
     };
     if let Err(error) = &result {
         // The others need not wait for their timeouts, and learn why.

@@ -287,7 +287,10 @@ mod tests {
         assert_eq!(selects("program/comm-p2p__gpu_conformance/checked"), (None, false, true));
         assert_eq!(selects("program/comm-p2p__gpu_conf/checked"), (None, false, false));
         let some = parse(&["t", "--filter", "program/x/soak"]);
-        assert_eq!((program_tests(&some, "program/x"), program_tests(&some, "program/y")), (Some("soak"), None));
+        assert_eq!(
+            (program_tests(&some, "program/x"), program_tests(&some, "program/y")),
+            (Some("soak"), None)
+        );
         let all = parse(&["t"]);
         assert_eq!(conformance_cases(&all, &host), Some(None));
         assert!(program_selected(&all, "program/x") && selected(&all, &host, "fault/x"));
