@@ -29,6 +29,11 @@ pub(crate) fn worlds() -> Vec<usize> {
     worlds
 }
 
+/// Every world size up to the GPUs there are.
+pub(crate) fn all_worlds() -> std::ops::RangeInclusive<usize> {
+    2..=world_size().unwrap_or(0)
+}
+
 /// The smallest world and the largest.
 pub(crate) fn two_worlds() -> Vec<usize> {
     let mut worlds = worlds();

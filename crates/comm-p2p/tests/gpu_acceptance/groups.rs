@@ -3,14 +3,14 @@
 use comm_core::DType;
 
 use crate::common::{PATIENT, world};
-use crate::data::{Judge, SUM, at, sums, timed, worlds};
+use crate::data::{Judge, SUM, all_worlds, at, sums, timed};
 
 const COUNT: usize = 6000;
 
 #[test]
 fn groups_may_make_different_numbers_of_calls() {
     timed("groups", || {
-        for size in worlds() {
+        for size in all_worlds() {
             world(size, PATIENT, &[], |rank| {
                 let dtype = DType::BF16;
                 let judge = Judge::new(&rank);

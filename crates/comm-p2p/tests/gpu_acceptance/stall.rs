@@ -15,7 +15,7 @@ const DTYPE: DType = DType::F32;
 /// 200 us.
 const STALL: &str = "200000";
 /// Long enough to make a communicator in, short enough to wait for one whose ranks have lost each other.
-const TIMEOUT: Duration = Duration::from_secs(3);
+const TIMEOUT: Duration = Duration::from_secs(2);
 
 #[derive(Clone, Copy, Debug)]
 enum Op {

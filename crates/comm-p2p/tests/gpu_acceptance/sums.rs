@@ -6,14 +6,14 @@ use comm_kernels::pattern::Pattern;
 use comm_kernels::reference;
 
 use crate::common::{PATIENT, world};
-use crate::data::{FLOATS, Judge, SMALL, SUM, encode, integer, real, timed, worlds};
+use crate::data::{FLOATS, Judge, SMALL, SUM, all_worlds, encode, integer, real, timed, worlds};
 
 const COUNTS: [usize; 10] = [512, 2560, 4096, 5120, 7680, 32_768, 262_144, 524_288, 1_048_576, 2_097_152];
 
 #[test]
 fn integers_sum_exactly_at_every_count() {
     timed("sums of integers", || {
-        for size in worlds() {
+        for size in all_worlds() {
             world(size, PATIENT, &[], |rank| {
                 let bytes = COUNTS[COUNTS.len() - 1] * 4;
                 let (send, out) = (rank.space(bytes), rank.space(bytes));
