@@ -170,7 +170,14 @@ fn channels(
     let (world, options) = (host.size(), &base.options);
     let layout = Layout::new(world, base);
     let block = Block::create(host, base.ordinal, layout.bytes, deadline)?;
-    let filled = fill(&block, &layout, world, base);
+    let filled = fill(&block, &layout, world, base).and_then(|()| match options.clear_peers {
+        // Every owner clears the same bytes at the same time, so the order does not matter.
+        true => block
+            .all()
+            .iter()
+            .try_for_each(|part| part.fill(layout.staging, 0, layout.bytes - layout.staging)),
+        false => Ok(()),
+    });
     // Nobody may send before everybody's memory holds what says that nothing has arrived.
     agree(host, &filled.map(|()| 0))?;
     let peers = block.peers();
@@ -182,7 +189,10 @@ fn channels(
         abort: words.abort_addr(),
         error: words.error_addr(),
         timeout_ns: u64::try_from(base.timeout.as_nanos()).unwrap_or(u64::MAX),
-        stall_ns: u64::try_from(options.stall.as_nanos()).unwrap_or(0),
+        stall_ns: match options.stall_rank {
+            Some(only) if only != host.rank() => 0,
+            _ => u64::try_from(options.stall.as_nanos()).unwrap_or(0),
+        },
         rank: host.rank() as u32,
         slot_packs: slots as u32,
         op: 0,
@@ -215,11 +225,12 @@ fn fill(block: &Block, layout: &Layout, world: usize, base: &Base) -> Result<()>
     let (own, options) = (block.own(), &base.options);
     let first = options.first_round;
     let before = first.wrapping_sub(1);
-    own.fill(layout.counters, 0, COUNTERS_BYTES)?;
+    // Cells and staging memory need no value: the peers store before this rank reads. A checker of uninitialised reads
+    // cannot see those stores, though, and new memory takes well under a millisecond to clear.
+    own.fill(0, 0, layout.bytes)?;
     for channel in 0..CHANNELS {
         own.fill(layout.counters + channel * CHANNEL_STRIDE, first, 4)?;
     }
-    own.fill(layout.pairs, 0, FLAG_BYTES)?;
     for flags in [layout.barrier, layout.packet, layout.lamport, layout.cells] {
         own.fill(flags, before, FLAG_BYTES)?;
     }

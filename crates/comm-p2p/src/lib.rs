@@ -29,6 +29,7 @@
 mod candidates;
 mod captured;
 mod comm;
+mod control;
 mod create;
 mod factory;
 mod memory;

@@ -27,7 +27,7 @@ const CLOSING: u8 = 1;
 const FAILED: u8 = 2;
 
 /// Bits of a kernel's number that say which operation it belongs to.
-const KIND_BITS: u32 = 4;
+pub(crate) const CALL_KIND_BITS: u32 = 4;
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What these protect is set by single assignments, so a panic cannot leave it half-changed.
@@ -257,8 +257,8 @@ impl Shared {
 
     /// The call that a record's kernel belongs to.
     fn kernel(&self, record: &ErrorRecord) -> CallSite {
-        let kind = OpKind::COLLECTIVES.get((record.op & ((1 << KIND_BITS) - 1)) as usize);
-        let seq = u64::from(record.op >> KIND_BITS);
+        let kind = OpKind::COLLECTIVES.get((record.op & ((1 << CALL_KIND_BITS) - 1)) as usize);
+        let seq = u64::from(record.op >> CALL_KIND_BITS);
         CallSite::new(&self.info.name, kind.copied().unwrap_or(OpKind::Poll), seq)
     }
 
@@ -325,7 +325,7 @@ impl Call<'_> {
     pub(crate) fn link(&self, channel: &Link) -> Link {
         let kind = OpKind::COLLECTIVES.iter().position(|&kind| kind == self.kind).unwrap_or(15) as u32;
         // The number is for people to read; that it wraps after 2^28 calls does no harm.
-        Link { op: (self.seq as u32) << KIND_BITS | kind, ..*channel }
+        Link { op: (self.seq as u32) << CALL_KIND_BITS | kind, ..*channel }
     }
 
     /// Turns an error of enqueueing into the communicator's failure: other ranks may be waiting for what was not.
