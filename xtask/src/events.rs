@@ -13,6 +13,7 @@ use comm_core::CommError;
 use serde::{Deserialize, Serialize};
 
 use crate::bench::row::Row;
+use crate::tune::TuneEvent;
 
 /// The environment variable that names the file which this process appends its events to.
 pub const EVENTS_ENV: &str = "COMM_XTASK_EVENTS";
@@ -26,6 +27,8 @@ pub enum Event {
     Library(String),
     /// A finished row of the benchmark table. Sent by rank 0.
     Row(Box<Row>),
+    /// Tuning got ahead. Sent by rank 0.
+    Tune(Box<TuneEvent>),
     /// A finished test case.
     Case {
         /// The case.
