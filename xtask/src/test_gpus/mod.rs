@@ -5,6 +5,7 @@
 //! they are named, so the same tests run where there is no GPU.
 
 mod faults;
+mod neighbours;
 mod programs;
 mod verdict;
 
@@ -56,6 +57,9 @@ pub struct TestGpusArgs {
     /// Run every fault test this often; each run counts.
     #[arg(long, default_value_t = 1)]
     pub repeat: usize,
+    /// Run so many fault tests at a time; worlds that the GPUs are too few for share them.
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub parallel: usize,
     /// Fewer types and counts in the conformance suite.
     #[arg(long)]
     pub quick: bool,
@@ -104,6 +108,7 @@ pub fn run(args: &TestGpusArgs) -> Result<()> {
 /// When an argument makes no sense, too few GPUs are usable, or the user interrupts.
 pub fn run_tests(args: &TestGpusArgs, tally: &mut Tally) -> Result<()> {
     ensure!(args.repeat > 0, "--repeat must be at least 1");
+    ensure!(args.parallel > 0, "--parallel must be at least 1");
     let gpus = gpus::visible();
     let count = gpus.as_ref().map_or(0, Vec::len);
     if let Some(needed) = args.require_gpus
@@ -131,6 +136,7 @@ pub fn run_tests(args: &TestGpusArgs, tally: &mut Tally) -> Result<()> {
             kernels::ensure()?;
         }
         conformance(args, &world, available, tally)?;
+        neighbours::run(args, &world, available, tally)?;
         faults::run(args, &faults, &world, available, tally)?;
         if signal::interrupted() {
             bail!("interrupted");

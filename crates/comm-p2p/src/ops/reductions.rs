@@ -34,7 +34,7 @@ impl P2pComm {
             format!("{count} {dtype} {op}{}", self.place(recv, count * dtype.size()))
         })?;
         let bytes = checked?;
-        let call = self.begin(KIND)?;
+        let mut call = self.begin(KIND)?;
         let Some(channels) = self.channels(bytes) else {
             return self.local(call, send, recv, bytes, stream);
         };
@@ -45,6 +45,13 @@ impl P2pComm {
         }
         let limits = self.limits();
         let found = call.owned.table.find(recv, bytes);
+        if found.is_none()
+            // SAFETY: the caller vouches for the operands.
+            && unsafe { self.capture_all_reduce(&mut call, channels, (send, recv), count, dtype, stream) }?
+        {
+            call.finish(Algorithm::Captured);
+            return Ok(());
+        }
         let Plan { algorithm, shape, units, .. } = limits.all_reduce(bytes, found.is_some());
         let kernels = &channels.kernels;
         match (algorithm, found) {
@@ -58,6 +65,7 @@ impl P2pComm {
                 })?;
             }
             (Algorithm::Cells, Some(found)) => {
+                call.still_there(&found, recv)?;
                 let link = call.link(&channels.cells);
                 // SAFETY: see above; `recv` lies in a region of all ranks.
                 call.fatal(unsafe {
