@@ -4,14 +4,16 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
+use comm_core::tuning::{Choice, Row, Rule, Table};
 use comm_core::{
-    CreateContext, DType, Deadline, DeviceAddr, DeviceComm, DeviceMemory, OpKind, P2pOp, ReduceOp,
-    RmsNormArgs, create_with,
+    BackendFactory, CreateContext, DType, Deadline, DeviceAddr, DeviceComm, DeviceMemory, HostCommExt,
+    OpKind, P2pOp, ReduceOp, RmsNormArgs,
 };
+use comm_kernels::layer::{Heads, LayerKernels, UniformBlock};
 use comm_kernels::pattern::{Expected, Mismatches, Pattern};
 use comm_kernels::{CudaMemory, Kernels};
-use comm_p2p::P2pFactory;
+use comm_p2p::{P2pComm, P2pFactory};
 use serde::{Deserialize, Serialize};
 
 use crate::events::{CaseResult, Event};
@@ -32,8 +34,6 @@ const SMALL: [(&str, &str); 5] = [
 ];
 /// One element; less than a pack more than many; more than one round.
 const COUNTS: [usize; 3] = [1, 771, 3000];
-/// Bytes from which all-reduces and reduce-scatters by cells use their long bursts, and those of their buffers.
-const LONG: [(OpKind, usize); 2] = [(OpKind::AllReduce, 24 << 20), (OpKind::ReduceScatter, 128 << 20)];
 const REDUCTIONS: [ReduceOp; 5] =
     [ReduceOp::Sum, ReduceOp::Prod, ReduceOp::Min, ReduceOp::Max, ReduceOp::Avg];
 
@@ -71,14 +71,39 @@ pub fn run(context: &RankContext) -> Result<()> {
         }
         bench.end(context, comm, algorithm, &[algorithm])?;
     }
-    context.events.phase("long buffers");
-    let comm = bench.connect(context, &[("p2p.algorithm", "cells")])?;
-    bench.long(&*comm)?;
-    bench.end(context, comm, "long buffers", &["cells"])
+    // The two forms of cells, which a table tells apart by size, and what is captured on results of their own.
+    for units in [2, 4] {
+        context.events.phase(format!("cells of {units} units"));
+        let mut options: Vec<_> = SMALL.into_iter().filter(|(name, _)| *name != "p2p.packet_slots").collect();
+        options.push(("p2p.graph_registration", "on"));
+        let comm = bench.connect(context, &options)?;
+        comm.set_table(&by_cells(&comm, units)?)?;
+        bench.collectives(&*comm)?;
+        bench.captured(&*comm)?;
+        bench.end(context, comm, &format!("cells of {units} units"), &["cells", "direct", "captured"])?;
+    }
+    Ok(())
+}
+
+/// The communicator's table, with small blocks of cells and direct stores at every size.
+fn by_cells(comm: &P2pComm, units: u32) -> Result<Table> {
+    let cells = Choice { block: Some(128), units: Some(units), ..Choice::of("cells".to_owned()) };
+    let direct = Choice { block: Some(64), chunk: Some(4096), ..Choice::of("direct".to_owned()) };
+    let rules = [
+        (OpKind::AllReduce, true, &cells),
+        (OpKind::ReduceScatter, false, &cells),
+        (OpKind::AllGather, true, &direct),
+    ];
+    let mut table = comm.table();
+    for (op, registered, choice) in rules {
+        let rows = vec![Row { from: 0, choice: choice.clone() }];
+        table = table.with_rule(Rule { op, registered, rows, measured: Vec::new() })?;
+    }
+    Ok(table)
 }
 
 impl Bench {
-    fn connect(&self, context: &RankContext, options: &[(&str, &str)]) -> Result<Arc<dyn DeviceComm>> {
+    fn connect(&self, context: &RankContext, options: &[(&str, &str)]) -> Result<Arc<P2pComm>> {
         let promises = [("p2p.symmetric_operands", "on"), ("p2p.test_clear_peers", "on")];
         let options = options.iter().chain(&promises);
         let create = CreateContext {
@@ -88,11 +113,12 @@ impl Bench {
             checked: false,
             options: options.map(|&(name, value)| (name.to_owned(), value.to_owned())).collect(),
         };
-        Ok(create_with(&P2pFactory, &create)?)
+        let capabilities = context.host.all_gather(&P2pFactory.probe(&create)?)?;
+        Ok(Arc::new(P2pFactory.connect(&create, &capabilities)?))
     }
 
     /// Closes a communicator and reports how its calls went; `used`: algorithms of which at least one call was made.
-    fn end(&self, context: &RankContext, comm: Arc<dyn DeviceComm>, name: &str, used: &[&str]) -> Result<()> {
+    fn end(&self, context: &RankContext, comm: Arc<P2pComm>, name: &str, used: &[&str]) -> Result<()> {
         let found = self.verdict()?;
         comm.poll()?;
         let seen: BTreeSet<String> =
@@ -192,6 +218,23 @@ impl Bench {
         self.poison(one, 64)?;
         // SAFETY: the counter is the first eight bytes, the slots lie behind it.
         unsafe { self.kernels.mark(one, one.offset(16), 2, 7, stream)? };
+        let layer = LayerKernels::load(self.memory.context())?;
+        let block = UniformBlock {
+            rows: 2,
+            columns: 64,
+            first_row: 1,
+            first_column: 8,
+            whole_columns: 128,
+            seed: 1,
+            scale: 1.0,
+        };
+        let heads = Heads { query: 4, key_value: 2, size: 8 };
+        // SAFETY: two rows of 64 elements are read, and fewer written.
+        unsafe {
+            layer.uniform(one, &block, stream)?;
+            layer.attend_self(one, two, 2, heads, stream)?;
+            layer.silu_mul(one, two, 2, 32, stream)?;
+        }
         self.memory.synchronize()?;
         for buffer in [one, two, sum] {
             // SAFETY: all work has completed.
@@ -326,28 +369,41 @@ impl Bench {
         Ok(())
     }
 
-    /// The kernels of long bursts.
-    fn long(&mut self, comm: &dyn DeviceComm) -> Result<()> {
-        let (world, rank, stream) = (self.world, self.rank, self.memory.stream());
-        let send = self.memory.allocate(LONG[1].1)?;
-        let recv = comm.allocate(LONG[1].1)?;
-        for dtype in FLOATS {
-            for (kind, bytes) in LONG {
-                let total = bytes / dtype.size();
-                let data = self.fill(send, total, dtype, Some(ReduceOp::Sum))?;
-                let count = if kind == OpKind::AllReduce { total } else { total.div_ceil(world) };
-                ensure!(kind == OpKind::AllReduce || total.is_multiple_of(world), "{world} ranks");
-                self.poison(recv, count * dtype.size())?;
-                // SAFETY: both buffers hold `total` elements; as in `collectives`.
+    /// Sums and a gather, captured on results that no other rank knows of before they are registered.
+    fn captured(&mut self, comm: &dyn DeviceComm) -> Result<()> {
+        let (world, stream) = (self.world, self.memory.stream());
+        let count = COUNTS[COUNTS.len() - 1];
+        let place = count * 4 * world;
+        let (sends, results) = (self.memory.allocate(4 * place)?, self.memory.allocate(4 * place)?);
+        let at = |base: DeviceAddr, number: usize| base.offset((number * place) as u64);
+        let mut graph = self.memory.capture(|| {
+            for (number, dtype) in FLOATS.into_iter().enumerate() {
+                // SAFETY: here and below, every place holds `count * world` elements of four bytes, and the buffers live
+                // until the rank's end.
                 unsafe {
-                    if kind == OpKind::AllReduce {
-                        comm.all_reduce(send, recv, count, dtype, ReduceOp::Sum, stream)?;
-                    } else {
-                        comm.reduce_scatter(send, recv, count, dtype, ReduceOp::Sum, stream)?;
-                    }
+                    let (send, recv) = (at(sends, number), at(results, number));
+                    comm.all_reduce(send, recv, count, dtype, ReduceOp::Sum, stream)?;
                 }
-                let first = if kind == OpKind::AllReduce { 0 } else { rank * count };
-                self.expect(recv, count, dtype, &data, (Expected::Reduced(ReduceOp::Sum), first))?;
+            }
+            // SAFETY: see above.
+            unsafe { comm.all_gather(at(sends, 3), at(results, 3), count, DType::F32, stream) }
+        })?;
+        comm.register_captured()?;
+        for _ in 0..2 {
+            let mut data = Vec::new();
+            for (number, dtype) in FLOATS.into_iter().chain([DType::F32]).enumerate() {
+                data.push(self.fill(at(sends, number), count, dtype, Some(ReduceOp::Sum))?);
+                self.poison(at(results, number), place)?;
+            }
+            // SAFETY: the stream is the memory's own.
+            unsafe { graph.launch(stream)? };
+            for ((number, dtype), data) in FLOATS.into_iter().enumerate().zip(&data) {
+                let sum = (Expected::Reduced(ReduceOp::Sum), 0);
+                self.expect(at(results, number), count, dtype, data, sum)?;
+            }
+            for from in 0..world {
+                let part = at(results, 3).offset((from * count * 4) as u64);
+                self.expect(part, count, DType::F32, &data[3], (Expected::Sent(from), 0))?;
             }
         }
         self.memory.synchronize()?;
