@@ -40,10 +40,10 @@ pub enum Job {
     Conformance(ConformanceJob),
     /// A fault test.
     Fault(FaultJob),
-    /// Every kernel once.
-    Sweep(SweepJob),
     /// Measurements for a table of algorithms.
     Tune(tune::TuneJob),
+    /// Every kernel once.
+    Sweep(SweepJob),
 }
 
 /// What a rank knows of itself.
@@ -201,8 +201,8 @@ fn run_rank(job: &Job, context: &RankContext) -> Result<()> {
         Job::Bench(job) => bench::measure::run(job, context),
         Job::Conformance(job) => conformance::run(job, context),
         Job::Fault(job) => fault::run(job, context),
-        Job::Sweep(_) => sweep::run(context),
         Job::Tune(job) => tune::rank::run(job, context),
+        Job::Sweep(_) => sweep::run(context),
     };
     if let Err(error) = &result {
         // The others need not wait for their timeouts, and learn why.
