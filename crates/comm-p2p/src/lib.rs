@@ -18,6 +18,9 @@
 //! for a driver and set of GPUs: the verdict is kept in the user's cache folder. `COMM_P2P_CHECK` is `skip` or `force`.
 //! `COMM_P2P_TOPOLOGY` imposes a topology ([`P2pComm::topology`]).
 //!
+//! Ranks that call different things, or the same with different arguments, are told so some tens of milliseconds later, by
+//! an error that ends the communicator, wherever a comparison of the calls can tell; checked mode refuses such calls.
+//!
 //! Every wait in a kernel ends by the communicator's timeout, or as soon as a rank's death is known.
 
 #![deny(missing_docs)]
@@ -26,6 +29,7 @@ mod captured;
 mod comm;
 mod create;
 mod factory;
+mod ledger;
 mod memory;
 mod ops;
 mod options;

@@ -68,7 +68,11 @@ fn watch(shared: &Shared) -> Result<()> {
         // A failed communicator keeps its memory until it is closed or dropped: a graph may still be replayed, whose
         // kernels then leave at once.
         if !shared.has_failed() {
-            let seen = shared.observe().and_then(|()| device_is_fit(shared)).and_then(|()| take_back(shared));
+            let seen = shared
+                .observe()
+                .and_then(|()| shared.calls_are_alike())
+                .and_then(|()| device_is_fit(shared))
+                .and_then(|()| take_back(shared));
             if let Err(error) = seen {
                 shared.fail(error);
             }
@@ -166,6 +170,7 @@ fn take(shared: &Shared) -> crate::state::Owned {
     crate::state::Owned {
         table: std::mem::replace(&mut owned.table, Table::new(0)),
         captured: owned.captured.take(),
+        chain: 0,
         scratch: owned.scratch.take(),
         words: owned.words.take(),
         sentinel: owned.sentinel.take(),

@@ -332,3 +332,74 @@ fn a_communicator_over_all_devices_is_made_within_two_seconds() {
         assert!(slowest < Duration::from_secs(2), "{slowest:?}");
     }
 }
+
+#[test]
+fn calls_that_differ_are_noticed_though_their_traffic_is_alike() {
+    let Some(size) = world_size() else { return };
+    let last = size - 1;
+    // What the last rank calls instead of a sum of 1000 f16: of the same length, so that its packs fit the others'.
+    type Calls = fn(&Rank, comm_core::DeviceAddr, bool) -> comm_core::Result<()>;
+    let differing: [(&str, Calls); 3] = [
+        ("bf16", |rank, at, last| {
+            let dtype = if last { DType::BF16 } else { DType::F16 };
+            // SAFETY: the buffer holds 4000 bytes and is freed with the memory.
+            unsafe { rank.comm.all_reduce(at, at, 1000, dtype, ReduceOp::Sum, rank.stream()) }
+        }),
+        ("another reduction", |rank, at, last| {
+            let op = if last { ReduceOp::Min } else { ReduceOp::Max };
+            // SAFETY: as above.
+            unsafe { rank.comm.all_reduce(at, at, 1000, DType::F32, op, rank.stream()) }
+        }),
+        ("all_gather", |rank, at, last| {
+            let part = 1000 / rank.size * 4;
+            let from = at.offset((rank.rank * part) as u64);
+            let (dtype, count) = if last { (DType::U8, part) } else { (DType::F32, part / 4) };
+            // SAFETY: as above.
+            unsafe { rank.comm.all_gather(from, at, count, dtype, rank.stream()) }
+        }),
+    ];
+    for (what, call) in differing {
+        world(size, PATIENT, &[], |rank| {
+            let at = rank.buffer(1000, 1.0);
+            rank.sum(at, at, 1000).unwrap();
+            // Captured calls are compared as they are captured, and enqueued ones however far the ranks are apart.
+            (0..200).for_each(|_| rank.sum(at, at, 8).unwrap());
+            rank.memory.synchronize().unwrap();
+            rank.host.barrier(Deadline::after(PATIENT)).unwrap();
+            rank.comm.poll().unwrap();
+            let start = Instant::now();
+            call(&rank, at, rank.rank == last).unwrap();
+            let error = rank.await_failure(PROMPT);
+            println!("{what}: rank {} after {:?}: {error}", rank.rank, start.elapsed());
+            let expected = if rank.rank == last { 0 } else { last };
+            let CommError::PeerFailed { rank: other, cause, .. } = &error else { panic!("{error}") };
+            assert_eq!(*other, expected, "{error}");
+            let CommError::Mismatch { found, .. } = &**cause else { panic!("{error}") };
+            assert!(rank.rank == last || found.contains(what), "{error}");
+            assert!(error.is_fatal());
+            assert_eq!(rank.comm.close().unwrap_err(), error);
+        });
+    }
+}
+
+#[test]
+fn operands_at_different_places_of_an_allocation_are_noticed() {
+    let Some(size) = world_size() else { return };
+    world(size, PATIENT, &[], |rank| {
+        let count = 4 << 20;
+        let send = rank.buffer(count, 1.0);
+        let allocated = rank.comm.allocate(count * 4 + 256).unwrap();
+        // Small results may lie anywhere in it, large ones must lie alike.
+        let small = allocated.offset(16 * rank.rank as u64);
+        rank.sum(send, small, 4).unwrap();
+        assert_eq!(rank.get(small, 4), vec![size as f32; 4]);
+        rank.host.barrier(Deadline::after(PATIENT)).unwrap();
+        rank.sum(send, small, count).unwrap();
+        let error = rank.await_failure(PROMPT);
+        let CommError::PeerFailed { cause, .. } = &error else { panic!("{error}") };
+        assert!(matches!(**cause, CommError::Mismatch { .. }), "{error}");
+        assert!(error.to_string().contains("place of an operand"), "{error}");
+        let _ = rank.memory.synchronize();
+        assert_eq!(rank.comm.close().unwrap_err(), error);
+    });
+}
