@@ -16,10 +16,11 @@ use crate::comm::{P2pComm, hosts};
 use crate::create;
 use crate::options::Options;
 use crate::state::{Base, Device};
+use crate::tables::MIXED;
 use crate::topology::links::Links;
 
 /// Raised when ranks of different builds would no longer understand each other.
-const PROTOCOL: u32 = 1;
+const PROTOCOL: u32 = 2;
 
 /// Makes communicators over peer-to-peer memory, for 1 to 8 ranks of one host.
 ///
@@ -33,11 +34,21 @@ const PROTOCOL: u32 = 1;
 /// | `p2p.packet_slots`, `p2p.lamport_slots` | packs in flight between two ranks | 33792, 67584 |
 /// | `p2p.cell_ctas` | blocks of the largest kernels | 132 |
 /// | `p2p.algorithm` | use this one wherever it can be, as `COMM_P2P_ALGO` does | by size |
+/// | `p2p.table` | a file of tables by which algorithms are chosen, as `COMM_P2P_TABLE` names one | the shipped ones |
 /// | `p2p.symmetric_operands` | `on` or `off`: the promise described below | `off` |
 /// | `p2p.graph_registration` | `on` or `off`: captured results are registered after the capture, see below | `off` |
 /// | `p2p.graph_entries` | captured results that graphs may hold at a time; 128 bytes of device memory each | 8192 |
 /// | `p2p.first_round` | for tests: the first round's number | 0 |
 /// | `p2p.stall_ns` | for tests: how long every kernel sleeps before its first wait | 0 |
+/// | `p2p.stall_rank` | for tests: the only rank whose kernels do | all |
+/// | `p2p.test_clear_peers` | for checkers of uninitialised reads, which do not see what other processes store: every rank clears all ranks' staging memory at first | `off` |
+/// | `p2p.test_single_buffer` | for tests only, **gives wrong results**: calls by packs use one buffer instead of four | `off` |
+///
+/// # Memory
+/// A communicator takes memory on each rank's device, in proportion to the number of ranks where not said otherwise. With
+/// the defaults and 8 ranks it is 284 MB: 138 MB for the cells of large sums (`p2p.cell_ctas`), 69 MB for
+/// `p2p.lamport_slots`, 35 MB for `p2p.packet_slots`, 34 MB of staging memory, whatever the number of ranks, and 8 MB for
+/// `p2p.pair_bytes`. Fewer slots or blocks cost speed at the sizes that would use them.
 ///
 /// # Symmetric operands
 /// Large results can be stored straight into the other ranks' buffers. A rank then computes from its own operand where
@@ -83,6 +94,7 @@ impl P2pFactory {
 mod fact {
     pub(super) const HOST: &str = "host";
     pub(super) const GPU: &str = "gpu";
+    pub(super) const KIND: &str = "kind";
     pub(super) const MULTIPROCESSORS: &str = "multiprocessors";
     pub(super) const DRIVER: &str = "driver";
 }
@@ -122,6 +134,17 @@ fn attribute(device: &CudaContext, attribute: sys::CUdevice_attribute) -> Result
 fn uuid(device: &CudaContext) -> Result<String> {
     let uuid = device.uuid().map_err(|DriverError(code)| error("cuDeviceGetUuid", code))?;
     Ok(uuid.bytes.iter().map(|&byte| format!("{:02x}", byte as u8)).collect())
+}
+
+fn kind(device: &CudaContext) -> Result<String> {
+    device.name().map_err(|DriverError(code)| error("cuDeviceGetName", code))
+}
+
+/// The kind of GPU that all ranks have.
+fn common_kind(capabilities: &[Capability]) -> String {
+    let mut kinds = capabilities.iter().map(|c| c.facts.get(fact::KIND));
+    let first = kinds.next().flatten().cloned().unwrap_or_default();
+    if kinds.all(|kind| kind == Some(&first)) { first } else { MIXED.into() }
 }
 
 /// Refuses what the kernels and the memory they need cannot do.
@@ -211,6 +234,7 @@ impl BackendFactory for P2pFactory {
         let facts = [
             (fact::HOST, host_name()),
             (fact::GPU, uuid(&device)?),
+            (fact::KIND, kind(&device)?),
             (fact::MULTIPROCESSORS, sm.to_string()),
             (fact::DRIVER, driver_version()?),
         ];
@@ -239,6 +263,7 @@ fn base(context: &CreateContext, capabilities: &[Capability]) -> Result<Base> {
         checked: context.checked,
         options: Arc::new(Options::parse(&context.options)?),
         multiprocessors: smallest.unwrap_or(1).max(1),
+        gpu: common_kind(capabilities),
         device: Arc::new(Device {
             uuid: uuid(&device)?,
             driver: driver_version()?,
@@ -281,6 +306,19 @@ mod tests {
             protocol: PROTOCOL,
             facts: facts.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect(),
         }
+    }
+
+    #[test]
+    fn ranks_with_different_gpus_have_no_kind_in_common() {
+        let of = |kinds: &[&str]| {
+            let ranks = kinds.iter().map(|&kind| {
+                let mut rank = rank("a", kind);
+                rank.facts.insert(fact::KIND.to_owned(), kind.to_owned());
+                rank
+            });
+            common_kind(&ranks.collect::<Vec<_>>())
+        };
+        assert_eq!([of(&["A", "A"]), of(&["A", "B"]), of(&["A"])], ["A", MIXED, "A"]);
     }
 
     #[test]

@@ -21,12 +21,18 @@
 //! Ranks that call different things, or the same with different arguments, are told so some tens of milliseconds later, by
 //! an error that ends the communicator, wherever a comparison of the calls can tell; checked mode refuses such calls.
 //!
+//! Which algorithm carries out an operation of which size is a table for the kind of GPU and the number of ranks
+//! ([`comm_core::tuning`]). Those for H200 are built in and serve other GPUs too; a user's own, from `cargo xtask tune`,
+//! is named by `COMM_P2P_TABLE`. `COMM_P2P_ALGO` forces an algorithm wherever it can be used.
+//!
 //! Every wait in a kernel ends by the communicator's timeout, or as soon as a rank's death is known.
 
 #![deny(missing_docs)]
 
+mod candidates;
 mod captured;
 mod comm;
+mod control;
 mod create;
 mod factory;
 mod ledger;
@@ -37,10 +43,12 @@ mod select;
 mod state;
 mod stream;
 mod symmetric;
+mod tables;
 mod topology;
 mod usage;
 mod watchdog;
 
+pub use candidates::{TUNABLE, candidates};
 pub use comm::P2pComm;
 pub use factory::P2pFactory;
 

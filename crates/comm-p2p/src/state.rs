@@ -1,7 +1,7 @@
 //! A communicator's state: what it owns, how it fails, and how a call begins and ends.
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 use comm_core::topology::Topology;
@@ -19,6 +19,7 @@ use crate::symmetric::ipc;
 use crate::symmetric::table::{Found, Table};
 use crate::symmetric::words::Words;
 use crate::symmetric::{Block, Hold};
+use crate::tables::InUse;
 use crate::topology::links::Links;
 use crate::usage::{Algorithm, Usage};
 
@@ -27,11 +28,16 @@ const CLOSING: u8 = 1;
 const FAILED: u8 = 2;
 
 /// Bits of a kernel's number that say which operation it belongs to.
-const KIND_BITS: u32 = 4;
+pub(crate) const CALL_KIND_BITS: u32 = 4;
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What these protect is set by single assignments, so a panic cannot leave it half-changed.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+pub(crate) fn read<T>(shared: &RwLock<T>) -> RwLockReadGuard<'_, T> {
+    // As above.
+    shared.read().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What a split shares with its parent.
@@ -44,6 +50,8 @@ pub(crate) struct Base {
     pub(crate) checked: bool,
     pub(crate) options: Arc<Options>,
     pub(crate) multiprocessors: u32,
+    /// The kind of GPU that all ranks have.
+    pub(crate) gpu: String,
     pub(crate) device: Arc<Device>,
 }
 
@@ -96,6 +104,8 @@ pub(crate) struct Shared {
     pub(crate) info: CommInfo,
     pub(crate) base: Base,
     pub(crate) topology: Topology,
+    /// What algorithms are chosen by; the same on all ranks.
+    pub(crate) tables: RwLock<InUse>,
     /// `None` with one rank.
     pub(crate) channels: Option<Channels>,
     pub(crate) usage: Usage,
@@ -123,6 +133,7 @@ impl Shared {
         info: CommInfo,
         base: Base,
         topology: Topology,
+        tables: InUse,
         channels: Option<Channels>,
         ledger: Option<Ledger>,
         owned: Owned,
@@ -132,6 +143,7 @@ impl Shared {
             info,
             base,
             topology,
+            tables: RwLock::new(tables),
             channels,
             usage: Usage::default(),
             ledger,
@@ -257,8 +269,8 @@ impl Shared {
 
     /// The call that a record's kernel belongs to.
     fn kernel(&self, record: &ErrorRecord) -> CallSite {
-        let kind = OpKind::COLLECTIVES.get((record.op & ((1 << KIND_BITS) - 1)) as usize);
-        let seq = u64::from(record.op >> KIND_BITS);
+        let kind = OpKind::COLLECTIVES.get((record.op & ((1 << CALL_KIND_BITS) - 1)) as usize);
+        let seq = u64::from(record.op >> CALL_KIND_BITS);
         CallSite::new(&self.info.name, kind.copied().unwrap_or(OpKind::Poll), seq)
     }
 
@@ -337,7 +349,7 @@ impl Call<'_> {
     pub(crate) fn link(&self, channel: &Link) -> Link {
         let kind = OpKind::COLLECTIVES.iter().position(|&kind| kind == self.kind).unwrap_or(15) as u32;
         // The number is for people to read; that it wraps after 2^28 calls does no harm.
-        Link { op: (self.seq as u32) << KIND_BITS | kind, ..*channel }
+        Link { op: (self.seq as u32) << CALL_KIND_BITS | kind, ..*channel }
     }
 
     /// Turns an error of enqueueing into the communicator's failure: other ranks may be waiting for what was not.

@@ -38,7 +38,8 @@ pub struct TestGpusArgs {
     pub mode: Vec<Mode>,
     /// Only tests whose name begins with this, with or without the world in front: `conformance`, `fault/kill`,
     /// `nccl/processesx2 fault`. What follows the suite's name selects its cases: `conformance/all_reduce`. A bundle's
-    /// test programs run when it begins with `program`: `program`, `program/comm-nccl__gpu_faults`.
+    /// test programs run when it begins with `program`: `program`, `program/comm-nccl__gpu_faults`; what follows a
+    /// program's whole name selects its tests: `program/comm-p2p__gpu_acceptance/soak`.
     #[arg(long)]
     pub filter: Option<String>,
     /// Every world ends after this many seconds.
@@ -188,7 +189,12 @@ fn selected(args: &TestGpusArgs, world: &World, test: &str) -> bool {
 /// programs there are.
 fn program_selected(args: &TestGpusArgs, name: &str) -> bool {
     let names_programs = |filter: &str| filter.starts_with("program") && name.starts_with(filter);
-    args.filter.as_deref().is_none_or(names_programs)
+    args.filter.as_deref().is_none_or(names_programs) || program_tests(args, name).is_some()
+}
+
+/// Which tests of a program are wanted, if not all.
+fn program_tests<'a>(args: &'a TestGpusArgs, name: &str) -> Option<&'a str> {
+    args.filter.as_deref()?.strip_prefix(name)?.strip_prefix('/')
 }
 
 /// Whether the conformance suite is wanted, and which cases of it, if not all.
@@ -284,6 +290,13 @@ mod tests {
         assert_eq!(selects("kill"), (None, false, false));
         assert_eq!(selects("p"), (None, false, false));
         assert_eq!(selects("program/comm-p2p"), (None, false, true));
+        assert_eq!(selects("program/comm-p2p__gpu_conformance/checked"), (None, false, true));
+        assert_eq!(selects("program/comm-p2p__gpu_conf/checked"), (None, false, false));
+        let some = parse(&["t", "--filter", "program/x/soak"]);
+        assert_eq!(
+            (program_tests(&some, "program/x"), program_tests(&some, "program/y")),
+            (Some("soak"), None)
+        );
         let all = parse(&["t"]);
         assert_eq!(conformance_cases(&all, &host), Some(None));
         assert!(program_selected(&all, "program/x") && selected(&all, &host, "fault/x"));

@@ -60,6 +60,7 @@ impl P2pComm {
                 self.stage_all_gather(&call, channels, (send, recv), &parts, stream)?;
             }
             _ => {
+                self.share_a_buffer(&call, &link, stream)?;
                 // SAFETY: as above.
                 call.fatal(unsafe {
                     channels.kernels.all_gather_packets(&link, (send, recv), part, shape, stream)

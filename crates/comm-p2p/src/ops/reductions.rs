@@ -58,6 +58,7 @@ impl P2pComm {
         match (algorithm, found) {
             (Algorithm::OneShot, _) => {
                 let link = call.link(&channels.packet);
+                self.share_a_buffer(&call, &link, stream)?;
                 // SAFETY: here and below, the channels are live while the communicator is open, the plan is the same
                 // on all ranks, and the caller vouches for the operands.
                 call.fatal(unsafe {
@@ -77,6 +78,7 @@ impl P2pComm {
             }
             _ => {
                 let link = call.link(&channels.lamport);
+                self.share_a_buffer(&call, &link, stream)?;
                 // SAFETY: see above.
                 call.fatal(unsafe {
                     kernels.all_reduce_two_shot(&link, (send, recv), count, dtype, shape, stream)
@@ -186,6 +188,9 @@ impl P2pComm {
         }
         let cells = (plan.algorithm == Algorithm::Cells).then_some(plan.units);
         let link = call.link(if cells.is_some() { &channels.cells } else { &channels.lamport });
+        if cells.is_none() {
+            self.share_a_buffer(&call, &link, stream)?;
+        }
         // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks, and the
         // caller vouches for the operands.
         call.fatal(unsafe {

@@ -61,6 +61,11 @@ impl Block {
         &self.mappings[self.rank]
     }
 
+    /// Every rank's part, as mapped here.
+    pub(crate) fn all(&self) -> &[Mapping] {
+        &self.mappings
+    }
+
     /// Every rank's first byte.
     pub(crate) fn peers(&self) -> Peers {
         let mut peers = Peers::default();
