@@ -74,7 +74,22 @@ pub fn run(context: &RankContext) -> Result<()> {
     context.events.phase("long buffers");
     let comm = bench.connect(context, &[("p2p.algorithm", "cells")])?;
     bench.long(&*comm)?;
-    bench.end(context, comm, "long buffers", &["cells"])
+    bench.end(context, comm, "long buffers", &["cells"])?;
+    let mappable = bench.memory.allocate(LONG[0].1)?;
+    // Memory of another communicator is what one cannot pass on.
+    let other = bench.connect(context, &SMALL)?;
+    let foreign = other.allocate(LONG[0].1)?;
+    for algorithm in ["cells", "direct"] {
+        context.events.phase(format!("captured for {algorithm}"));
+        let options = [("p2p.algorithm", algorithm), ("p2p.graph_registration", "on")];
+        let comm = bench.connect(context, &options)?;
+        for recv in [mappable, foreign] {
+            bench.captured(&*comm, recv)?;
+        }
+        bench.end(context, comm, &format!("captured for {algorithm}"), &["captured"])?;
+    }
+    other.close()?;
+    Ok(())
 }
 
 impl Bench {
@@ -323,6 +338,44 @@ impl Bench {
         unsafe { comm.group(&ops, stream)? };
         self.expect(recv, count, dtype, &data, (Expected::Sent(previous), 0))?;
         self.memory.synchronize()?;
+        Ok(())
+    }
+
+    /// Calls whose results are registered after the capture: in short bursts and in long ones.
+    fn captured(&mut self, comm: &dyn DeviceComm, recv: DeviceAddr) -> Result<()> {
+        let (world, stream) = (self.world, self.memory.stream());
+        let send = self.memory.allocate(LONG[0].1)?;
+        for dtype in FLOATS {
+            for bytes in [3000 * dtype.size(), LONG[0].1] {
+                let count = bytes / dtype.size();
+                let part = count / world;
+                let reduced = self.memory.capture(|| {
+                    // SAFETY: here and below, both buffers hold `count` elements and outlive the graphs.
+                    unsafe { comm.all_reduce(send, recv, count, dtype, ReduceOp::Sum, stream) }
+                });
+                let gathered = self.memory.capture(|| {
+                    // SAFETY: see above.
+                    unsafe { comm.all_gather(send, recv, part, dtype, stream) }
+                });
+                let (mut reduced, mut gathered) = (reduced?, gathered?);
+                comm.register_captured()?;
+                let data = self.fill(send, count, dtype, Some(ReduceOp::Sum))?;
+                self.poison(recv, bytes)?;
+                // SAFETY: the stream is the memory's own.
+                unsafe { reduced.launch(stream)? };
+                self.expect(recv, count, dtype, &data, (Expected::Reduced(ReduceOp::Sum), 0))?;
+                self.poison(recv, bytes)?;
+                // SAFETY: see above.
+                unsafe { gathered.launch(stream)? };
+                for from in 0..world {
+                    let at = recv.offset((from * part * dtype.size()) as u64);
+                    self.expect(at, part, dtype, &data, (Expected::Sent(from), 0))?;
+                }
+                self.memory.synchronize()?;
+            }
+        }
+        // SAFETY: all work has completed.
+        unsafe { self.memory.free(send)? };
         Ok(())
     }
 
