@@ -27,7 +27,7 @@ pub struct P2pComm {
     shared: Arc<Shared>,
 }
 
-/// How much longer than its timeout a close may take: it waits for the device, and then for the ranks.
+/// How much longer than its timeout a close may take: it waits for the ranks, and then for the device.
 const CLOSE_MARGIN: Duration = Duration::from_secs(1);
 
 impl P2pComm {

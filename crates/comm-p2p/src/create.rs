@@ -13,6 +13,7 @@ use comm_kernels::raw::Current;
 
 use crate::captured::Captured;
 use crate::comm::P2pComm;
+use crate::ledger::Ledger;
 use crate::state::{Base, Channels, Hosts, Owned, Shared};
 use crate::stream::Sentinel;
 use crate::symmetric::table::Table;
@@ -97,7 +98,7 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result
     let (topology, uuids) = meet(&*control, &base, &tables)?;
     let words = Words::new().map(Arc::new);
     let sentinel = Sentinel::new();
-    let (channels, scratch, captured) = if info.size > 1 {
+    let (channels, scratch, captured, ledger) = if info.size > 1 {
         let prepared = words
             .as_ref()
             .map_err(Clone::clone)
@@ -110,20 +111,22 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result
             let driver = &base.device.driver;
             verify::verify(&*control, &base.kernels, &channels.staging, driver, &uuids)?;
         }
-        (Some(channels), Some(block), captured)
+        let ledger = Ledger::create(&*control, deadline)?;
+        (Some(channels), Some(block), captured, Some(ledger))
     } else {
-        (None, None, None)
+        (None, None, None, None)
     };
     static COMMUNICATORS: AtomicU64 = AtomicU64::new(0);
     let generations = COMMUNICATORS.fetch_add(1, Ordering::Relaxed) << 32;
     let owned = Owned {
         table: Table::new(generations),
         captured,
+        chain: 0,
         scratch,
         words: Some(words?),
         sentinel: Some(sentinel?),
     };
-    let shared = Arc::new(Shared::new(info, base, topology, tables, channels, owned, hosts));
+    let shared = Arc::new(Shared::new(info, base, topology, tables, channels, ledger, owned, hosts));
     watchdog::spawn(Arc::clone(&shared))?;
     Ok(P2pComm::new(shared))
 }

@@ -5,13 +5,14 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockRead
 use std::time::Duration;
 
 use comm_core::topology::Topology;
-use comm_core::{CallSite, CommError, CommInfo, Deadline, DeviceAddr, HostComm, OpKind, Result};
+use comm_core::{CallSite, CommError, CommInfo, DType, Deadline, DeviceAddr, HostComm, OpKind, Result};
 use comm_kernels::Kernels;
 use comm_kernels::p2p::{ErrorRecord, Link, P2pKernels, Peers};
 use comm_kernels::raw::Current;
 use cudarc::driver::CudaContext;
 
 use crate::captured::Captured;
+use crate::ledger::{Ledger, Note, mix};
 use crate::options::Options;
 use crate::stream::Sentinel;
 use crate::symmetric::ipc;
@@ -82,6 +83,8 @@ pub(crate) struct Owned {
     pub(crate) table: Table<Hold>,
     /// With the option `p2p.graph_registration`, between at least two ranks.
     pub(crate) captured: Option<Captured>,
+    /// Of the calls that have been written into the ledger.
+    pub(crate) chain: u64,
     #[allow(dead_code, reason = "held, not read")]
     pub(crate) scratch: Option<Block>,
     pub(crate) words: Option<Arc<Words>>,
@@ -106,6 +109,8 @@ pub(crate) struct Shared {
     /// `None` with one rank.
     pub(crate) channels: Option<Channels>,
     pub(crate) usage: Usage,
+    /// Between at least two ranks.
+    pub(crate) ledger: Option<Ledger>,
     pub(crate) owned: Mutex<Owned>,
     words: Mutex<Option<Arc<Words>>>,
     pub(crate) host: Mutex<Option<Hosts>>,
@@ -130,6 +135,7 @@ impl Shared {
         topology: Topology,
         tables: InUse,
         channels: Option<Channels>,
+        ledger: Option<Ledger>,
         owned: Owned,
         hosts: Hosts,
     ) -> Self {
@@ -140,6 +146,7 @@ impl Shared {
             tables: RwLock::new(tables),
             channels,
             usage: Usage::default(),
+            ledger,
             words: Mutex::new(owned.words.clone()),
             owned: Mutex::new(owned),
             host: Mutex::new(Some(hosts)),
@@ -230,8 +237,13 @@ impl Shared {
         }
     }
 
-    /// What the other ranks' host sides and this rank's kernels have to say. Never blocks.
+    /// What the other ranks' host sides and this rank's kernels have to say, and their calls. Never blocks.
     pub(crate) fn observe(&self) -> Result<()> {
+        // Calls that differ are behind whatever else is found: waits that end, ranks that leave for it.
+        self.observe_ends().map_err(|found| self.calls_are_alike().err().unwrap_or(found))
+    }
+
+    fn observe_ends(&self) -> Result<()> {
         let record = lock(&self.words).as_ref().and_then(|words| words.error());
         let op = record.map_or(OpKind::Poll, |record| self.kernel(&record).op);
         // Held while polling, so that the last reference cannot end up being dropped by the watchdog: a host
@@ -274,6 +286,16 @@ impl Shared {
         CommError::Timeout { at, missing, waited: Duration::from_nanos(record.waited_ns) }
     }
 
+    /// Whether the ranks' calls are alike, as far as they have come. Never blocks.
+    pub(crate) fn calls_are_alike(&self) -> Result<()> {
+        let Some(found) = self.ledger.as_ref().and_then(Ledger::compare) else { return Ok(()) };
+        let at = || CallSite::new(&self.info.name, OpKind::Poll, found.number);
+        let (expected, other) = (found.own.clone(), found.other.clone());
+        let cause = CommError::Mismatch { at: at(), rank: found.rank, expected, found: other };
+        // What differs has been carried out, or waits: unlike in checked mode, the communicator is lost.
+        Err(CommError::PeerFailed { at: at(), rank: found.rank, cause: Box::new(cause) })
+    }
+
     /// What this rank's kernels have to say, whatever became of the other ranks.
     pub(crate) fn record(&self) -> Option<CommError> {
         let record = lock(&self.words).as_ref().and_then(|words| words.error())?;
@@ -299,7 +321,7 @@ impl Shared {
             return Err(self.fail(cause));
         }
         let seq = self.seq.fetch_add(1, Ordering::Relaxed);
-        Ok(Call { shared: self, owned, kind, seq, _current: current })
+        Ok(Call { shared: self, owned, kind, seq, alike: (None, 0, 0), _current: current })
     }
 
     /// The words are given up, so that nobody touches them any more.
@@ -317,6 +339,8 @@ pub(crate) struct Call<'a> {
     pub(crate) owned: MutexGuard<'a, Owned>,
     kind: OpKind,
     seq: u64,
+    /// What all ranks must pass alike: type, count, and a mixture of the rest.
+    alike: (Option<DType>, usize, u64),
     _current: Current,
 }
 
@@ -333,9 +357,11 @@ impl Call<'_> {
         result.map_err(|error| self.shared.fail(error))
     }
 
-    /// Refuses a registered operand whose memory is no longer what was registered. Nothing has been enqueued yet, so
-    /// the communicator is unharmed here; the other ranks wait for the call until their timeout.
-    pub(crate) fn still_there(&self, found: &Found, addr: DeviceAddr) -> Result<()> {
+    /// For a call that stores into the ranks' operands where this rank's lies. Their place is among what all pass alike.
+    /// Refuses a registered operand whose memory is no longer what was registered: nothing has been enqueued yet, so the
+    /// communicator is unharmed here; the other ranks wait for the call until their timeout.
+    pub(crate) fn reaches(&mut self, found: &Found, addr: DeviceAddr) -> Result<()> {
+        self.alike.2 = mix(mix(self.alike.2, found.id + 1), found.offset);
         let Some(Hold::Opened(_, Some(registered))) = self.owned.table.hold(found.id) else { return Ok(()) };
         let now = ipc::allocation_id(addr);
         if now.as_ref().is_ok_and(|now| now == registered) {
@@ -350,8 +376,22 @@ impl Call<'_> {
         })
     }
 
+    /// What all ranks must pass alike, for the ledger.
+    pub(crate) fn passes(&mut self, dtype: DType, count: usize, rest: &[u64]) {
+        let more = rest.iter().fold(0, |state, &value| mix(state, value));
+        self.alike = (Some(dtype), count, more);
+    }
+
     /// Ends the call; it counts as used.
-    pub(crate) fn finish(self, algorithm: Algorithm) {
+    pub(crate) fn finish(mut self, algorithm: Algorithm) {
+        let transfers = matches!(self.kind, OpKind::Send | OpKind::Recv | OpKind::Group);
+        if let Some(ledger) = &self.shared.ledger
+            && !transfers
+        {
+            let (dtype, count, more) = self.alike;
+            let note = Note { kind: self.kind, algorithm, dtype, count, more };
+            self.owned.chain = ledger.add(self.owned.chain, &note);
+        }
         self.shared.usage.count(self.kind, algorithm);
     }
 }

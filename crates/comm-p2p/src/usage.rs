@@ -60,6 +60,11 @@ impl Algorithm {
         }
     }
 
+    /// The algorithm of that place in the declaration.
+    pub(crate) fn by_number(number: usize) -> Option<Self> {
+        Self::ALL.get(number).copied()
+    }
+
     pub(crate) fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|algorithm| algorithm.name() == name)
     }

@@ -25,6 +25,7 @@ impl P2pComm {
         })?;
         let part = checked?;
         let mut call = self.begin(KIND)?;
+        call.passes(dtype, count, &[]);
         let Some(channels) = self.channels(part) else {
             return self.local(call, send, recv, part, stream);
         };
@@ -40,7 +41,7 @@ impl P2pComm {
         let link = call.link(&channels.packet);
         match (algorithm, found) {
             (Algorithm::Direct, Some(found)) => {
-                call.still_there(&found, recv)?;
+                call.reaches(&found, recv)?;
                 // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks,
                 // `recv` lies in a region of all ranks, and the caller vouches for the operands.
                 call.fatal(unsafe {
@@ -85,7 +86,8 @@ impl P2pComm {
             format!("{count} {dtype} from {root}{}", self.place(recv, count * dtype.size()))
         })?;
         let bytes = checked?;
-        let call = self.begin(KIND)?;
+        let mut call = self.begin(KIND)?;
+        call.passes(dtype, count, &[root as u64]);
         let Some(channels) = self.channels(bytes) else {
             return self.local(call, send, recv, bytes, stream);
         };
@@ -95,7 +97,7 @@ impl P2pComm {
         let link = call.link(&channels.packet);
         match (plan.algorithm, found) {
             (Algorithm::Direct, Some(found)) => {
-                call.still_there(&found, recv)?;
+                call.reaches(&found, recv)?;
                 let peers = found.peers;
                 // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks,
                 // `recv` lies in a region of all ranks, and the caller vouches for the operands.
@@ -162,7 +164,8 @@ impl P2pComm {
         let checked = check::all_to_all(info, send, recv, count, dtype);
         self.compare(KIND, &checked, || format!("{count} {dtype}"))?;
         let part = checked?;
-        let call = self.begin(KIND)?;
+        let mut call = self.begin(KIND)?;
+        call.passes(dtype, count, &[]);
         let Some(channels) = self.channels(part) else {
             return self.local(call, send, recv, part, stream);
         };

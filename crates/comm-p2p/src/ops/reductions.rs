@@ -35,6 +35,7 @@ impl P2pComm {
         })?;
         let bytes = checked?;
         let mut call = self.begin(KIND)?;
+        call.passes(dtype, count, &[op as u64]);
         let Some(channels) = self.channels(bytes) else {
             return self.local(call, send, recv, bytes, stream);
         };
@@ -65,7 +66,7 @@ impl P2pComm {
                 })?;
             }
             (Algorithm::Cells, Some(found)) => {
-                call.still_there(&found, recv)?;
+                call.reaches(&found, recv)?;
                 let link = call.link(&channels.cells);
                 // SAFETY: see above; `recv` lies in a region of all ranks.
                 call.fatal(unsafe {
@@ -100,7 +101,8 @@ impl P2pComm {
         let checked = check::reduce(&self.shared().info, send, recv, count, dtype, root);
         self.compare(KIND, &checked, || format!("{count} {dtype} {op} to {root}"))?;
         let bytes = checked?;
-        let call = self.begin(KIND)?;
+        let mut call = self.begin(KIND)?;
+        call.passes(dtype, count, &[op as u64, root as u64]);
         let Some(channels) = self.channels(bytes) else {
             return self.local(call, send, recv, bytes, stream);
         };
@@ -172,7 +174,8 @@ impl P2pComm {
         let checked = check::reduce_scatter(info, send, recv, count, dtype);
         self.compare(KIND, &checked, || format!("{count} {dtype} {op}"))?;
         let part = checked?;
-        let call = self.begin(KIND)?;
+        let mut call = self.begin(KIND)?;
+        call.passes(dtype, count, &[op as u64]);
         let Some(channels) = self.channels(part) else {
             return self.local(call, send, recv, part, stream);
         };
