@@ -27,10 +27,12 @@ pub(crate) enum Algorithm {
     Local,
     /// Other operations of this communicator in a row.
     Composed,
+    /// Captured, on results that are registered afterwards: then as cells or direct, or by scratch memory.
+    Captured,
 }
 
 impl Algorithm {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 11] = [
         Self::OneShot,
         Self::TwoShot,
         Self::Cells,
@@ -41,6 +43,7 @@ impl Algorithm {
         Self::Flags,
         Self::Local,
         Self::Composed,
+        Self::Captured,
     ];
 
     pub(crate) const fn name(self) -> &'static str {
@@ -55,6 +58,7 @@ impl Algorithm {
             Self::Flags => "flags",
             Self::Local => "local",
             Self::Composed => "composed",
+            Self::Captured => "captured",
         }
     }
 
