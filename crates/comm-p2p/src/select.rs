@@ -2,7 +2,7 @@
 //!
 //! Thresholds scale with the number of ranks by what a rank sends: `(world - 1)` times the buffer in one hop.
 
-use comm_kernels::p2p::{Shape, Units};
+use comm_kernels::p2p::{FLAG_CTAS, Shape, Units};
 
 use crate::usage::Algorithm;
 
@@ -39,6 +39,11 @@ const BROADCAST_ONE_HOP: usize = (128 << 10) * 7;
 const CELLS: usize = 12 << 20;
 /// From here on an all-gather goes by direct stores, if its results are registered.
 const DIRECT_GATHER: usize = 2 << 20;
+/// From here on it reads once and stores to all, and from there on it goes in steps.
+const SPREAD_GATHER: usize = 12 << 20;
+const STEPS_GATHER: usize = 24 << 20;
+/// From here on sums go in steps.
+const STEPS: usize = 192 << 20;
 const DIRECT_BROADCAST: usize = 12 << 20;
 
 impl Limits {
@@ -63,6 +68,11 @@ impl Limits {
         Plan { units, ..self.plan(Algorithm::Cells, Shape { grid, block }) }
     }
 
+    /// Sums in steps. Two ranks have nobody to stay out of the way of.
+    fn sum_steps(&self) -> Plan {
+        self.plan(Algorithm::Steps, Shape { grid: self.multiprocessors.min(FLAG_CTAS), block: 512 })
+    }
+
     fn packets(&self, packs: usize) -> Shape {
         self.spread(packs, self.packet_slots, &[(6 << 10, 128), (64 << 10, 256)])
     }
@@ -85,11 +95,14 @@ impl Limits {
             Some(Algorithm::OneShot) if fits_one_hop => return one_shot(),
             Some(Algorithm::TwoShot) => return two_shot(),
             Some(Algorithm::Cells) if registered => return cells(),
+            Some(Algorithm::Steps) if registered => return self.sum_steps(),
             Some(Algorithm::Staged) => return self.staged(),
             _ => {}
         }
         if bytes * (self.world - 1) <= ONE_HOP && fits_one_hop {
             one_shot()
+        } else if registered && bytes >= STEPS && self.world > 2 {
+            self.sum_steps()
         } else if registered && bytes >= CELLS {
             cells()
         } else {
@@ -104,7 +117,9 @@ impl Limits {
         match self.forced {
             Some(Algorithm::TwoShot) => two_shot(),
             Some(Algorithm::Cells) => cells(),
+            Some(Algorithm::Steps) => self.sum_steps(),
             Some(Algorithm::Staged) => self.staged(),
+            _ if part.saturating_mul(self.world) >= STEPS && self.world > 2 => self.sum_steps(),
             _ if part.saturating_mul(self.world) >= CELLS => cells(),
             _ => two_shot(),
         }
@@ -126,10 +141,24 @@ impl Limits {
             let shape = Shape { grid: self.multiprocessors, block };
             Plan { chunk, ..self.plan(Algorithm::Direct, shape) }
         };
+        let total = part.saturating_mul(self.world);
+        // Half the multiprocessors: with less under way a step ends more sharply.
+        let steps = || {
+            let shape = Shape { grid: self.multiprocessors.div_ceil(2).min(FLAG_CTAS), block: 32 };
+            self.plan(Algorithm::Steps, shape)
+        };
+        let spread = || {
+            let shape = Shape { grid: self.multiprocessors.min(FLAG_CTAS), block: 64 };
+            self.plan(Algorithm::Spread, shape)
+        };
         match self.forced {
             Some(Algorithm::Packets) => packets(),
             Some(Algorithm::Direct) if registered => direct(),
+            Some(Algorithm::Spread) if registered => spread(),
+            Some(Algorithm::Steps) if registered => steps(),
             Some(Algorithm::Staged) => self.staged(),
+            _ if registered && total >= STEPS_GATHER && self.world > 2 => steps(),
+            _ if registered && total >= SPREAD_GATHER && self.world > 2 => spread(),
             _ if registered && part.saturating_mul(self.world) >= DIRECT_GATHER => direct(),
             _ => packets(),
         }
@@ -184,7 +213,11 @@ impl Limits {
         };
         let two_hops = || {
             let block = row.div_ceil(PACK).div_ceil(self.world).next_multiple_of(32);
-            let per_sm = if block <= 256 { 2 } else { 1 };
+            let per_sm = match block {
+                ..=128 => 4,
+                129..=256 => 2,
+                _ => 1,
+            };
             let grid = tokens.min(per_sm * sm).min(self.lamport_slots / block);
             let shape = Shape { grid: grid as u32, block: block as u32 };
             (block <= 512 && grid > 0).then_some(self.plan(Algorithm::TwoShot, shape))
@@ -225,8 +258,13 @@ mod tests {
     #[test]
     fn every_plan_can_be_launched() {
         for world in 2..=8 {
-            for forced in [None, Some(Algorithm::OneShot), Some(Algorithm::TwoShot), Some(Algorithm::Direct)]
-            {
+            for forced in [
+                None,
+                Some(Algorithm::OneShot),
+                Some(Algorithm::TwoShot),
+                Some(Algorithm::Direct),
+                Some(Algorithm::Steps),
+            ] {
                 let limits = limits(world, forced);
                 for bytes in (0..34).flat_map(|shift| [1_usize << shift, (1 << shift) + 1]) {
                     for registered in [false, true] {
@@ -263,6 +301,12 @@ mod tests {
         assert_eq!(shape(eight.all_reduce(8 << 20, false)), (Algorithm::TwoShot, 256, 256));
         assert_eq!(shape(eight.all_reduce(64 << 20, false)), (Algorithm::TwoShot, 264, 256));
         assert_eq!(eight.all_reduce(64 << 20, true).algorithm, Algorithm::Cells);
+        assert_eq!(eight.all_reduce(256 << 20, true).algorithm, Algorithm::Steps);
+        assert_eq!(eight.all_reduce(256 << 20, false).algorithm, Algorithm::TwoShot);
+        assert_eq!(eight.reduce_scatter(32 << 20).algorithm, Algorithm::Steps);
+        assert_eq!(shape(eight.all_gather(8 << 20, true)), (Algorithm::Steps, 66, 32));
+        assert_eq!(shape(eight.all_gather(2 << 20, true)), (Algorithm::Spread, 132, 64));
+        assert_eq!(limits(2, None).all_reduce(256 << 20, true).algorithm, Algorithm::Cells);
         assert_eq!(limits(2, None).all_reduce(256 << 10, false).algorithm, Algorithm::OneShot);
         assert_eq!(limits(4, Some(Algorithm::Staged)).all_reduce(8, false).algorithm, Algorithm::Staged);
     }

@@ -28,6 +28,8 @@
 //   stores and is read by the bulk copy unit.
 // - In place: a rank overwrites its own slice of a tile after reading it. Others' sums of a tile overwrite this rank's
 //   input after this rank has sent it: they were made from it.
+// - A reducer that gives up a wait ends its CTA's sums and a mover that does ends too: what depends on the wait is never
+//   sent, and the meeting at the end is not reached.
 // - Movers wait for reducers and reducers for other ranks' movers, each only for tiles that stand earlier in every
 //   queue; so somebody can always go on.
 //
@@ -42,8 +44,10 @@ namespace p2p {
 constexpr uint32_t kTileBuffers = 2;
 // A tile is at most as long as a mover's stages together.
 using TileStages = Stages<8192>;
-// A mover's patience with a step that does not open, in polls of about 0.7 us.
-constexpr uint32_t kStepPolls = 64;
+// A mover's patience with a step that does not open, in polls of about 0.7 us: where it only moves, and where others
+// wait for what it has sent.
+constexpr uint32_t kGatherPatience = 64;
+constexpr uint32_t kReducePatience = 16;
 // Step words in use at a time.
 constexpr uint32_t kStepWords = 32;
 
@@ -93,11 +97,12 @@ __device__ __forceinline__ int wrapped(int rank) {
 }
 
 // What one thread of a CTA hands on to another in shared memory, so that it need not wait for a fence itself: beside a
-// busy copy unit a fence takes about 4 us.
+// busy copy unit a fence takes about 4 us, and holds the unit up. So fences are few: one for all that was published.
 struct Handoff {
-    static constexpr uint32_t kRoom = 8;
+    static constexpr uint32_t kRoom = 32;
     uint2 entries[kRoom];
-    uint32_t posted, taken, closed;
+    uint32_t added;  // the poster's own
+    uint32_t published, taken, closed;
 
     __device__ __forceinline__ static uint32_t read(const uint32_t* word) {
         uint32_t v;
@@ -107,21 +112,27 @@ struct Handoff {
     __device__ __forceinline__ static void write(uint32_t* word, uint32_t v) {
         asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(Bulk::shared(word)), "r"(v) : "memory");
     }
-    __device__ __forceinline__ void init() { posted = taken = closed = 0; }
-    __device__ __forceinline__ void post(uint32_t x, uint32_t y) {
-        const uint32_t n = posted;
-        while (n - read(&taken) == kRoom) __nanosleep(100);
-        entries[n % kRoom] = make_uint2(x, y);
-        write(&posted, n + 1);
+    __device__ __forceinline__ void init() { added = published = taken = closed = 0; }
+    __device__ __forceinline__ void add(uint32_t x, uint32_t y) {
+        if (added - read(&taken) == kRoom) {
+            publish();
+            while (added - read(&taken) == kRoom) __nanosleep(100);
+        }
+        entries[added % kRoom] = make_uint2(x, y);
+        added++;
     }
-    __device__ __forceinline__ void close() { write(&closed, 1); }
+    __device__ __forceinline__ void publish() { write(&published, added); }
+    __device__ __forceinline__ void close() {
+        publish();
+        write(&closed, 1);
+    }
     // Until the queue has been closed and is empty, which it will be because the poster ends: `before` once for all
     // that has come together, then `each`.
     template <class Before, class Each>
     __device__ __forceinline__ void serve(Before before, Each each) {
         for (uint32_t n = 0;;) {
             const bool last = read(&closed) != 0;
-            const uint32_t end = read(&posted);
+            const uint32_t end = read(&published);
             if (n != end) {
                 before();
                 for (; n != end; n++) each(entries[n % kRoom].x, entries[n % kRoom].y);
@@ -142,6 +153,7 @@ struct Mover {
     TileStages stages;
     uint32_t align;
     uint32_t first;
+    uint32_t patience;
     uint32_t step = 0;  // the last step that this mover has waited for
 
     // Lane 0's next place in the queue; the other lanes' values say nothing. Asked for a tile ahead, because it takes
@@ -152,16 +164,13 @@ struct Mover {
     __device__ __forceinline__ static uint32_t to_all_lanes(uint32_t n) { return __shfl_sync(0xffffffffu, n, 0); }
 
     // Lane 0: before a tile of step `n`, counted from the kernel's start. The rank that had the target before is the
-    // next one, or, at a pass's first step, the one after that. `idle` is called before waiting.
-    template <class Idle>
-    __device__ __forceinline__ void await_step(uint32_t n, Idle idle) {
+    // next one, or, at a pass's first step, the one after that.
+    __device__ __forceinline__ void await_step(uint32_t n) {
         if (n == step || kWorld == 2) return;
         step = n;
         const int before = wrapped<kWorld>(int(link.rank) + (n % (kWorld - 1) == 0 ? 2 : 1));
         const uint32_t* word = step_flag(link, link.rank, n, before);
-        if (Flag::raised(word, first + n)) return;
-        idle();
-        for (uint32_t poll = 0; poll < kStepPolls && !Flag::raised(word, first + n); poll++) {
+        for (uint32_t poll = 0; poll < patience && !Flag::raised(word, first + n); poll++) {
         }
     }
     // Lane 0, at the last tile of step `n`.
@@ -191,21 +200,21 @@ __device__ __forceinline__ void all_gather_steps(const Link& link, const char* s
     allow_successor();
     if (threadIdx.x == 0) TileStages::init(full);
     wait_for_predecessor();
-    const uint32_t first = claim_rounds(link, kWorld);
     Waiter waiter;
-    meet<kWorld>(link, waiter, kEnter, first, false);
+    const uint32_t first = claim_rounds(link, kWorld, waiter.gave_up);
+    if (!meet<kWorld>(link, waiter, kEnter, first, false)) return;
     injected_stall(link);
     uint64_t bits = address(send) | bytes;
 #pragma unroll
     for (int r = 0; r < kWorld; r++) bits |= address(recv.at[r]);
-    Mover<kWorld> mover{link, {memory, full, 0}, common_alignment(bits), first};
+    Mover<kWorld> mover{link, {memory, full, 0}, common_alignment(bits), first, kGatherPatience};
     const uint32_t tiles = uint32_t((bytes + tile - 1) / tile);
     char* const own = recv.at[link.rank] + link.rank * bytes;
     for (uint32_t n = mover.to_all_lanes(mover.take()), next; n < tiles * (kWorld - 1); n = mover.to_all_lanes(next)) {
         next = mover.take();
         const uint32_t step = n / tiles, t = n % tiles;
         if (threadIdx.x == 0) {
-            mover.await_step(step, [] {});
+            mover.await_step(step);
             if (t == tiles - 1) mover.pass_on(step);
         }
         __syncwarp();
@@ -229,9 +238,9 @@ __device__ __forceinline__ void all_gather_spread(const Link& link, const char* 
     const uint32_t warp = threadIdx.x / 32;
     if (threadIdx.x % 32 == 0) Pieces::init(full[warp]);
     wait_for_predecessor();
-    const uint32_t first = claim_rounds(link, 1);
     Waiter waiter;
-    meet<kWorld>(link, waiter, kEnter, first, false);
+    const uint32_t first = claim_rounds(link, 1, waiter.gave_up);
+    if (!meet<kWorld>(link, waiter, kEnter, first, false)) return;
     injected_stall(link);
     uint64_t bits = address(send) | bytes;
 #pragma unroll
@@ -271,32 +280,43 @@ __device__ __forceinline__ void reduce_in_steps(const Link& link, const char* se
     const TileCut cut{min(data.stride, data.total), tile, tiles};
     const uint32_t rounds = cut.rounds();
     // The steps' numbers must not run past what the kernel claims, nor the rounds'.
-    const uint32_t first = claim_rounds(link, (rounds + 1) * (kWorld - 1) + 1);
     Waiter waiter;
-    meet<kWorld>(link, waiter, kEnter, first, false);
+    const uint32_t first = claim_rounds(link, (rounds + 1) * (kWorld - 1) + 1, waiter.gave_up);
+    if (!meet<kWorld>(link, waiter, kEnter, first, false)) return;
     injected_stall(link);
 
     const uint32_t warp = threadIdx.x / 32;
     const bool leader = threadIdx.x % 32 == 0;
-    if (warp == 0 && blockIdx.x < (link.reserved == 0 ? gridDim.x : link.reserved)) {
+    // Every other CTA's mover is idle: with less under way a step ends more sharply.
+    if (warp == 0 && blockIdx.x < (gridDim.x + 1) / 2) {
         // A mover's waits end after the reducers', which wait for the rank that is missing itself.
         Link patient = link;
         patient.timeout_ns = link.timeout_ns * 2;
-        Mover<kWorld> mover{link, {memory, full, 0}, align, first};
-        // The last scattered tile, whose flag is still to be raised: its round, then its peer and number.
+        Mover<kWorld> mover{link, {memory, full, 0}, align, first, kReducePatience};
+        // The last scattered tile, as long as its stores are not known to be written: its round, then its peer and
+        // number. Its flag is raised with those of the step's other tiles, once the step is over: of the tiles of one
+        // place in the slices, one arrives in each step, and only the last step's complete a sum.
         bool pending = false;
         uint2 tile_sent = make_uint2(0, 0);
-        auto flush = [&] {
-            if (!leader || !pending) return;
-            Bulk::until_written<0>();
-            sent.post(tile_sent.x, tile_sent.y);
-            pending = false;
+        // Lane 0, when all but the last `groups` store groups may be waited for.
+        auto settle = [&](uint32_t groups, bool publish) {
+            if (pending) {
+                Bulk::until_written(groups);
+                sent.add(tile_sent.x, tile_sent.y);
+                pending = false;
+            }
+            if (publish) sent.publish();
         };
+        auto flush = [&] {
+            if (leader) settle(0, true);
+        };
+        // False in all lanes when the wait was given up: the mover ends then.
         auto until = [&](const uint32_t* word, uint32_t round, int whose) {
             if (leader && !Flag::raised(word, round)) {
                 flush();
                 waiter.until_arrived(patient, round, [&] { return Flag::raised(word, round) ? 0u : 1u << whose; });
             }
+            return __shfl_sync(0xffffffffu, int(waiter.gave_up), 0) == 0;
         };
         // A step of pass k has the tiles of round k to scatter, then those of round k - 1 to gather.
         auto scattered = [&](uint32_t k) { return k < rounds ? cut.tiles_of(k) : 0; };
@@ -304,6 +324,8 @@ __device__ __forceinline__ void reduce_in_steps(const Link& link, const char* se
         const uint32_t passes = kGatherToo ? rounds + 1 : rounds;
         uint32_t pass = 0, passed = 0;
         uint32_t credited = 0;  // bit r: rank r's credit for this pass has been seen
+        uint32_t in_step = 0;
+        bool step_over = false;
         for (uint32_t n = mover.to_all_lanes(mover.take()), next;; n = mover.to_all_lanes(next)) {
             uint32_t per_step = scattered(pass) + gathered(pass);
             while (pass < passes && n - passed >= per_step * (kWorld - 1)) {
@@ -317,38 +339,38 @@ __device__ __forceinline__ void reduce_in_steps(const Link& link, const char* se
             const uint32_t s = (n - passed) / per_step, i = (n - passed) % per_step, step = pass * (kWorld - 1) + s;
             const int peer = wrapped<kWorld>(rank + 1 + int(s));
             if (leader) {
-                mover.await_step(step, flush);
+                mover.await_step(step);
                 if (i == per_step - 1) mover.pass_on(step);
             }
+            // The sums of the last round are waited for at once.
+            step_over |= step != in_step || (pass + 1 == rounds && s == kWorld - 2);
+            in_step = step;
             if (i < scattered(pass)) {
                 const uint32_t bytes = cut.bytes(pass, i, length(peer));
                 if (bytes == 0) continue;
                 if (pass >= kTileBuffers && !(credited >> peer & 1)) {
-                    until(credit_flag(link, rank, pass, peer), first + pass - kTileBuffers, peer);
+                    if (!until(credit_flag(link, rank, pass, peer), first + pass - kTileBuffers, peer)) break;
                     credited |= 1u << peer;
                 }
-                __syncwarp();
                 mover.stages.move(tile_buffer<kWorld>(link, peer, pass, i, rank, cut),
                                   send + peer * data.stride + cut.begin(pass, i), bytes, align);
                 __syncwarp();
                 if (leader) {
-                    if (pending) {
-                        // The tile before is written when all groups but this one's are.
-                        Bulk::until_written(align < 16 ? 0 : mover.stages.groups(bytes));
-                        sent.post(tile_sent.x, tile_sent.y);
-                    }
+                    settle(align < 16 ? 0 : mover.stages.groups(bytes), step_over);
                     pending = true;
                     tile_sent = make_uint2(pass, uint32_t(peer) << 16 | i);
                 }
+                step_over = false;
             } else {
                 const uint32_t t = i - scattered(pass), bytes = cut.bytes(pass - 1, t, length(rank));
                 if (bytes == 0) continue;
-                until(tile_flag(link, rank, pass - 1, t, rank), first + pass - 1, rank);
-                __syncwarp();
+                if (!until(tile_flag(link, rank, pass - 1, t, rank), first + pass - 1, rank)) break;
                 if (leader) fence_proxy();
                 const size_t at = cut.begin(pass - 1, t);
                 mover.stages.move(to(peer) + at, to(rank) + at, bytes, align);
                 __syncwarp();
+                if (leader) settle(align < 16 ? 0 : mover.stages.groups(bytes), step_over);
+                step_over = false;
             }
         }
         flush();
@@ -377,9 +399,20 @@ __device__ __forceinline__ void reduce_in_steps(const Link& link, const char* se
                          });
     } else {
         const uint32_t threads = blockDim.x - 96, thread = threadIdx.x - 96;
-        auto barrier = [&] { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); };
+        // Whether a reducer has given up a wait: what it waited for must not be summed.
+        auto any_gave_up = [&] {
+            uint32_t any;
+            asm volatile(
+                "{\n\t.reg .pred p, q;\n\tsetp.ne.u32 p, %1, 0;\n\tbar.red.or.pred q, 1, %2, p;\n\t"
+                "selp.u32 %0, 1, 0, q;\n\t}"
+                : "=r"(any)
+                : "r"(uint32_t(waiter.gave_up)), "r"(threads)
+                : "memory");
+            return any != 0;
+        };
         const size_t whole = moves_wide<4>(align) ? length(rank) / kPackBytes * kPackBytes : 0;
-        for (uint32_t k = 0; k < rounds; k++) {
+        bool stopped = false;
+        for (uint32_t k = 0; k < rounds && !stopped; k++) {
             for (uint32_t t = blockIdx.x; t < cut.tiles_of(k); t += gridDim.x) {
                 const uint32_t bytes = cut.bytes(k, t, length(rank));
                 const size_t begin = cut.begin(k, t);
@@ -388,7 +421,8 @@ __device__ __forceinline__ void reduce_in_steps(const Link& link, const char* se
                     waiter.until_arrived(link, first + k,
                                          [&] { return Flag::raised(word, first + k) ? 0u : 1u << thread; });
                 }
-                barrier();
+                stopped = any_gave_up();
+                if (stopped) break;
                 const char* const buffer = tile_buffer<kWorld>(link, rank, k, t, 0, cut);
                 auto fetch = [&](uint32_t p, uint4 (&raw)[kWorld]) {
 #pragma unroll
@@ -432,9 +466,13 @@ __device__ __forceinline__ void reduce_in_steps(const Link& link, const char* se
                     write_pack<sizeof(T)>(out + p * kPackBytes, sum(raw[0], own), n, align);
                 }
                 if (kGatherToo) fence_proxy();
-                barrier();
-                if (thread == 0) summed.post(k, t);
+                any_gave_up();  // for the barrier in it
+                if (thread == 0) {
+                    summed.add(k, t);
+                    if (kGatherToo) summed.publish();
+                }
             }
+            if (thread == 0) summed.publish();
         }
         if (thread == 0) summed.close();
     }

@@ -6,6 +6,7 @@
 mod functions;
 mod link;
 mod norm;
+mod steps;
 
 use std::ffi::c_void;
 use std::fmt;
@@ -17,7 +18,7 @@ use cudarc::driver::CudaContext;
 use self::functions::{Functions, float_index};
 pub use self::link::{
     BUFFERS, Channel, ErrorRecord, FLAG_BYTES, FLAG_CTAS, Link, MAX_RANKS, PACK_BYTES, PAIR_COUNTERS_BYTES,
-    Peers, buffer_bytes, cells_bytes, scratch_bytes,
+    Peers, TILE_BYTES, buffer_bytes, cells_bytes, scratch_bytes, tiles,
 };
 use crate::kernels::parameters;
 use crate::module::Function;
