@@ -83,7 +83,8 @@ __device__ __forceinline__ void copy_by_words(char* to, const char* from, uint32
     }
 }
 
-// One warp's way through shared memory. `memory`: kCopyStages * kStageBytes bytes, aligned to 128; `full`: kCopyStages words.
+// One warp's way through shared memory. `memory`: kCopyStages * kStageBytes bytes, aligned to 128; `full`: kCopyStages
+// words.
 //
 // Piece n of the warp's life goes through stage n mod 4, as a store group of its own. Its load overwrites piece n - 4:
 // at the two places where a load starts, at most three younger pieces have been committed, of which two may be unread.

@@ -1,4 +1,4 @@
-// Entry points for the largest buffers: steps.cuh.
+// Entry points for the largest buffers: steps.cuh, step_sums.cuh.
 //
 // p2p_ars_<dtype>_w<world>(link, send, peers, count, tile, tiles): all-reduce; `peers.at[r]` is rank r's result buffer
 //     as mapped here.
@@ -11,7 +11,7 @@
 // `world` slices fit into the area behind its flags. `link` is the cells' channel for what sums, the packet channel for
 // what gathers. Counts are at least 1. Launch: one-dimensional, equal on all ranks, resident as a whole, at most
 // kFlagCtas CTAs: of 512 threads for what sums, of 32 for p2p_ag_steps, of 64 for p2p_ag_spread.
-#include "steps.cuh"
+#include "step_sums.cuh"
 
 #define P2P_STEPS(T, DTYPE, WORLD)                                                                         \
     extern "C" __global__ void __launch_bounds__(512, 1) p2p_ars_##DTYPE##_w##WORLD(                       \
