@@ -10,7 +10,8 @@
 // # Rounds and passes
 // The buffer is cut into one slice per rank, a slice into rounds of `tiles` tiles. In step s of pass k rank r stores to
 // rank r + s: first the tiles of round k of slice r + s, for that rank to sum ("scatter"), then, in an all-reduce, the
-// tiles of round k - 1 of its own slice, summed ("gather").
+// tiles of round k - 2 of its own slice, summed ("gather"). Two rounds later, so that no mover waits for a sum; one, if
+// there is only one round.
 //
 // # Why nothing is overwritten early or read too soon
 // All ranks meet at the start: whatever ran before, on this channel too, has ended everywhere, so all tile buffers and
@@ -148,7 +149,7 @@ __device__ __forceinline__ void reduce_in_steps(const Link& link, const char* se
     const uint32_t rounds = cut.rounds();
     Waiter waiter;
     // Neither the rounds' numbers nor the steps' run past what the kernel claims.
-    const uint32_t first = claim_rounds(link, (rounds + 1) * (kWorld - 1) + 1, waiter.gave_up);
+    const uint32_t first = claim_rounds(link, (rounds + 2) * (kWorld - 1) + 1, waiter.gave_up);
     if (!meet<kWorld>(link, waiter, kEnter, first, false)) return;
     injected_stall(link);
 
@@ -185,10 +186,11 @@ __device__ __forceinline__ void reduce_in_steps(const Link& link, const char* se
             }
             return __shfl_sync(0xffffffffu, int(waiter.gave_up), 0) == 0;
         };
-        // A step of pass k has the tiles of round k to scatter, then those of round k - 1 to gather.
+        // A step of pass k has the tiles of round k to scatter, then those of round k - lag to gather.
+        const uint32_t lag = min(rounds, 2u);
         auto scattered = [&](uint32_t k) { return k < rounds ? cut.tiles_of(k) : 0; };
-        auto gathered = [&](uint32_t k) { return kGatherToo && k > 0 ? cut.tiles_of(k - 1) : 0; };
-        const uint32_t passes = kGatherToo ? rounds + 1 : rounds;
+        auto gathered = [&](uint32_t k) { return kGatherToo && k >= lag ? cut.tiles_of(k - lag) : 0; };
+        const uint32_t passes = kGatherToo ? rounds + lag : rounds;
         uint32_t pass = 0, passed = 0;
         uint32_t credited = 0;  // bit r: rank r's credit for this pass has been seen
         uint32_t in_step = 0;
@@ -229,11 +231,11 @@ __device__ __forceinline__ void reduce_in_steps(const Link& link, const char* se
                 }
                 step_over = false;
             } else {
-                const uint32_t t = i - scattered(pass), bytes = cut.bytes(pass - 1, t, length(rank));
+                const uint32_t k = pass - lag, t = i - scattered(pass), bytes = cut.bytes(k, t, length(rank));
                 if (bytes == 0) continue;
-                if (!until(tile_flag(link, rank, pass - 1, t, rank), first + pass - 1, rank)) break;
+                if (!until(tile_flag(link, rank, k, t, rank), first + k, rank)) break;
                 if (leader) fence_proxy();
-                const size_t at = cut.begin(pass - 1, t);
+                const size_t at = cut.begin(k, t);
                 mover.stages.move(to(peer) + at, to(rank) + at, bytes, align);
                 __syncwarp();
                 if (leader) settle(align < 16 ? 0 : mover.stages.groups(bytes), step_over);
