@@ -108,6 +108,12 @@ impl Limits {
         Plan { units, ..self.plan(choice.algorithm, shape) }
     }
 
+    /// Sums in steps.
+    fn sum_steps(&self, choice: &Choice<Algorithm>) -> Plan {
+        let grid = self.full(choice, FLAG_CTAS as usize);
+        self.plan(choice.algorithm, Shape { grid, block: choice.block.unwrap_or(512) })
+    }
+
     fn direct(&self, choice: &Choice<Algorithm>) -> Plan {
         let grid = self.full(choice, FLAG_CTAS as usize);
         let shape = Shape { grid, block: choice.block.unwrap_or(256) };
@@ -132,6 +138,7 @@ impl Limits {
             }
             Algorithm::TwoShot => Some(self.plan(choice.algorithm, self.lamport(choice, slice))),
             Algorithm::Cells if registered => Some(self.cells(choice)),
+            Algorithm::Steps if registered => Some(self.sum_steps(choice)),
             Algorithm::Staged => Some(self.staged()),
             _ => None,
         };
@@ -145,6 +152,7 @@ impl Limits {
                 Some(self.plan(choice.algorithm, self.lamport(choice, part.div_ceil(PACK))))
             }
             Algorithm::Cells => Some(self.cells(choice)),
+            Algorithm::Steps => Some(self.sum_steps(choice)),
             Algorithm::Staged => Some(self.staged()),
             _ => None,
         };
@@ -162,6 +170,19 @@ impl Limits {
                 Some(self.plan(choice.algorithm, shape))
             }
             Algorithm::Direct if registered => Some(self.direct(choice)),
+            Algorithm::Spread if registered => {
+                let shape = Shape {
+                    grid: self.full(choice, FLAG_CTAS as usize),
+                    block: choice.block.unwrap_or(64),
+                };
+                Some(self.plan(choice.algorithm, shape))
+            }
+            Algorithm::Steps if registered => {
+                // Half the multiprocessors: with less under way a step ends more sharply.
+                let half = (self.multiprocessors.div_ceil(2)).min(FLAG_CTAS);
+                let grid = choice.grid.map_or(half, |grid| grid.min(self.multiprocessors));
+                Some(self.plan(choice.algorithm, Shape { grid, block: choice.block.unwrap_or(32) }))
+            }
             Algorithm::Staged => Some(self.staged()),
             _ => None,
         };
@@ -204,7 +225,11 @@ impl Limits {
         };
         let two_hops = |choice: &Choice<Algorithm>| {
             let block = row.div_ceil(PACK).div_ceil(self.world).next_multiple_of(32);
-            let per_sm = if block <= 256 { 2 } else { 1 };
+            let per_sm = match block {
+                ..=128 => 4,
+                129..=256 => 2,
+                _ => 1,
+            };
             let most = choice.grid.map_or(usize::MAX, |most| most as usize);
             let grid = tokens.min(per_sm * sm).min(self.lamport_slots / block).min(most);
             let shape = Shape { grid: grid as u32, block: block as u32 };
@@ -230,8 +255,6 @@ impl Limits {
     }
 }
 
-#[cfg(test)]
-mod formulas;
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
@@ -265,8 +288,13 @@ pub(crate) mod tests {
     #[test]
     fn every_plan_can_be_launched() {
         for world in 2..=8 {
-            for forced in [None, Some(Algorithm::OneShot), Some(Algorithm::TwoShot), Some(Algorithm::Direct)]
-            {
+            for forced in [
+                None,
+                Some(Algorithm::OneShot),
+                Some(Algorithm::TwoShot),
+                Some(Algorithm::Direct),
+                Some(Algorithm::Steps),
+            ] {
                 let limits = limits(world, forced);
                 for bytes in (0..34).flat_map(|shift| [1_usize << shift, (1 << shift) + 1]) {
                     for registered in [false, true] {
@@ -295,6 +323,12 @@ pub(crate) mod tests {
         assert_eq!(shape(eight.all_reduce(8 << 20, false)), (Algorithm::TwoShot, 256, 256));
         assert_eq!(shape(eight.all_reduce(64 << 20, false)), (Algorithm::TwoShot, 264, 256));
         assert_eq!(eight.all_reduce(64 << 20, true).algorithm, Algorithm::Cells);
+        assert_eq!(eight.all_reduce(256 << 20, true).algorithm, Algorithm::Steps);
+        assert_eq!(eight.all_reduce(256 << 20, false).algorithm, Algorithm::TwoShot);
+        assert_eq!(eight.reduce_scatter(32 << 20).algorithm, Algorithm::Steps);
+        assert_eq!(shape(eight.all_gather(8 << 20, true)), (Algorithm::Steps, 66, 32));
+        assert_eq!(shape(eight.all_gather(2 << 20, true)), (Algorithm::Spread, 132, 64));
+        assert_eq!(limits(2, None).all_reduce(256 << 20, true).algorithm, Algorithm::Cells);
         assert_eq!(limits(2, None).all_reduce(256 << 10, false).algorithm, Algorithm::OneShot);
         assert_eq!(limits(4, Some(Algorithm::Staged)).all_reduce(8, false).algorithm, Algorithm::Staged);
     }

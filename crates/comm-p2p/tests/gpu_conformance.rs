@@ -49,7 +49,11 @@ fn tiny_staging_and_rounds_that_wrap() {
 #[test]
 fn every_algorithm() {
     let Some(most) = world_size() else { return };
-    for algorithm in ["one_shot", "two_shot", "cells", "packets", "relayed", "direct", "staged", "composed"] {
+    let algorithms = [
+        "one_shot", "two_shot", "cells", "steps", "packets", "relayed", "direct", "spread", "staged",
+        "composed",
+    ];
+    for algorithm in algorithms {
         // The suite's operands lie alike on all ranks.
         let options = [
             ("p2p.algorithm", algorithm),

@@ -52,10 +52,14 @@ pub(super) struct Functions {
     /// By cells: two packs per thread, slice and chunk, then four.
     pub(super) all_reduce_cells: [PerFloat; 2],
     pub(super) reduce_scatter_cells: [PerFloat; 2],
+    pub(super) all_reduce_steps: PerFloat,
+    pub(super) reduce_scatter_steps: PerFloat,
     pub(super) norm_one_shot: PerFloat,
     pub(super) norm_two_shot: PerFloat,
     pub(super) all_gather_packets: Function,
     pub(super) all_gather_direct: Function,
+    pub(super) all_gather_steps: Function,
+    pub(super) all_gather_spread: Function,
     pub(super) broadcast_packets: Function,
     pub(super) broadcast_relayed: Function,
     pub(super) broadcast_direct: Function,
@@ -73,6 +77,7 @@ impl Functions {
         }
         let reduce = Module::load(context, "p2p_all_reduce")?;
         let cells = Module::load(context, "p2p_cells")?;
+        let steps = Module::load(context, "p2p_steps")?;
         let gather = Module::load(context, "p2p_gather")?;
         let norm = Module::load(context, "p2p_norm")?;
         let meet = Module::load(context, "p2p_meet")?;
@@ -85,10 +90,14 @@ impl Functions {
                 per_float!(cells, world, "p2p_rsc2"),
                 per_float!(cells, world, "p2p_rsc4"),
             ],
+            all_reduce_steps: per_float!(steps, world, "p2p_ars"),
+            reduce_scatter_steps: per_float!(steps, world, "p2p_rss"),
             norm_one_shot: per_float!(norm, world, "p2p_norm1"),
             norm_two_shot: per_float!(norm, world, "p2p_norm2"),
             all_gather_packets: gather.function(by_world!(world, "p2p_ag_packet"))?,
             all_gather_direct: gather.function(by_world!(world, "p2p_ag_direct"))?,
+            all_gather_steps: steps.function(by_world!(world, "p2p_ag_steps"))?,
+            all_gather_spread: steps.function(by_world!(world, "p2p_ag_spread"))?,
             broadcast_packets: gather.function(by_world!(world, "p2p_bc1_packet"))?,
             broadcast_relayed: gather.function(by_world!(world, "p2p_bc2_packet"))?,
             broadcast_direct: gather.function(by_world!(world, "p2p_bc_direct"))?,

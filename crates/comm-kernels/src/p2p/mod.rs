@@ -7,6 +7,7 @@ mod captured;
 mod functions;
 mod link;
 mod norm;
+mod steps;
 
 use std::ffi::c_void;
 use std::fmt;
@@ -19,7 +20,7 @@ pub use self::captured::{CAPTURED_ENTRY_BYTES, CapturedEntry, CapturedKernels};
 use self::functions::{Functions, float_index};
 pub use self::link::{
     BUFFERS, Channel, ErrorRecord, FLAG_BYTES, FLAG_CTAS, Link, MAX_RANKS, PACK_BYTES, PAIR_COUNTERS_BYTES,
-    Peers, buffer_bytes, cells_bytes, scratch_bytes,
+    Peers, TILE_BYTES, buffer_bytes, cells_bytes, scratch_bytes, tiles,
 };
 use crate::kernels::parameters;
 use crate::module::Function;

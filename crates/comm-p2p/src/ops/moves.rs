@@ -55,6 +55,20 @@ impl P2pComm {
                     )
                 })?;
             }
+            (Algorithm::Steps, Some(found)) => {
+                let (kernels, peers) = (&channels.kernels, &found.peers);
+                // SAFETY: as above.
+                call.fatal(unsafe {
+                    kernels.all_gather_steps(&link, send, peers, part, shape.grid, stream)
+                })?;
+            }
+            (Algorithm::Spread, Some(found)) => {
+                let (kernels, peers) = (&channels.kernels, &found.peers);
+                // SAFETY: as above.
+                call.fatal(unsafe {
+                    kernels.all_gather_spread(&link, send, peers, part, shape.grid, stream)
+                })?;
+            }
             (Algorithm::Staged, _) => {
                 let parts = vec![part; info.size];
                 self.stage_all_gather(&call, channels, (send, recv), &parts, stream)?;

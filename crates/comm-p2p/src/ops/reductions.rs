@@ -73,6 +73,14 @@ impl P2pComm {
                     kernels.all_reduce_cells(&link, units, send, &found.peers, count, dtype, shape, stream)
                 })?;
             }
+            (Algorithm::Steps, Some(found)) => {
+                let link = call.link(&channels.cells);
+                let link = (&link, limits.cell_ctas);
+                // SAFETY: see above; `recv` lies in a region of all ranks.
+                call.fatal(unsafe {
+                    kernels.all_reduce_steps(link, send, &found.peers, count, dtype, shape.grid, stream)
+                })?;
+            }
             (Algorithm::Staged, _) => {
                 self.stage_reduce(&call, channels, (send, recv), count, (dtype, op), None, stream)?;
             }
@@ -179,11 +187,23 @@ impl P2pComm {
         let Some(channels) = self.channels(part) else {
             return self.local(call, send, recv, part, stream);
         };
-        let plan = self.limits().reduce_scatter(part);
+        let limits = self.limits();
+        let plan = limits.reduce_scatter(part);
         if !is_fast(dtype, op) || plan.algorithm == Algorithm::Staged {
             let counts = vec![count; info.size];
             self.stage_reduce_scatter(&call, channels, (send, recv), &counts, (dtype, op), stream)?;
             call.finish(Algorithm::Staged);
+            return Ok(());
+        }
+        if plan.algorithm == Algorithm::Steps {
+            let link = call.link(&channels.cells);
+            let (kernels, grid) = (&channels.kernels, plan.shape.grid);
+            // SAFETY: as below.
+            call.fatal(unsafe {
+                let link = (&link, limits.cell_ctas);
+                kernels.reduce_scatter_steps(link, (send, recv), count, dtype, grid, stream)
+            })?;
+            call.finish(plan.algorithm);
             return Ok(());
         }
         let cells = (plan.algorithm == Algorithm::Cells).then_some(plan.units);
