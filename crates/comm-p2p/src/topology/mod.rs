@@ -2,6 +2,7 @@
 
 mod cache;
 pub(crate) mod links;
+pub(crate) mod routes;
 pub(crate) mod verify;
 
 use comm_core::topology::{LinkMesh, Topology};
