@@ -203,7 +203,8 @@ __device__ __forceinline__ void cube_all_reduce_one_shot(const Link& link, const
         size_t(gridDim.x) * blockDim.x,
         {}};
     const size_t packs = c.cut.packs();
-    const uint32_t round = claim_rounds(link, 1);
+    const uint32_t round = claim_rounds(link, 1, c.waiter.gave_up);
+    if (c.waiter.gave_up) return;
     for (size_t p = c.thread; p < packs; p += c.threads)
         c.tell_neighbours(round, kContribution, p, c.read(0, p, c.cut.bytes(0, p)));
     injected_stall(link);
@@ -236,7 +237,8 @@ __device__ __forceinline__ void cube_all_reduce_two_shot(const Link& link, const
         {}};
     const uint32_t rank = link.rank;
     const uint32_t rounds = uint32_t((c.cut.packs() + c.threads - 1) / c.threads);
-    const uint32_t first = claim_rounds(link, rounds);
+    const uint32_t first = claim_rounds(link, rounds, c.waiter.gave_up);
+    if (c.waiter.gave_up) return;
 
     c.scatter(first, c.thread);
     injected_stall(link);
@@ -245,6 +247,7 @@ __device__ __forceinline__ void cube_all_reduce_two_shot(const Link& link, const
         const size_t pack = c.thread + k * c.threads;
         if (k > 0 && k + 1 < rounds) c.scatter(round + 1, pack + c.threads);
         c.forward(round, pack);
+        if (c.waiter.gave_up) return;
         const uint32_t bytes = c.cut.bytes(rank, pack);
         if (bytes != 0) {
             const auto own = c.read(rank, pack, bytes);
@@ -252,7 +255,8 @@ __device__ __forceinline__ void cube_all_reduce_two_shot(const Link& link, const
             c.collect(round, kContribution, c.thread, c.all_others(), true, v);
             const auto sum = c.add_up(v, own);
             // A sum of what has not arrived must not be taken for one.
-            if (!c.waiter.gave_up) c.tell_neighbours(round, kSum, c.thread, sum);
+            if (c.waiter.gave_up) return;
+            c.tell_neighbours(round, kSum, c.thread, sum);
             write_pack<sizeof(T)>(out + c.cut.offset(rank, pack), sum, bytes, align_out);
         }
         if (c.cut.bytes(roles.relay, pack) != 0) c.pass_on(round, kSum, c.thread);
@@ -261,6 +265,7 @@ __device__ __forceinline__ void cube_all_reduce_two_shot(const Link& link, const
             if (s != int(rank) && c.cut.bytes(s, pack) != 0) sources |= 1u << s;
         typename C::Data v[kCubeRanks];
         c.collect(round, kSum, c.thread, sources, false, v);
+        if (c.waiter.gave_up) return;
         for (int s = 0; s < kCubeRanks; s++)
             if (sources >> s & 1)
                 write_pack<sizeof(T)>(out + c.cut.offset(s, pack), v[s], c.cut.bytes(s, pack), align_out);
@@ -286,7 +291,8 @@ __device__ __forceinline__ void cube_all_gather(const Link& link, const CubeRole
         {}};
     const uint32_t rank = link.rank;
     const uint32_t rounds = uint32_t((c.cut.packs() + c.threads - 1) / c.threads);
-    const uint32_t first = claim_rounds(link, rounds);
+    const uint32_t first = claim_rounds(link, rounds, c.waiter.gave_up);
+    if (c.waiter.gave_up) return;
     for (uint32_t k = 0; k < rounds; k++) {
         const uint32_t round = first + k;
         const size_t pack = c.thread + k * c.threads;
@@ -300,6 +306,7 @@ __device__ __forceinline__ void cube_all_gather(const Link& link, const CubeRole
         c.pass_on(round, kSum, c.thread);
         C::Data v[kCubeRanks];
         c.collect(round, kSum, c.thread, c.all_others(), false, v);
+        if (c.waiter.gave_up) return;
 #pragma unroll
         for (int s = 0; s < kCubeRanks; s++)
             if (s != int(rank)) write_pack<1>(recv + c.cut.offset(s, pack), v[s], n, align_out);

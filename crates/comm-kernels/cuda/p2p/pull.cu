@@ -20,16 +20,16 @@
 namespace p2p {
 
 // `meet` for a number of ranks that is known at run time.
-__device__ __forceinline__ void meet_all(const Link& link, Waiter& waiter, uint32_t kind, uint32_t round,
+__device__ __forceinline__ bool meet_all(const Link& link, Waiter& waiter, uint32_t kind, uint32_t round,
                                          uint32_t world) {
-    __syncthreads();
+    if (__syncthreads_or(waiter.gave_up)) return false;
     const uint32_t peer = threadIdx.x;
     if (peer < world && peer != link.rank) {
         Flag::raise_after_writes(flag(link, peer, blockIdx.x, kind, link.rank), round);
         const uint32_t* ours = flag(link, link.rank, blockIdx.x, kind, peer);
         waiter.until_arrived(link, round, [&] { return Flag::raised(ours, round) ? 0u : 1u << peer; });
     }
-    __syncthreads();
+    return !__syncthreads_or(waiter.gave_up);
 }
 
 template <class T>
@@ -43,15 +43,15 @@ __device__ __forceinline__ void pull_all_reduce(const Link& link, const T* send,
     const Slices<4> cut{count * sizeof(T), count * sizeof(T)};
     const size_t packs = cut.packs();
     const size_t thread = size_t(blockIdx.x) * blockDim.x + threadIdx.x, threads = size_t(gridDim.x) * blockDim.x;
-    const uint32_t round = claim_rounds(link, 1);
     Waiter waiter;
+    const uint32_t round = claim_rounds(link, 1, waiter.gave_up);
     for (size_t p = thread; p < packs; p += threads) {
         const uint32_t bytes = cut.bytes(0, p);
         write_pack<sizeof(T)>(staging.at[link.rank] + p * kPackBytes,
                               read_pack<sizeof(T), 4>(in + p * kPackBytes, bytes, align_in), bytes, 16);
     }
     injected_stall(link);
-    meet_all(link, waiter, kEnter, round, world);
+    if (!meet_all(link, waiter, kEnter, round, world)) return;
     for (size_t p = thread; p < packs; p += threads) {
         Accumulator<T, 4> acc;
         for (uint32_t s = 0; s < world; s++) {

@@ -5,6 +5,7 @@
 
 mod functions;
 mod link;
+mod mesh;
 mod norm;
 
 use std::ffi::c_void;
@@ -19,6 +20,7 @@ pub use self::link::{
     BUFFERS, Channel, ErrorRecord, FLAG_BYTES, FLAG_CTAS, Link, MAX_RANKS, PACK_BYTES, PAIR_COUNTERS_BYTES,
     Peers, buffer_bytes, cells_bytes, scratch_bytes,
 };
+pub use self::mesh::{CUBE_ROW_PAIRS, CubeRoles, MeshRoutes};
 use crate::kernels::parameters;
 use crate::module::Function;
 
