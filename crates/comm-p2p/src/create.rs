@@ -6,18 +6,20 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use comm_core::topology::Topology;
 use comm_core::{CommError, CommInfo, Deadline, DeviceAddr, HostComm, HostCommExt as _, MemoryKind, Result};
 use comm_kernels::p2p::{
-    BUFFERS, FLAG_BYTES, Link, MAX_RANKS, P2pKernels, PAIR_COUNTERS_BYTES, Peers, buffer_bytes, cells_bytes,
-    scratch_bytes,
+    BUFFERS, CUBE_ROW_PAIRS, FLAG_BYTES, Link, MAX_RANKS, P2pKernels, PAIR_COUNTERS_BYTES, Peers,
+    buffer_bytes, cells_bytes, scratch_bytes,
 };
 use comm_kernels::raw::{Current, Event};
 
 use crate::comm::P2pComm;
+use crate::mesh::Mesh;
 use crate::state::{Base, Channels, Hosts, Owned, Shared};
 use crate::symmetric::table::Table;
 use crate::symmetric::words::Words;
 use crate::symmetric::{Block, agree, shifted};
 use crate::topology::links::Links;
-use crate::topology::{self, verify};
+use crate::topology::routes::Routes;
+use crate::topology::{self, Place, verify};
 use crate::watchdog;
 
 /// Where the parts of a rank's scratch block begin.
@@ -42,7 +44,9 @@ const CHANNELS: usize = 5;
 const COUNTERS_BYTES: usize = (CHANNELS + 1) * CHANNEL_STRIDE + PAIR_COUNTERS_BYTES;
 
 impl Layout {
-    fn new(world: usize, base: &Base) -> Self {
+    fn new(world: usize, base: &Base, routes: Option<&Routes>, row_pairs: usize) -> Self {
+        let copies = routes.map_or(0, Routes::most_held);
+        let boxes = routes.map_or(0, Routes::most_boxes);
         let options = &base.options;
         let mut bytes = 0;
         let mut place = |part: usize| {
@@ -53,11 +57,11 @@ impl Layout {
         let counters = place(COUNTERS_BYTES);
         let barrier = place(FLAG_BYTES);
         let pairs = place(FLAG_BYTES);
-        let packet = place(scratch_bytes(world, options.packet_slots));
+        let packet = place(scratch_bytes(row_pairs, options.packet_slots));
         let lamport = place(scratch_bytes(world, options.lamport_slots));
         let cells = place(cells_bytes(world, options.cell_ctas));
-        let staging = place(options.staging_bytes);
-        let pair_slots = place(options.pair_bytes * world);
+        let staging = place(options.staging_bytes * (1 + copies));
+        let pair_slots = place(options.pair_bytes * (world + boxes));
         Self { counters, barrier, pairs, packet, lamport, cells, staging, pair_slots, bytes }
     }
 }
@@ -87,7 +91,7 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result
         size: control.size(),
         memory: MemoryKind::Cuda { ordinal: base.ordinal },
     };
-    let (topology, uuids) = meet(&*control, &base)?;
+    let (topology, routes, uuids) = meet(&*control, &base)?;
     let words = Words::new().map(Arc::new);
     let sentinel = Event::new();
     let (channels, scratch) = if info.size > 1 {
@@ -97,7 +101,8 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result
             .and_then(|words| Ok((Arc::clone(words), P2pKernels::load(&base.context, info.size)?)));
         agree(&*control, &prepared.as_ref().map(|_| 0).map_err(Clone::clone))?;
         let (words, kernels) = prepared?;
-        let (channels, block) = channels(&*control, &base, &words, kernels, deadline)?;
+        let mesh = routes.as_ref().map(|routes| (Mesh::new(info.rank, &topology, routes), routes));
+        let (channels, block) = channels(&*control, &base, &words, kernels, mesh, deadline)?;
         if !verified {
             let driver = &base.device.driver;
             verify::verify(&*control, &base.kernels, &channels.staging, driver, &uuids)?;
@@ -115,27 +120,29 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result
     Ok(P2pComm::new(shared))
 }
 
-/// Exchanges what the ranks' devices are, and agrees on their topology. Returns the devices' names as well.
-fn meet(host: &dyn HostComm, base: &Base) -> Result<(Topology, Vec<String>)> {
-    let imposed = std::env::var("COMM_P2P_TOPOLOGY").ok().filter(|name| !name.is_empty());
-    let device = &base.device;
-    let all: Vec<(String, Links, Option<String>)> =
-        host.all_gather(&(device.uuid.clone(), device.links.clone(), imposed.clone()))?;
+/// Exchanges what the ranks' devices are, and agrees on their topology and routes. Returns the devices' names as well.
+fn meet(host: &dyn HostComm, base: &Base) -> Result<(Topology, Option<Routes>, Vec<String>)> {
+    let (device, imposed) = (&base.device, &base.options.topology);
+    type Fact = (String, Links, (Option<String>, Place));
+    let all: Vec<Fact> =
+        host.all_gather(&(device.uuid.clone(), device.links.clone(), (imposed.clone(), device.place)))?;
     let links: Vec<_> = all.iter().map(|(_, links, _)| links.clone()).collect();
+    let places: Vec<_> = all.iter().map(|(.., (_, place))| *place).collect();
     // Every rank comes to this verdict for the same values, so all of them fail or none.
-    if let Some(rank) = all.iter().position(|(_, _, other)| *other != all[0].2) {
+    let imposed_on = |rank: usize| &all[rank].2.0;
+    if let Some(rank) = (0..all.len()).find(|&rank| imposed_on(rank) != imposed_on(0)) {
         return Err(CommError::invalid(
             "COMM_P2P_TOPOLOGY",
-            format!("{:?} on rank {rank}, but {:?} on rank 0", all[rank].2, all[0].2),
+            format!("{:?} on rank {rank}, but {:?} on rank 0", imposed_on(rank), imposed_on(0)),
         ));
     }
-    let topology = topology::of_ranks(&links, imposed.as_deref())?;
+    let (topology, routes) = topology::of_ranks(&links, imposed.as_deref(), &places)?;
     for (rank, (_, links, _)) in all.iter().enumerate() {
         if let Some(reason) = &links.unknown {
             tracing::debug!(rank, reason, "the NVLinks of a rank's GPU are not known");
         }
     }
-    Ok((topology, all.into_iter().map(|(uuid, ..)| uuid).collect()))
+    Ok((topology, routes, all.into_iter().map(|(uuid, ..)| uuid).collect()))
 }
 
 fn channels(
@@ -143,12 +150,17 @@ fn channels(
     base: &Base,
     words: &Words,
     kernels: P2pKernels,
+    mesh: Option<(Mesh, &Routes)>,
     deadline: Deadline,
 ) -> Result<(Channels, Block)> {
     let (world, options) = (host.size(), &base.options);
-    let layout = Layout::new(world, base);
-    let block = Block::create(host, base.ordinal, layout.bytes, deadline)?;
-    let filled = fill(&block, &layout, world, base);
+    let (mesh, routes) = mesh.unzip();
+    let in_cube = mesh.as_ref().is_some_and(|mesh| mesh.cube.is_some());
+    let row_pairs = if in_cube { CUBE_ROW_PAIRS } else { world };
+    let layout = Layout::new(world, base, routes, row_pairs);
+    let reach = routes.map_or(u32::MAX, |routes| routes.reach(host.rank()));
+    let block = Block::create(host, base.ordinal, layout.bytes, reach, deadline)?;
+    let filled = fill(&block, &layout, (world, row_pairs), base);
     // Nobody may send before everybody's memory holds what says that nothing has arrived.
     agree(host, &filled.map(|()| 0))?;
     let peers = block.peers();
@@ -178,6 +190,7 @@ fn channels(
         half: options.staging_bytes / 2,
         pair_slots: used(&shifted(&peers, layout.pair_slots), world),
         pair_bytes: options.pair_bytes,
+        mesh,
     };
     Ok((channels, block))
 }
@@ -189,7 +202,7 @@ fn used(peers: &Peers, world: usize) -> Peers {
 }
 
 /// What the kernels want to find: see `link.cuh`.
-fn fill(block: &Block, layout: &Layout, world: usize, base: &Base) -> Result<()> {
+fn fill(block: &Block, layout: &Layout, (world, row_pairs): (usize, usize), base: &Base) -> Result<()> {
     let (own, options) = (block.own(), &base.options);
     let first = options.first_round;
     let before = first.wrapping_sub(1);
@@ -201,7 +214,7 @@ fn fill(block: &Block, layout: &Layout, world: usize, base: &Base) -> Result<()>
     for flags in [layout.barrier, layout.packet, layout.lamport, layout.cells] {
         own.fill(flags, before, FLAG_BYTES)?;
     }
-    let packets = buffer_bytes(world, options.packet_slots);
+    let packets = buffer_bytes(row_pairs, options.packet_slots);
     for buffer in 0..BUFFERS {
         own.fill(layout.packet + FLAG_BYTES + buffer * packets, !(buffer as u32), packets)?;
     }

@@ -24,6 +24,7 @@ mod comm;
 mod create;
 mod factory;
 mod memory;
+mod mesh;
 mod ops;
 mod options;
 mod select;

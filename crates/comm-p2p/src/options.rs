@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use comm_core::topology::Topology;
 use comm_core::{CommError, Result};
 
 use crate::usage::Algorithm;
@@ -18,6 +19,8 @@ pub(crate) struct Options {
     pub(crate) first_round: u32,
     pub(crate) stall: Duration,
     pub(crate) algorithm: Option<Algorithm>,
+    /// The topology to impose, by name.
+    pub(crate) topology: Option<String>,
     /// The caller's promise about operands in registered buffers.
     pub(crate) symmetric_operands: bool,
 }
@@ -33,6 +36,7 @@ impl Default for Options {
             first_round: 0,
             stall: Duration::ZERO,
             algorithm: None,
+            topology: None,
             symmetric_operands: false,
         }
     }
@@ -51,6 +55,9 @@ impl Options {
         if let Ok(name) = std::env::var("COMM_P2P_ALGO") {
             parsed.algorithm = Some(algorithm("COMM_P2P_ALGO", &name)?);
         }
+        if let Some(name) = std::env::var("COMM_P2P_TOPOLOGY").ok().filter(|name| !name.is_empty()) {
+            parsed.topology = Some(topology("COMM_P2P_TOPOLOGY", &name)?);
+        }
         for (name, value) in options {
             let Some(own) = name.strip_prefix(PREFIX) else { continue };
             match own {
@@ -68,6 +75,7 @@ impl Options {
                     parsed.stall = Duration::from_nanos(nanoseconds as u64);
                 }
                 "algorithm" => parsed.algorithm = Some(algorithm(name, value)?),
+                "topology" => parsed.topology = Some(topology(name, value)?),
                 "symmetric_operands" => parsed.symmetric_operands = switch(name, value)?,
                 _ => {
                     return Err(CommError::invalid(
@@ -101,6 +109,13 @@ fn switch(name: &str, value: &str) -> Result<bool> {
     }
 }
 
+fn topology(name: &str, value: &str) -> Result<String> {
+    match value.parse::<Topology>() {
+        Ok(_) => Ok(value.to_owned()),
+        Err(error) => Err(CommError::invalid("options", format!("{name}: {error}"))),
+    }
+}
+
 fn algorithm(name: &str, value: &str) -> Result<Algorithm> {
     Algorithm::from_name(value).ok_or_else(|| {
         CommError::invalid(
@@ -128,6 +143,7 @@ mod tests {
             ("p2p.staging_bytes", "12"),
             ("p2p.x", "1"),
             ("p2p.algorithm", "fast"),
+            ("p2p.topology", "torus"),
             ("p2p.symmetric_operands", "true"),
         ] {
             let text = parse(name, value).unwrap_err().to_string();

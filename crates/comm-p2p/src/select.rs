@@ -2,7 +2,7 @@
 //!
 //! Thresholds scale with the number of ranks by what a rank sends: `(world - 1)` times the buffer in one hop.
 
-use comm_kernels::p2p::{Shape, Units};
+use comm_kernels::p2p::{FLAG_CTAS, Shape, Units};
 
 use crate::usage::Algorithm;
 
@@ -15,6 +15,16 @@ pub(crate) struct Limits {
     pub(crate) cell_ctas: usize,
     pub(crate) multiprocessors: u32,
     pub(crate) forced: Option<Algorithm>,
+    pub(crate) gaps: Option<Gaps>,
+}
+
+/// A mesh in which ranks may touch their neighbours' memory alone.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Gaps {
+    /// A hybrid cube mesh of eight ranks.
+    Cube,
+    /// Another, as of some of these.
+    Mesh,
 }
 
 /// A choice: the algorithm and its launch.
@@ -71,8 +81,27 @@ impl Limits {
         self.spread(packs, self.lamport_slots, &[(4 << 10, 64), (8 << 10, 128), (usize::MAX, 256)])
     }
 
+    /// What a mesh with gaps leaves: an algorithm of its own, if there is one, or staging.
+    fn with_gaps(&self, cube: impl FnOnce() -> Option<Plan>) -> Option<Plan> {
+        let gaps = self.gaps?;
+        let own = if gaps == Gaps::Cube && self.forced != Some(Algorithm::Staged) { cube() } else { None };
+        Some(own.unwrap_or_else(|| self.staged()))
+    }
+
+    /// In a hybrid cube mesh: whether a sum all-reduce goes in slices, and its shape. The threshold is that of the other
+    /// all-reduces, for as much on the wire.
+    pub(crate) fn cube_all_reduce(&self, bytes: usize) -> (bool, Shape) {
+        let packs = bytes.div_ceil(PACKET_PAYLOAD);
+        let slices = bytes > ONE_HOP / 7 || packs > self.packet_slots;
+        (slices, self.packets(if slices { packs.div_ceil(8) } else { packs }))
+    }
+
     /// A sum all-reduce of `bytes` bytes of bf16, f16 or f32.
     pub(crate) fn all_reduce(&self, bytes: usize, registered: bool) -> Plan {
+        let cube = || Some(self.plan(Algorithm::CubeMesh, self.cube_all_reduce(bytes).1));
+        if let Some(plan) = self.with_gaps(cube) {
+            return plan;
+        }
         let packs = bytes.div_ceil(PACKET_PAYLOAD);
         let fits_one_hop = packs <= self.packet_slots;
         let one_shot = || self.plan(Algorithm::OneShot, self.packets(packs));
@@ -85,6 +114,7 @@ impl Limits {
             Some(Algorithm::OneShot) if fits_one_hop => return one_shot(),
             Some(Algorithm::TwoShot) => return two_shot(),
             Some(Algorithm::Cells) if registered => return cells(),
+            Some(Algorithm::Pull) => return self.pull(bytes),
             Some(Algorithm::Staged) => return self.staged(),
             _ => {}
         }
@@ -99,6 +129,9 @@ impl Limits {
 
     /// A sum reduce-scatter of `part` bytes a rank.
     pub(crate) fn reduce_scatter(&self, part: usize) -> Plan {
+        if let Some(plan) = self.with_gaps(|| None) {
+            return plan;
+        }
         let two_shot = || self.plan(Algorithm::TwoShot, self.lamport(part.div_ceil(PACK)));
         let cells = || self.cells(part.saturating_mul(self.world) >= 128 << 20, 512);
         match self.forced {
@@ -112,6 +145,10 @@ impl Limits {
 
     /// An all-gather of `part` bytes a rank.
     pub(crate) fn all_gather(&self, part: usize, registered: bool) -> Plan {
+        let cube = || Some(self.plan(Algorithm::CubeMesh, self.packets(part.div_ceil(PACKET_PAYLOAD))));
+        if let Some(plan) = self.with_gaps(cube) {
+            return plan;
+        }
         let packets = || {
             let packs = part.div_ceil(PACKET_PAYLOAD);
             let table = [(2 << 10, 64), (22 << 10, 256)];
@@ -137,6 +174,9 @@ impl Limits {
 
     /// A broadcast of `bytes` bytes.
     pub(crate) fn broadcast(&self, bytes: usize, registered: bool) -> Plan {
+        if let Some(plan) = self.with_gaps(|| None) {
+            return plan;
+        }
         let packs = bytes.div_ceil(PACKET_PAYLOAD);
         let one_hop = || self.plan(Algorithm::Packets, self.packets(packs));
         let relayed = || self.plan(Algorithm::Relayed, self.packets(packs.div_ceil(self.world - 1)));
@@ -191,6 +231,7 @@ impl Limits {
         };
         let composed = self.plan(Algorithm::Composed, Shape { grid: 0, block: 0 });
         let chosen = match self.forced {
+            _ if self.gaps.is_some() => None,
             Some(Algorithm::OneShot) => one_hop().or_else(two_hops),
             Some(Algorithm::TwoShot) => two_hops(),
             Some(Algorithm::Composed) => None,
@@ -200,6 +241,11 @@ impl Limits {
             _ => two_hops(),
         };
         chosen.unwrap_or(composed)
+    }
+
+    fn pull(&self, bytes: usize) -> Plan {
+        let shape = self.spread(bytes.div_ceil(PACK), 128 << 10, &[(usize::MAX, 256)]);
+        self.plan(Algorithm::Pull, Shape { grid: shape.grid.min(FLAG_CTAS), ..shape })
     }
 
     fn staged(&self) -> Plan {
@@ -219,6 +265,7 @@ mod tests {
             cell_ctas: 132,
             multiprocessors: 132,
             forced,
+            gaps: None,
         }
     }
 
@@ -265,6 +312,33 @@ mod tests {
         assert_eq!(eight.all_reduce(64 << 20, true).algorithm, Algorithm::Cells);
         assert_eq!(limits(2, None).all_reduce(256 << 10, false).algorithm, Algorithm::OneShot);
         assert_eq!(limits(4, Some(Algorithm::Staged)).all_reduce(8, false).algorithm, Algorithm::Staged);
+    }
+
+    #[test]
+    fn meshes_with_gaps_use_what_keeps_to_neighbours() {
+        for forced in [None, Some(Algorithm::OneShot), Some(Algorithm::Cells), Some(Algorithm::Pull)] {
+            for gaps in [Gaps::Cube, Gaps::Mesh] {
+                let limits = Limits { gaps: Some(gaps), ..limits(8, forced) };
+                let cube = if gaps == Gaps::Cube { Algorithm::CubeMesh } else { Algorithm::Staged };
+                for bytes in (0..34).flat_map(|shift| [1_usize << shift, (1 << shift) + 1]) {
+                    let own = [limits.all_reduce(bytes, true), limits.all_gather(bytes, true)];
+                    for plan in own {
+                        assert_eq!(plan.algorithm, cube);
+                        let threads = plan.shape.threads();
+                        assert!(cube == Algorithm::Staged || (32..=33_792).contains(&threads), "{plan:?}");
+                    }
+                    let (slices, shape) = limits.cube_all_reduce(bytes);
+                    assert!(slices || bytes.div_ceil(12) <= 33_792 && shape.block >= 32);
+                    assert_eq!(limits.broadcast(bytes, true).algorithm, Algorithm::Staged);
+                    assert_eq!(limits.reduce_scatter(bytes).algorithm, Algorithm::Staged);
+                    assert_eq!(limits.norm(1, bytes).algorithm, Algorithm::Composed);
+                }
+            }
+        }
+        let staged = Limits { gaps: Some(Gaps::Cube), ..limits(8, Some(Algorithm::Staged)) };
+        assert_eq!(staged.all_reduce(8, false).algorithm, Algorithm::Staged);
+        let pull = limits(3, Some(Algorithm::Pull)).all_reduce(1 << 30, false);
+        assert!(pull.algorithm == Algorithm::Pull && pull.shape.grid <= FLAG_CTAS);
     }
 
     #[test]

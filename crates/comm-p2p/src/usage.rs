@@ -13,6 +13,10 @@ pub(crate) enum Algorithm {
     TwoShot,
     /// The same for large buffers: chunks announced by flags, results stored straight into registered buffers.
     Cells,
+    /// In a hybrid cube mesh: packets, passed on by neighbours.
+    CubeMesh,
+    /// Everyone reads everyone's copy and sums everything: a reference for the others.
+    Pull,
     /// Packets through scratch memory.
     Packets,
     /// Packets over relays.
@@ -30,10 +34,12 @@ pub(crate) enum Algorithm {
 }
 
 impl Algorithm {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 12] = [
         Self::OneShot,
         Self::TwoShot,
         Self::Cells,
+        Self::CubeMesh,
+        Self::Pull,
         Self::Packets,
         Self::Relayed,
         Self::Direct,
@@ -48,6 +54,8 @@ impl Algorithm {
             Self::OneShot => "one_shot",
             Self::TwoShot => "two_shot",
             Self::Cells => "cells",
+            Self::CubeMesh => "cube_mesh",
+            Self::Pull => "pull",
             Self::Packets => "packets",
             Self::Relayed => "relayed",
             Self::Direct => "direct",

@@ -1,5 +1,6 @@
 //! The operations: arguments are checked, an algorithm is chosen, and its kernels are enqueued.
 
+mod cube;
 mod moves;
 mod norm;
 mod pairs;
@@ -10,7 +11,7 @@ mod vector;
 use comm_core::{CommError, DType, Deadline, OpKind, ReduceOp, Result};
 
 use crate::comm::P2pComm;
-use crate::select::Limits;
+use crate::select::{Gaps, Limits};
 use crate::state::Call;
 
 impl P2pComm {
@@ -50,6 +51,11 @@ impl P2pComm {
             cell_ctas: options.cell_ctas,
             multiprocessors: shared.base.multiprocessors,
             forced: options.algorithm,
+            gaps: shared
+                .channels
+                .as_ref()
+                .and_then(|channels| channels.mesh.as_ref())
+                .map(|mesh| if mesh.cube.is_some() { Gaps::Cube } else { Gaps::Mesh }),
         }
     }
 

@@ -50,6 +50,9 @@ impl P2pComm {
                 let parts = vec![part; info.size];
                 self.stage_all_gather(&call, channels, (send, recv), &parts, stream)?;
             }
+            (Algorithm::CubeMesh, _) => {
+                self.cube_all_gather(&call, channels, (send, recv), part, shape, stream)?;
+            }
             _ => {
                 // SAFETY: as above.
                 call.fatal(unsafe {
@@ -108,6 +111,7 @@ impl P2pComm {
                 while done < bytes {
                     let part = most.min(bytes - done);
                     let offset = done as u64;
+                    staging.uses(part);
                     staging.exchange(
                         |staging, own| match info.rank == root {
                             true => staging.copy(send.offset(offset), own, part),
@@ -157,7 +161,8 @@ impl P2pComm {
             return self.local(call, send, recv, part, stream);
         };
         let mut staging = Staging::new(&call, channels, stream);
-        let room = staging.room(info.size, 1);
+        let room = staging.room(info.size, 1).min(part.next_multiple_of(16));
+        staging.uses(info.size * room);
         let mut done = 0;
         while done < part {
             let length = room.min(part - done);

@@ -10,7 +10,7 @@ use comm_core::topology::LinkMesh;
 /// else in that of a neighbour of both, which holds a copy. A rank so touches no memory but its own and its neighbours'.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Routes {
-    neighbours: Vec<Vec<usize>>,
+    reach: Vec<u32>,
     via: Vec<Vec<usize>>,
     held: Vec<Vec<usize>>,
 }
@@ -20,8 +20,13 @@ impl Routes {
     pub(crate) fn of(mesh: &LinkMesh) -> Option<Self> {
         let size = mesh.size();
         let adjacent = |a: usize, b: usize| mesh.between(a, b) > 0;
-        let neighbours =
-            (0..size).map(|rank| (0..size).filter(|&other| adjacent(rank, other)).collect()).collect();
+        let reach = (0..size)
+            .map(|rank| {
+                (0..size)
+                    .filter(|&other| adjacent(rank, other))
+                    .fold(1 << rank, |reach, other| reach | 1 << other)
+            })
+            .collect();
         let mut via: Vec<Vec<usize>> = (0..size).map(|_| (0..size).collect()).collect();
         let mut held = vec![Vec::new(); size];
         for from in 0..size {
@@ -41,20 +46,16 @@ impl Routes {
                 held[holder].push(from);
             }
         }
-        Some(Self { neighbours, via, held })
+        Some(Self { reach, via, held })
     }
 
     pub(crate) fn size(&self) -> usize {
         self.via.len()
     }
 
-    pub(crate) fn neighbours(&self, rank: usize) -> &[usize] {
-        &self.neighbours[rank]
-    }
-
     /// The ranks whose memory `rank` may touch, itself included: bit by bit.
     pub(crate) fn reach(&self, rank: usize) -> u32 {
-        self.neighbours[rank].iter().fold(1 << rank, |reach, &other| reach | 1 << other)
+        self.reach[rank]
     }
 
     /// In whose memory rank `to` finds what rank `from` has written.
@@ -151,7 +152,7 @@ mod tests {
             assert_eq!((routes.most_held(), routes.most_boxes()), (1, 3));
             for rank in 0..8 {
                 assert_eq!(routes.held(rank), [cube.relay(rank)]);
-                assert_eq!(routes.neighbours(rank).len(), 4);
+                assert_eq!(routes.reach(rank).count_ones(), 5);
             }
         }
     }
