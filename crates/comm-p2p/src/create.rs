@@ -165,6 +165,8 @@ fn channels(
     agree(host, &filled.map(|()| 0))?;
     let peers = block.peers();
     let own = block.own().addr();
+    // What is no neighbour's stays null, so that a kernel which touched it would fault.
+    debug_assert!((0..world).all(|rank| peers[rank].is_null() == (reach >> rank & 1 == 0)));
     let link = |number: usize, area: usize, slots: usize| Link {
         scratch: used(&shifted(&peers, area), world),
         channel: own.offset((layout.counters + number * CHANNEL_STRIDE) as u64),

@@ -33,7 +33,7 @@ const PROTOCOL: u32 = 1;
 /// | `p2p.packet_slots`, `p2p.lamport_slots` | packs in flight between two ranks | 33792, 67584 |
 /// | `p2p.cell_ctas` | blocks of the largest kernels | 132 |
 /// | `p2p.algorithm` | use this one wherever it can be, as `COMM_P2P_ALGO` does | by size |
-/// | `p2p.topology` | impose this one, as `COMM_P2P_TOPOLOGY` does: `fully_connected`, `hybrid_cube_mesh` (8 ranks) or `other` | as found |
+/// | `p2p.topology` | impose this one, as `COMM_P2P_TOPOLOGY` does: `fully_connected`, `hybrid_cube_mesh` (of 8 ranks; of fewer, its first part) or `other` | as found |
 /// | `p2p.symmetric_operands` | `on` or `off`: the promise described below | `off` |
 /// | `p2p.first_round` | for tests: the first round's number | 0 |
 /// | `p2p.stall_ns` | for tests: how long every kernel sleeps before its first wait | 0 |
@@ -233,7 +233,7 @@ fn base(context: &CreateContext, capabilities: &[Capability]) -> Result<Base> {
             uuid: uuid(&device)?,
             driver: driver_version()?,
             links: Links::of_device(ordinal)?,
-            place: (context.host.rank(), context.host.size()),
+            place: context.host.rank(),
         }),
     })
 }

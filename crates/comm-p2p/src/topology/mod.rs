@@ -11,9 +11,9 @@ use comm_core::{CommError, OpKind, Result};
 use self::links::Links;
 use self::routes::Routes;
 
-/// A rank of the communicator that was made first, before any split, and that one's size: imposed topologies are about
-/// these.
-pub(crate) type Place = (usize, usize);
+/// A rank of the communicator that was made first, before any split: an imposed mesh is about these. Where there are
+/// fewer than it takes, they make up the mesh's first part.
+pub(crate) type Place = usize;
 
 /// The topology of a communicator: every rank derives the same from the same facts. One can be imposed by name. With it
 /// come the routes, if ranks may touch their neighbours' memory alone.
@@ -31,21 +31,18 @@ pub(crate) fn of_ranks(
     };
     let topology: Topology = name.parse()?;
     let Topology::HybridCubeMesh(cube) = topology else { return Ok((topology, None)) };
-    if let Some(&(_, size)) = places.iter().find(|&&(_, size)| size != 8) {
-        return Err(CommError::invalid(
-            "COMM_P2P_TOPOLOGY",
-            format!("a hybrid cube mesh has 8 ranks, not {size}"),
-        ));
+    if let Some(&place) = places.iter().find(|&&place| place >= 8) {
+        let reason = format!("a hybrid cube mesh has 8 ranks; there is none of number {place}");
+        return Err(CommError::invalid("COMM_P2P_TOPOLOGY", reason));
     }
-    let linked = |a: usize, b: usize| u32::from(cube.neighbours(a).contains(&b));
-    let row = |&(a, _): &Place| places.iter().map(|&(b, _)| linked(a, b)).collect();
+    let linked = |a: Place, b: Place| u32::from(cube.neighbours(a).contains(&b));
+    let row = |&a: &Place| places.iter().map(|&b| linked(a, b)).collect();
     let mesh = LinkMesh::new(places.iter().map(row).collect())?;
     let topology = mesh.classify();
     if topology == Topology::FullyConnected {
         return Ok((topology, None));
     }
     let routes = Routes::of(&mesh).ok_or_else(|| {
-        let places: Vec<_> = places.iter().map(|&(rank, _)| rank).collect();
         let reason = format!("the ranks {places:?} of the imposed hybrid cube mesh do not reach each other");
         CommError::unsupported(OpKind::Split, crate::NAME, reason)
     })?;
@@ -86,19 +83,19 @@ mod tests {
     #[test]
     fn a_topology_can_be_imposed() {
         let two = [device("a", 0, &[]), device("b", 0, &[])];
-        let places = [(0, 2), (1, 2)];
-        let impose = |name| of_ranks(&two, Some(name), &places);
+        let impose = |name| of_ranks(&two, Some(name), &[0, 1]);
         assert_eq!(impose("fully_connected").unwrap(), (Topology::FullyConnected, None));
-        assert!(impose("hybrid_cube_mesh").is_err());
+        assert_eq!(impose("other").unwrap(), (Topology::Other, None));
+        assert_eq!(impose("hybrid_cube_mesh").unwrap(), (Topology::FullyConnected, None));
         assert!(impose("torus").is_err());
+        assert!(of_ranks(&two, Some("hybrid_cube_mesh"), &[0, 8]).is_err());
     }
 
     #[test]
     fn groups_of_an_imposed_cube_mesh_keep_to_its_links() {
         let group = |places: &[usize]| {
             let links = vec![Links::default(); places.len()];
-            let places: Vec<Place> = places.iter().map(|&rank| (rank, 8)).collect();
-            of_ranks(&links, Some("hybrid_cube_mesh"), &places)
+            of_ranks(&links, Some("hybrid_cube_mesh"), places)
         };
         let (topology, routes) = group(&[7, 6, 5, 4, 3, 2, 1, 0]).unwrap();
         assert!(matches!(topology, Topology::HybridCubeMesh(_)) && routes.is_some());

@@ -29,7 +29,7 @@ impl Routes {
             .collect();
         let mut via: Vec<Vec<usize>> = (0..size).map(|_| (0..size).collect()).collect();
         let mut held = vec![Vec::new(); size];
-        for from in 0..size {
+        (0..size).try_for_each(|from| {
             let mut far: Vec<usize> = (0..size).filter(|&to| to != from && !adjacent(to, from)).collect();
             // As few copies as possible: in a hybrid cube mesh the relay's serves all.
             while !far.is_empty() {
@@ -45,7 +45,8 @@ impl Routes {
                 });
                 held[holder].push(from);
             }
-        }
+            Some(())
+        })?;
         Some(Self { reach, via, held })
     }
 
