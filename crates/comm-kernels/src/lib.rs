@@ -4,6 +4,7 @@
 //! - [`Kernels`]: the launchers. Every launch is asynchronous and can be captured in a CUDA graph: it allocates
 //!   nothing and waits for nothing.
 //! - [`p2p`]: the launchers of kernels that reach into other ranks' memory.
+//! - [`layer`]: the small kernels of a decoder layer, for examples and benchmarks that need a model.
 //! - [`pattern`]: the data that [`Kernels::fill`] and [`Kernels::verify`] make and check, on the host. No CUDA needed.
 //! - [`mod@reference`]: what the kernels should compute, slowly, on the host; for tests.
 //! - [`CudaMemory`], [`CapturedGraph`], [`EventTimer`]: memory, graphs and time for tests, benchmarks and examples.
@@ -20,6 +21,7 @@ pub mod driver;
 pub mod exit;
 mod graph;
 mod kernels;
+pub mod layer;
 pub mod locate;
 pub mod manifest;
 mod memory;

@@ -17,6 +17,7 @@ use crate::state::{Base, Channels, Hosts, Owned, Shared};
 use crate::symmetric::table::Table;
 use crate::symmetric::words::Words;
 use crate::symmetric::{Block, agree, shifted};
+use crate::tables::{self, InUse};
 use crate::topology::links::Links;
 use crate::topology::routes::Routes;
 use crate::topology::{self, Place, verify};
@@ -81,8 +82,12 @@ pub(crate) fn sibling(host: &dyn HostComm, deadline: Deadline) -> Result<Arc<dyn
 pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result<P2pComm> {
     let control = Arc::clone(&hosts.control);
     let deadline = Deadline::after(base.as_ref().map_or(control.timeout(), |base| base.timeout));
-    agree(&*control, &base.as_ref().map(|_| 0).map_err(Clone::clone))?;
-    let base = base?;
+    let started = base.and_then(|base| {
+        let tables = tables::of(base.options.tables.as_deref(), &base.gpu, control.size())?;
+        Ok((base, tables))
+    });
+    agree(&*control, &started.as_ref().map(|_| 0).map_err(Clone::clone))?;
+    let (base, tables) = started?;
     let _current = Current::enter(&base.context)?;
     let info = CommInfo {
         name: control.name().to_owned(),
@@ -91,7 +96,7 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result
         size: control.size(),
         memory: MemoryKind::Cuda { ordinal: base.ordinal },
     };
-    let (topology, routes, uuids) = meet(&*control, &base)?;
+    let (topology, routes, uuids) = meet(&*control, &base, &tables)?;
     let words = Words::new().map(Arc::new);
     let sentinel = Event::new();
     let (channels, scratch) = if info.size > 1 {
@@ -115,20 +120,23 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result
     let generations = COMMUNICATORS.fetch_add(1, Ordering::Relaxed) << 32;
     let owned =
         Owned { table: Table::new(generations), scratch, words: Some(words?), sentinel: Some(sentinel?) };
-    let shared = Arc::new(Shared::new(info, base, topology, channels, owned, hosts));
+    let shared = Arc::new(Shared::new(info, base, topology, tables, channels, owned, hosts));
     watchdog::spawn(Arc::clone(&shared))?;
     Ok(P2pComm::new(shared))
 }
 
-/// Exchanges what the ranks' devices are, and agrees on their topology and routes. Returns the devices' names as well.
-fn meet(host: &dyn HostComm, base: &Base) -> Result<(Topology, Option<Routes>, Vec<String>)> {
+/// Exchanges what the ranks' devices are, and agrees on their topology and routes and on how algorithms are chosen.
+/// Returns the devices' names as well.
+fn meet(host: &dyn HostComm, base: &Base, tables: &InUse) -> Result<(Topology, Option<Routes>, Vec<String>)> {
     let (device, imposed) = (&base.device, &base.options.topology);
-    type Fact = (String, Links, (Option<String>, Place));
-    let all: Vec<Fact> =
-        host.all_gather(&(device.uuid.clone(), device.links.clone(), (imposed.clone(), device.place)))?;
-    let links: Vec<_> = all.iter().map(|(_, links, _)| links.clone()).collect();
-    let places: Vec<_> = all.iter().map(|(.., (_, place))| *place).collect();
-    // Every rank comes to this verdict for the same values, so all of them fail or none.
+    let choice = tables.describe(base.options.algorithm);
+    type Fact = (String, Links, (Option<String>, Place), String);
+    let own = (device.uuid.clone(), device.links.clone(), (imposed.clone(), device.place), choice);
+    let all: Vec<Fact> = host.all_gather(&own)?;
+    let links: Vec<_> = all.iter().map(|(_, links, ..)| links.clone()).collect();
+    let places: Vec<_> = all.iter().map(|(.., (_, place), _)| *place).collect();
+    // Every rank comes to these verdicts for the same values, so all of them fail or none.
+    tables::same_on_all(all.iter().map(|(.., choice)| choice.as_str()))?;
     let imposed_on = |rank: usize| &all[rank].2.0;
     if let Some(rank) = (0..all.len()).find(|&rank| imposed_on(rank) != imposed_on(0)) {
         return Err(CommError::invalid(
@@ -137,7 +145,7 @@ fn meet(host: &dyn HostComm, base: &Base) -> Result<(Topology, Option<Routes>, V
         ));
     }
     let (topology, routes) = topology::of_ranks(&links, imposed.as_deref(), &places)?;
-    for (rank, (_, links, _)) in all.iter().enumerate() {
+    for (rank, (_, links, ..)) in all.iter().enumerate() {
         if let Some(reason) = &links.unknown {
             tracing::debug!(rank, reason, "the NVLinks of a rank's GPU are not known");
         }

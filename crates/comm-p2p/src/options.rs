@@ -1,11 +1,15 @@
 //! Settings, from the context's options and the environment.
 
 use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use comm_core::topology::Topology;
+use comm_core::tuning::Tables;
 use comm_core::{CommError, Result};
 
+use crate::tables;
 use crate::usage::Algorithm;
 
 /// What can be set; see [`P2pFactory`](crate::P2pFactory) for the names.
@@ -21,6 +25,8 @@ pub(crate) struct Options {
     pub(crate) algorithm: Option<Algorithm>,
     /// The topology to impose, by name.
     pub(crate) topology: Option<String>,
+    /// The user's own tables of algorithms.
+    pub(crate) tables: Option<Arc<Tables>>,
     /// The caller's promise about operands in registered buffers.
     pub(crate) symmetric_operands: bool,
 }
@@ -37,6 +43,7 @@ impl Default for Options {
             stall: Duration::ZERO,
             algorithm: None,
             topology: None,
+            tables: None,
             symmetric_operands: false,
         }
     }
@@ -58,6 +65,9 @@ impl Options {
         if let Some(name) = std::env::var("COMM_P2P_TOPOLOGY").ok().filter(|name| !name.is_empty()) {
             parsed.topology = Some(topology("COMM_P2P_TOPOLOGY", &name)?);
         }
+        if let Some(path) = std::env::var_os("COMM_P2P_TABLE").filter(|path| !path.is_empty()) {
+            parsed.tables = Some(Arc::new(tables::read("COMM_P2P_TABLE", Path::new(&path))?));
+        }
         for (name, value) in options {
             let Some(own) = name.strip_prefix(PREFIX) else { continue };
             match own {
@@ -76,6 +86,7 @@ impl Options {
                 }
                 "algorithm" => parsed.algorithm = Some(algorithm(name, value)?),
                 "topology" => parsed.topology = Some(topology(name, value)?),
+                "table" => parsed.tables = Some(Arc::new(tables::read(name, Path::new(value))?)),
                 "symmetric_operands" => parsed.symmetric_operands = switch(name, value)?,
                 _ => {
                     return Err(CommError::invalid(
@@ -144,6 +155,7 @@ mod tests {
             ("p2p.x", "1"),
             ("p2p.algorithm", "fast"),
             ("p2p.topology", "torus"),
+            ("p2p.table", "/nonexistent/table.json"),
             ("p2p.symmetric_operands", "true"),
         ] {
             let text = parse(name, value).unwrap_err().to_string();
