@@ -9,6 +9,7 @@
 //! - [`mod@reference`]: what the kernels should compute, slowly, on the host; for tests.
 //! - [`CudaMemory`], [`CapturedGraph`], [`EventTimer`]: memory, graphs and time for tests, benchmarks and examples.
 //! - [`driver`]: whether there is a driver; call [`driver::probe`] before anything else that touches CUDA.
+//! - [`capture`]: what a library needs to know of the graph that it is being captured into.
 //! - [`raw`] and [`exit`]: driver calls that backends share, and what the end of the process waits for.
 //! - [`locate`] and [`manifest`]: where compiled kernels come from. They are built by `cargo xtask kernels`; without
 //!   them this crate compiles, and using a kernel says what to do.
@@ -17,6 +18,7 @@
 
 #![deny(missing_docs)]
 
+pub mod capture;
 pub mod driver;
 pub mod exit;
 mod graph;

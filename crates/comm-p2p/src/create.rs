@@ -9,11 +9,13 @@ use comm_kernels::p2p::{
     BUFFERS, CUBE_ROW_PAIRS, FLAG_BYTES, Link, MAX_RANKS, P2pKernels, PAIR_COUNTERS_BYTES, Peers,
     buffer_bytes, cells_bytes, scratch_bytes,
 };
-use comm_kernels::raw::{Current, Event};
+use comm_kernels::raw::Current;
 
+use crate::captured::Captured;
 use crate::comm::P2pComm;
 use crate::mesh::Mesh;
 use crate::state::{Base, Channels, Hosts, Owned, Shared};
+use crate::stream::Sentinel;
 use crate::symmetric::table::Table;
 use crate::symmetric::words::Words;
 use crate::symmetric::{Block, agree, shifted};
@@ -98,31 +100,43 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result
     };
     let (topology, routes, uuids) = meet(&*control, &base, &tables)?;
     let words = Words::new().map(Arc::new);
-    let sentinel = Event::new();
-    let (channels, scratch) = if info.size > 1 {
+    let sentinel = Sentinel::new();
+    let (channels, scratch, captured) = if info.size > 1 {
         let prepared = words
             .as_ref()
             .map_err(Clone::clone)
-            .and_then(|words| Ok((Arc::clone(words), P2pKernels::load(&base.context, info.size)?)));
+            .and_then(|words| Ok((Arc::clone(words), P2pKernels::load(&base.context, info.size)?)))
+            .and_then(|(words, kernels)| Ok((words, kernels, table_of_captured(&base, info.size)?)));
         agree(&*control, &prepared.as_ref().map(|_| 0).map_err(Clone::clone))?;
-        let (words, kernels) = prepared?;
+        let (words, kernels, captured) = prepared?;
         let mesh = routes.as_ref().map(|routes| (Mesh::new(info.rank, &topology, routes), routes));
         let (channels, block) = channels(&*control, &base, &words, kernels, mesh, deadline)?;
         if !verified {
             let driver = &base.device.driver;
             verify::verify(&*control, &base.kernels, &channels.staging, driver, &uuids)?;
         }
-        (Some(channels), Some(block))
+        (Some(channels), Some(block), captured)
     } else {
-        (None, None)
+        (None, None, None)
     };
     static COMMUNICATORS: AtomicU64 = AtomicU64::new(0);
     let generations = COMMUNICATORS.fetch_add(1, Ordering::Relaxed) << 32;
-    let owned =
-        Owned { table: Table::new(generations), scratch, words: Some(words?), sentinel: Some(sentinel?) };
+    let owned = Owned {
+        table: Table::new(generations),
+        captured,
+        scratch,
+        words: Some(words?),
+        sentinel: Some(sentinel?),
+    };
     let shared = Arc::new(Shared::new(info, base, topology, tables, channels, owned, hosts));
     watchdog::spawn(Arc::clone(&shared))?;
     Ok(P2pComm::new(shared))
+}
+
+fn table_of_captured(base: &Base, world: usize) -> Result<Option<Captured>> {
+    let options = &base.options;
+    let table = || Captured::new(&base.context, world, options.graph_entries);
+    options.graph_registration.then(table).transpose()
 }
 
 /// Exchanges what the ranks' devices are, and agrees on their topology and routes and on how algorithms are chosen.
@@ -168,7 +182,13 @@ fn channels(
     let layout = Layout::new(world, base, routes, row_pairs);
     let reach = routes.map_or(u32::MAX, |routes| routes.reach(host.rank()));
     let block = Block::create(host, base.ordinal, layout.bytes, reach, deadline)?;
-    let filled = fill(&block, &layout, (world, row_pairs), base);
+    let filled = fill(&block, &layout, (world, row_pairs), base).and_then(|()| match options.clear_peers {
+        // Every owner clears the same bytes at the same time, so the order does not matter.
+        true => {
+            block.mapped().try_for_each(|part| part.fill(layout.staging, 0, layout.bytes - layout.staging))
+        }
+        false => Ok(()),
+    });
     // Nobody may send before everybody's memory holds what says that nothing has arrived.
     agree(host, &filled.map(|()| 0))?;
     let peers = block.peers();
@@ -182,7 +202,10 @@ fn channels(
         abort: words.abort_addr(),
         error: words.error_addr(),
         timeout_ns: u64::try_from(base.timeout.as_nanos()).unwrap_or(u64::MAX),
-        stall_ns: u64::try_from(options.stall.as_nanos()).unwrap_or(0),
+        stall_ns: match options.stall_rank {
+            Some(only) if only != host.rank() => 0,
+            _ => u64::try_from(options.stall.as_nanos()).unwrap_or(0),
+        },
         rank: host.rank() as u32,
         slot_packs: slots as u32,
         op: 0,
@@ -216,11 +239,12 @@ fn fill(block: &Block, layout: &Layout, (world, row_pairs): (usize, usize), base
     let (own, options) = (block.own(), &base.options);
     let first = options.first_round;
     let before = first.wrapping_sub(1);
-    own.fill(layout.counters, 0, COUNTERS_BYTES)?;
+    // Cells and staging memory need no value: the peers store before this rank reads. A checker of uninitialised reads
+    // cannot see those stores, though, and new memory takes well under a millisecond to clear.
+    own.fill(0, 0, layout.bytes)?;
     for channel in 0..CHANNELS {
         own.fill(layout.counters + channel * CHANNEL_STRIDE, first, 4)?;
     }
-    own.fill(layout.pairs, 0, FLAG_BYTES)?;
     for flags in [layout.barrier, layout.packet, layout.lamport, layout.cells] {
         own.fill(flags, before, FLAG_BYTES)?;
     }

@@ -17,8 +17,8 @@ use self::vmm::{Mapping, Physical};
 pub(crate) enum Hold {
     /// Memory of the communicator: this rank's mapping of every rank's part.
     Mapped(#[allow(dead_code, reason = "held, not read")] Block),
-    /// The caller's memory on other ranks.
-    Opened(#[allow(dead_code, reason = "held, not read")] Vec<Opened>),
+    /// The caller's memory on other ranks, and the number of its allocation on this one.
+    Opened(#[allow(dead_code, reason = "held, not read")] Vec<Opened>, Option<u64>),
 }
 
 /// Equally long memory on every rank, mapped on this rank's device: its own, and that of the ranks it reaches.
@@ -63,6 +63,11 @@ impl Block {
 
     pub(crate) const fn own(&self) -> &Mapping {
         &self.own
+    }
+
+    /// Every rank's part that is mapped here.
+    pub(crate) fn mapped(&self) -> impl Iterator<Item = &Mapping> {
+        self.others.iter().flatten().chain([&self.own])
     }
 
     /// Every rank's first byte; null where this rank does not reach.
