@@ -386,6 +386,9 @@ pub unsafe trait DeviceComm: Send + Sync {
     }
 
     /// The failure known so far, if any. Never blocks.
+    ///
+    /// What an operation received counts only if this, asked after the operation has completed, finds nothing wrong: a
+    /// failure may end operations early.
     fn poll(&self) -> Result<()>;
 
     /// Ends every wait of this communicator, on this rank and (as soon as they notice) on the others. Never blocks; may
