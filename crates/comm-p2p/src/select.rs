@@ -15,7 +15,10 @@ use comm_core::OpKind;
 use comm_core::tuning::{Choice, Table};
 use comm_kernels::p2p::{FLAG_CTAS, Shape, Units};
 
+pub(crate) use self::gaps::Gaps;
 use crate::usage::Algorithm;
+
+mod gaps;
 
 /// What the choice depends on besides the operation and its size. Equal on all ranks.
 #[derive(Clone, Debug)]
@@ -26,6 +29,7 @@ pub(crate) struct Limits {
     pub(crate) cell_ctas: usize,
     pub(crate) multiprocessors: u32,
     pub(crate) forced: Option<Algorithm>,
+    pub(crate) gaps: Option<Gaps>,
     pub(crate) table: Arc<Table<Algorithm>>,
 }
 
@@ -130,6 +134,9 @@ impl Limits {
 
     /// A sum all-reduce of `bytes` bytes of bf16, f16 or f32.
     pub(crate) fn all_reduce(&self, bytes: usize, registered: bool) -> Plan {
+        if let Some(plan) = self.with_gaps(|| self.in_cube(self.cube_all_reduce(bytes).1)) {
+            return plan;
+        }
         let packs = bytes.div_ceil(PACKET_PAYLOAD);
         let slice = bytes.div_ceil(PACK).div_ceil(self.world);
         let launch = |choice: &Choice<Algorithm>| match choice.algorithm {
@@ -139,6 +146,7 @@ impl Limits {
             Algorithm::TwoShot => Some(self.plan(choice.algorithm, self.lamport(choice, slice))),
             Algorithm::Cells if registered => Some(self.cells(choice)),
             Algorithm::Steps if registered => Some(self.sum_steps(choice)),
+            Algorithm::Pull => Some(self.pull(choice, bytes)),
             Algorithm::Staged => Some(self.staged()),
             _ => None,
         };
@@ -147,6 +155,9 @@ impl Limits {
 
     /// A sum reduce-scatter of `part` bytes a rank.
     pub(crate) fn reduce_scatter(&self, part: usize) -> Plan {
+        if let Some(plan) = self.with_gaps(|| None) {
+            return plan;
+        }
         let launch = |choice: &Choice<Algorithm>| match choice.algorithm {
             Algorithm::TwoShot => {
                 Some(self.plan(choice.algorithm, self.lamport(choice, part.div_ceil(PACK))))
@@ -162,6 +173,9 @@ impl Limits {
 
     /// An all-gather of `part` bytes a rank.
     pub(crate) fn all_gather(&self, part: usize, registered: bool) -> Plan {
+        if let Some(plan) = self.with_gaps(|| self.in_cube(self.cube_all_gather(part))) {
+            return plan;
+        }
         let packs = part.div_ceil(PACKET_PAYLOAD);
         let launch = |choice: &Choice<Algorithm>| match choice.algorithm {
             Algorithm::Packets => {
@@ -192,6 +206,9 @@ impl Limits {
 
     /// A broadcast of `bytes` bytes.
     pub(crate) fn broadcast(&self, bytes: usize, registered: bool) -> Plan {
+        if let Some(plan) = self.with_gaps(|| None) {
+            return plan;
+        }
         let packs = bytes.div_ceil(PACKET_PAYLOAD);
         let launch = |choice: &Choice<Algorithm>| match choice.algorithm {
             Algorithm::Packets if packs <= self.packet_slots => {
@@ -236,6 +253,9 @@ impl Limits {
             (block <= 512 && grid > 0).then_some(self.plan(Algorithm::TwoShot, shape))
         };
         let composed = self.plan(Algorithm::Composed, Shape { grid: 0, block: 0 });
+        if self.gaps.is_some() {
+            return composed;
+        }
         let launch = |choice: &Choice<Algorithm>| match choice.algorithm {
             Algorithm::OneShot => one_hop(),
             Algorithm::TwoShot => two_hops(choice),
@@ -267,6 +287,7 @@ pub(crate) mod tests {
             cell_ctas: 132,
             multiprocessors: 132,
             forced,
+            gaps: None,
             table: crate::tables::of(None, "NVIDIA H200", world).unwrap().algorithms,
         }
     }

@@ -13,6 +13,10 @@ pub(crate) enum Algorithm {
     Cells,
     /// For the largest buffers, summed or gathered: all ranks store to one peer at a time, in step.
     Steps,
+    /// In a hybrid cube mesh: packets, passed on by neighbours.
+    CubeMesh,
+    /// Everyone reads everyone's copy and sums everything: a reference for the others.
+    Pull,
     /// Packets through scratch memory.
     Packets,
     /// Packets over relays.
@@ -34,11 +38,13 @@ pub(crate) enum Algorithm {
 }
 
 impl Algorithm {
-    const ALL: [Self; 13] = [
+    const ALL: [Self; 15] = [
         Self::OneShot,
         Self::TwoShot,
         Self::Cells,
         Self::Steps,
+        Self::CubeMesh,
+        Self::Pull,
         Self::Packets,
         Self::Relayed,
         Self::Direct,
@@ -56,6 +62,8 @@ impl Algorithm {
             Self::TwoShot => "two_shot",
             Self::Cells => "cells",
             Self::Steps => "steps",
+            Self::CubeMesh => "cube_mesh",
+            Self::Pull => "pull",
             Self::Packets => "packets",
             Self::Relayed => "relayed",
             Self::Direct => "direct",

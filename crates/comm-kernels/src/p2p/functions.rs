@@ -3,6 +3,7 @@
 use comm_core::{CommError, DType, Result};
 
 use super::link::MAX_RANKS;
+use super::mesh::MeshFunctions;
 use crate::module::{Function, Module};
 
 /// One entry point each for bf16, f16 and f32.
@@ -65,6 +66,7 @@ pub(super) struct Functions {
     pub(super) broadcast_direct: Function,
     pub(super) barrier: Function,
     pub(super) pair: Function,
+    pub(super) mesh: MeshFunctions,
 }
 
 impl Functions {
@@ -103,6 +105,7 @@ impl Functions {
             broadcast_direct: gather.function(by_world!(world, "p2p_bc_direct"))?,
             barrier: meet.function(by_world!(world, "p2p_barrier"))?,
             pair: meet.function("p2p_pair")?,
+            mesh: MeshFunctions::load(context)?,
         })
     }
 }

@@ -6,6 +6,7 @@
 mod captured;
 mod functions;
 mod link;
+mod mesh;
 mod norm;
 mod steps;
 
@@ -22,6 +23,7 @@ pub use self::link::{
     BUFFERS, Channel, ErrorRecord, FLAG_BYTES, FLAG_CTAS, Link, MAX_RANKS, PACK_BYTES, PAIR_COUNTERS_BYTES,
     Peers, TILE_BYTES, buffer_bytes, cells_bytes, scratch_bytes, tiles,
 };
+pub use self::mesh::{CUBE_ROW_PAIRS, CubeRoles, MeshRoutes};
 use crate::kernels::parameters;
 use crate::module::Function;
 
