@@ -204,6 +204,22 @@ pub unsafe trait DeviceComm: Send + Sync {
         Err(lacks(self.info(), OpKind::AllReduce))
     }
 
+    /// A sum all-reduce whose operands travel as fp8, with a scale for each group of elements: about half the bytes of
+    /// one in 16 bits, for an error that [`quantize`](crate::quantize) bounds and defines to the last bit. `dtype` is
+    /// `f32`, `f16` or `bf16`. Nothing chooses it in place of [`all_reduce`](Self::all_reduce): who calls it has decided
+    /// that the model bears the error.
+    unsafe fn all_reduce_quantized(
+        &self,
+        send: DeviceAddr,
+        recv: DeviceAddr,
+        count: usize,
+        dtype: DType,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let _ = (send, recv, count, dtype, stream);
+        Err(lacks(self.info(), OpKind::AllReduceQuantized))
+    }
+
     /// `recv[r * count + i] = send of rank r [i]`, for `i < count`, on every rank. `count` is the elements each rank
     /// sends.
     unsafe fn all_gather(

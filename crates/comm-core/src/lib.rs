@@ -21,6 +21,7 @@ mod host_comm;
 mod memory;
 pub mod norm;
 mod op;
+pub mod quantize;
 mod registry;
 mod tiered;
 pub mod topology;

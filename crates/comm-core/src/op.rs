@@ -26,6 +26,7 @@ pub enum OpKind {
     AllGather2d,
     AllReduceRmsNorm,
     AllReduceRmsNormTwoGroup,
+    AllReduceQuantized,
     Create,
     Split,
     Allocate,
@@ -44,7 +45,7 @@ pub enum OpKind {
 
 impl OpKind {
     /// The operations that move or combine data on a device: what a conformance suite or a benchmark runs.
-    pub const COLLECTIVES: [Self; 15] = [
+    pub const COLLECTIVES: [Self; 16] = [
         Self::AllReduce,
         Self::AllGather,
         Self::AllGatherV,
@@ -60,6 +61,7 @@ impl OpKind {
         Self::AllGather2d,
         Self::AllReduceRmsNorm,
         Self::AllReduceRmsNormTwoGroup,
+        Self::AllReduceQuantized,
     ];
 
     /// The name used on command lines, in tables and in errors.
@@ -81,6 +83,7 @@ impl OpKind {
             Self::AllGather2d => "all_gather_2d",
             Self::AllReduceRmsNorm => "all_reduce_rmsnorm",
             Self::AllReduceRmsNormTwoGroup => "all_reduce_rmsnorm_two_group",
+            Self::AllReduceQuantized => "all_reduce_quantized",
             Self::Create => "create",
             Self::Split => "split",
             Self::Allocate => "allocate",

@@ -74,6 +74,7 @@ catches! {
     open_after_close: StaysOpenAfterClose in Close;
     large_counts: CorruptsLargeCounts in AllReduce;
     supports_by_rank: AnswersSupportsByRank in Reduce;
+    unquantized_slice: KeepsItsSliceOfTheSumUnquantized in AllReduceQuantized;
     panic_on_one_rank: PanicsOnOneRank in AllGather;
 }
 

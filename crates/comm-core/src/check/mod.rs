@@ -112,6 +112,20 @@ pub fn same_size(send: DeviceAddr, recv: DeviceAddr, count: usize, dtype: DType)
     bytes(count, dtype)
 }
 
+/// Checks a quantised all-reduce. Returns the bytes of each operand.
+///
+/// # Errors
+/// [`CommError::InvalidArgument`].
+pub fn all_reduce_quantized(send: DeviceAddr, recv: DeviceAddr, count: usize, dtype: DType) -> Result<usize> {
+    if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
+        return Err(CommError::invalid(
+            "dtype",
+            format!("a quantised all-reduce takes f32, f16 and bf16, not {dtype}"),
+        ));
+    }
+    same_size(send, recv, count, dtype)
+}
+
 /// Checks a broadcast. Returns the bytes of the buffer.
 ///
 /// # Errors

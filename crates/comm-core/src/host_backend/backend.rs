@@ -12,7 +12,7 @@ use super::layout::Layout;
 use super::scatter::Scatter;
 use super::usage::Algorithm;
 use super::wait::Waiting;
-use super::{create, memory, norm, p2p};
+use super::{create, memory, norm, p2p, quantized};
 use crate::addr::{DeviceAddr, StreamHandle};
 use crate::check;
 use crate::device_comm::{AlgorithmUsage, CommInfo, DeviceComm, P2pOp, Registration};
@@ -161,6 +161,9 @@ unsafe impl DeviceComm for HostBackend {
             {
                 Support::no(format!("RMSNorm takes f32, f16 and bf16, not {}", query.dtype))
             }
+            K::AllReduceQuantized if !matches!(query.dtype, DType::F32 | DType::F16 | DType::BF16) => {
+                Support::no(format!("a quantised all-reduce takes f32, f16 and bf16, not {}", query.dtype))
+            }
             K::Register | K::Deregister if !self.core.direct => Support::no(NO_REGISTRATION),
             K::Split | K::Allocate | K::Free | K::Register | K::Deregister | K::Poll | K::Close => {
                 Support::Yes
@@ -189,6 +192,20 @@ unsafe impl DeviceComm for HostBackend {
         let reduction = Reduction { call, send, recv, bytes, dtype, how: op, root: None };
         // SAFETY: the caller vouches for the operands, and they were checked.
         self.core.run(&self.state, OpKind::AllReduce, |op| unsafe { reduction.run(op) })
+    }
+
+    unsafe fn all_reduce_quantized(
+        &self,
+        send: DeviceAddr,
+        recv: DeviceAddr,
+        count: usize,
+        dtype: DType,
+        _stream: StreamHandle,
+    ) -> Result<()> {
+        check::all_reduce_quantized(send, recv, count, dtype)?;
+        let kind = OpKind::AllReduceQuantized;
+        // SAFETY: the caller vouches for the operands, and they were checked.
+        self.core.run(&self.state, kind, |op| unsafe { quantized::sum(op, (send, recv), count, dtype) })
     }
 
     unsafe fn reduce(

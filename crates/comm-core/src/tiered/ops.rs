@@ -95,6 +95,19 @@ unsafe impl DeviceComm for TieredComm {
         unsafe { tier.all_reduce(send, recv, count, dtype, op, stream) }
     }
 
+    unsafe fn all_reduce_quantized(
+        &self,
+        send: DeviceAddr,
+        recv: DeviceAddr,
+        count: usize,
+        dtype: DType,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let tier = self.tier(&OpQuery::new(OpKind::AllReduceQuantized, dtype, count))?;
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { tier.all_reduce_quantized(send, recv, count, dtype, stream) }
+    }
+
     unsafe fn all_gather(
         &self,
         send: DeviceAddr,

@@ -8,7 +8,7 @@ use std::time::Duration;
 use comm_core::{
     AlgorithmUsage, Block2d, CommError, CommInfo, DType, Deadline, DeviceAddr, DeviceComm, DeviceMemory,
     HostComm, HostMemory, MemoryKind, OpKind, OpQuery, P2pOp, ReduceOp, Registration, Result, RmsNormArgs,
-    StreamHandle, Support, TwoGroupNormArgs, check,
+    StreamHandle, Support, TwoGroupNormArgs, check, quantize,
 };
 
 use super::arithmetic::{norm_row, reduce};
@@ -130,9 +130,11 @@ unsafe impl DeviceComm for GatherBackend {
     fn supports(&self, query: &OpQuery) -> Support {
         let norm = matches!(query.kind, OpKind::AllReduceRmsNorm | OpKind::AllReduceRmsNormTwoGroup);
         let plain = matches!(query.kind, OpKind::Send | OpKind::Recv);
+        let quantized = query.kind == OpKind::AllReduceQuantized;
         match query.dtype {
-            DType::F32 | DType::F16 | DType::BF16 if norm => Support::Yes,
+            DType::F32 | DType::F16 | DType::BF16 if norm || quantized => Support::Yes,
             _ if norm => Support::no("norms are for f32, f16 and bf16"),
+            _ if quantized => Support::no("quantised sums are for f32, f16 and bf16"),
             _ if plain => Support::no("only in groups"),
             _ => Support::Yes,
         }
@@ -158,6 +160,29 @@ unsafe impl DeviceComm for GatherBackend {
         let result = self.reduced(OpKind::AllReduce, &unsafe { read(send, bytes) }, dtype, op)?;
         // SAFETY: the caller's promise.
         unsafe { write(recv, &result) };
+        Ok(())
+    }
+
+    unsafe fn all_reduce_quantized(
+        &self,
+        send: DeviceAddr,
+        recv: DeviceAddr,
+        count: usize,
+        dtype: DType,
+        _: StreamHandle,
+    ) -> Result<()> {
+        self.open()?;
+        let bytes = check::all_reduce_quantized(send, recv, count, dtype)?;
+        // SAFETY: the caller's promise.
+        let all = self.gather(OpKind::AllReduceQuantized, &unsafe { read(send, bytes) })?;
+        let sources: Vec<*const u8> = all.iter().map(|bytes| bytes.as_ptr()).collect();
+        let mut sum = all[0].clone();
+        if all.len() > 1 {
+            // SAFETY: all hold `count` elements.
+            unsafe { quantize::sum_host(sum.as_mut_ptr(), &sources, count, dtype) }?;
+        }
+        // SAFETY: the caller's promise.
+        unsafe { write(recv, &sum) };
         Ok(())
     }
 

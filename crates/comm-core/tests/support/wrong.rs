@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use comm_core::{
     AlgorithmUsage, Block2d, CommError, CommInfo, DType, DeviceAddr, DeviceComm, OpKind, OpQuery, P2pOp,
-    ReduceOp, Registration, Result, RmsNormArgs, StreamHandle, Support, TwoGroupNormArgs,
+    ReduceOp, Registration, Result, RmsNormArgs, StreamHandle, Support, TwoGroupNormArgs, quantize,
 };
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -47,6 +47,7 @@ pub(crate) enum Bug {
     HangsOnOneRank,
     CorruptsReceives,
     ReducesToTheWrongRoot,
+    KeepsItsSliceOfTheSumUnquantized,
 }
 
 pub(crate) struct Wrong {
@@ -192,6 +193,41 @@ unsafe impl DeviceComm for Wrong {
         if self.is(Bug::CorruptsLargeCounts) && count > 200_000 {
             // SAFETY: the caller's promise.
             unsafe { spoil(recv, count * size - size, 0x10) };
+        }
+        Ok(())
+    }
+
+    unsafe fn all_reduce_quantized(
+        &self,
+        send: DeviceAddr,
+        recv: DeviceAddr,
+        count: usize,
+        dtype: DType,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let world = self.size();
+        let tried = dtype == DType::F32 && count > 128 * world && count < 1 << 20 && send.is_aligned_to(4);
+        if !(self.is(Bug::KeepsItsSliceOfTheSumUnquantized) && tried) {
+            // SAFETY: the caller's promise.
+            return unsafe { self.inner.all_reduce_quantized(send, recv, count, dtype, stream) };
+        }
+        let mut all = vec![0_f32; count * world];
+        let at = DeviceAddr::of_slice_mut(&mut all);
+        // SAFETY: the caller's promise; `all` holds every rank's elements.
+        unsafe { self.inner.all_gather(send, at, count, dtype, stream) }?;
+        // SAFETY: as above.
+        unsafe { self.inner.all_reduce_quantized(send, recv, count, dtype, stream) }?;
+        let own = self.rank() * 128..(self.rank() + 1) * 128;
+        let mut sum = vec![0_f32; 128];
+        for part in all.chunks_mut(count) {
+            let part = &mut part[own.clone()];
+            quantize::through_fp8(part);
+            sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += *part);
+        }
+        // SAFETY: the caller's promise; the vector has a group for every rank.
+        let recv = unsafe { bytes(recv.offset(own.start as u64 * 4), 128 * 4) };
+        for (bytes, sum) in recv.chunks_mut(4).zip(sum) {
+            bytes.copy_from_slice(&sum.to_ne_bytes());
         }
         Ok(())
     }

@@ -83,6 +83,9 @@ impl Bad<'_, '_, '_> {
         unsafe {
             match self.kind {
                 OpKind::AllReduce => self.operands(at, &|c, x, y, n, s| c.all_reduce(x, y, n, TYPE, sum, s)),
+                OpKind::AllReduceQuantized => {
+                    self.operands(at, &|c, x, y, n, s| c.all_reduce_quantized(x, y, n, TYPE, s))
+                }
                 OpKind::AllGather => self.operands(at, &|c, x, y, n, s| c.all_gather(x, y, n, TYPE, s)),
                 OpKind::ReduceScatter => {
                     // The mirror image: the longer operand is `send`.

@@ -55,6 +55,7 @@ pub(super) fn issue(
     unsafe {
         match kind {
             OpKind::AllReduce => comm.all_reduce(a, b, COUNT, dtype, sum, stream),
+            OpKind::AllReduceQuantized => comm.all_reduce_quantized(a, b, COUNT, dtype, stream),
             OpKind::AllGather => comm.all_gather(a, b, COUNT, dtype, stream),
             OpKind::AllGatherV => comm.all_gather_v(a, b, &counts, dtype, stream),
             OpKind::ReduceScatter => comm.reduce_scatter(a, b, COUNT, dtype, sum, stream),
