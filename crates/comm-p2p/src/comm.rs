@@ -131,6 +131,14 @@ unsafe impl DeviceComm for P2pComm {
         if norm && !matches!(query.dtype, DType::F32 | DType::F16 | DType::BF16) {
             return Support::no(format!("RMSNorm takes f32, f16 and bf16, not {}", query.dtype));
         }
+        if query.kind == OpKind::AllReduceQuantized
+            && !matches!(query.dtype, DType::F32 | DType::F16 | DType::BF16)
+        {
+            return Support::no(format!(
+                "a quantised all-reduce takes f32, f16 and bf16, not {}",
+                query.dtype
+            ));
+        }
         Support::Yes
     }
 
@@ -149,6 +157,18 @@ unsafe impl DeviceComm for P2pComm {
     ) -> Result<()> {
         // SAFETY: here and below, the caller vouches for the same.
         unsafe { self.do_all_reduce((send, recv), count, dtype, op, stream) }
+    }
+
+    unsafe fn all_reduce_quantized(
+        &self,
+        send: DeviceAddr,
+        recv: DeviceAddr,
+        count: usize,
+        dtype: DType,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        // SAFETY: see above.
+        unsafe { self.do_all_reduce_quantized((send, recv), count, dtype, stream) }
     }
 
     unsafe fn all_gather(

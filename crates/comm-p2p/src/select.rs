@@ -2,7 +2,7 @@
 //!
 //! Thresholds scale with the number of ranks by what a rank sends: `(world - 1)` times the buffer in one hop.
 
-use comm_kernels::p2p::{Shape, Units};
+use comm_kernels::p2p::{QUANTIZED_PACKS, QUANTIZED_ROW, Shape, Units};
 
 use crate::usage::Algorithm;
 
@@ -95,6 +95,14 @@ impl Limits {
         } else {
             two_shot()
         }
+    }
+
+    /// A quantised all-reduce of `count` elements: a warp for each row of a slice.
+    pub(crate) fn all_reduce_quantized(&self, count: usize) -> Plan {
+        let rows = count.div_ceil(QUANTIZED_ROW).div_ceil(self.world);
+        let table = [(4 << 10, 64), (8 << 10, 128), (usize::MAX, 256)];
+        let threads = self.lamport_slots / QUANTIZED_PACKS * 32;
+        self.plan(Algorithm::TwoShot, self.spread(rows.saturating_mul(32), threads, &table))
     }
 
     /// A sum reduce-scatter of `part` bytes a rank.
@@ -265,6 +273,21 @@ mod tests {
         assert_eq!(eight.all_reduce(64 << 20, true).algorithm, Algorithm::Cells);
         assert_eq!(limits(2, None).all_reduce(256 << 10, false).algorithm, Algorithm::OneShot);
         assert_eq!(limits(4, Some(Algorithm::Staged)).all_reduce(8, false).algorithm, Algorithm::Staged);
+    }
+
+    #[test]
+    fn quantised_rows_have_room_and_enough_warps() {
+        for (world, slots) in (2..=8).flat_map(|world| [512, 67_584].map(|slots| (world, slots))) {
+            let limits = Limits { lamport_slots: slots, ..limits(world, None) };
+            for count in (0..33).flat_map(|shift| [1_usize << shift, (1 << shift) + 1]) {
+                let Shape { grid, block } = limits.all_reduce_quantized(count).shape;
+                let (warps, rows) = ((grid * block / 32) as usize, count.div_ceil(512).div_ceil(world));
+                assert!(block.is_multiple_of(32) && block <= 256 && grid <= 264 && warps * 33 <= slots);
+                assert!(warps >= rows || warps >= world, "{count}: {grid} x {block}");
+            }
+        }
+        let shape = limits(8, None).all_reduce_quantized(4 << 20).shape;
+        assert_eq!((shape.grid, shape.block), (128, 256));
     }
 
     #[test]

@@ -23,7 +23,9 @@ const CLOSING: u8 = 1;
 const FAILED: u8 = 2;
 
 /// Bits of a kernel's number that say which operation it belongs to.
-const KIND_BITS: u32 = 4;
+const KIND_BITS: u32 = 5;
+const _: () = assert!(OpKind::COLLECTIVES.len() < UNKNOWN_KIND);
+const UNKNOWN_KIND: usize = (1 << KIND_BITS) - 1;
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What these protect is set by single assignments, so a panic cannot leave it half-changed.
@@ -236,7 +238,7 @@ impl Shared {
 
     /// The call that a record's kernel belongs to.
     fn kernel(&self, record: &ErrorRecord) -> CallSite {
-        let kind = OpKind::COLLECTIVES.get((record.op & ((1 << KIND_BITS) - 1)) as usize);
+        let kind = OpKind::COLLECTIVES.get((record.op & UNKNOWN_KIND as u32) as usize);
         let seq = u64::from(record.op >> KIND_BITS);
         CallSite::new(&self.info.name, kind.copied().unwrap_or(OpKind::Poll), seq)
     }
@@ -292,8 +294,9 @@ pub(crate) struct Call<'a> {
 impl Call<'_> {
     /// A channel, marked with this call for the error record.
     pub(crate) fn link(&self, channel: &Link) -> Link {
-        let kind = OpKind::COLLECTIVES.iter().position(|&kind| kind == self.kind).unwrap_or(15) as u32;
-        // The number is for people to read; that it wraps after 2^28 calls does no harm.
+        let kind =
+            OpKind::COLLECTIVES.iter().position(|&kind| kind == self.kind).unwrap_or(UNKNOWN_KIND) as u32;
+        // The number is for people to read; that it wraps after 2^27 calls does no harm.
         Link { op: (self.seq as u32) << KIND_BITS | kind, ..*channel }
     }
 

@@ -50,6 +50,7 @@ pub(super) struct Functions {
     /// By cells: two packs per thread, slice and chunk, then four.
     pub(super) all_reduce_cells: [PerFloat; 2],
     pub(super) reduce_scatter_cells: [PerFloat; 2],
+    pub(super) quantized: PerFloat,
     pub(super) norm_one_shot: PerFloat,
     pub(super) norm_two_shot: PerFloat,
     pub(super) all_gather_packets: Function,
@@ -73,6 +74,7 @@ impl Functions {
         let cells = Module::load(context, "p2p_cells")?;
         let gather = Module::load(context, "p2p_gather")?;
         let norm = Module::load(context, "p2p_norm")?;
+        let quantized = Module::load(context, "p2p_quantized")?;
         let meet = Module::load(context, "p2p_meet")?;
         Ok(Self {
             one_shot: per_float!(reduce, world, "p2p_ar1"),
@@ -83,6 +85,7 @@ impl Functions {
                 per_float!(cells, world, "p2p_rsc2"),
                 per_float!(cells, world, "p2p_rsc4"),
             ],
+            quantized: per_float!(quantized, world, "p2p_arq"),
             norm_one_shot: per_float!(norm, world, "p2p_norm1"),
             norm_two_shot: per_float!(norm, world, "p2p_norm2"),
             all_gather_packets: gather.function(by_world!(world, "p2p_ag_packet"))?,

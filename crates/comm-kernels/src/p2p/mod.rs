@@ -6,6 +6,7 @@
 mod functions;
 mod link;
 mod norm;
+mod quantized;
 
 use std::ffi::c_void;
 use std::fmt;
@@ -19,6 +20,7 @@ pub use self::link::{
     BUFFERS, Channel, ErrorRecord, FLAG_BYTES, FLAG_CTAS, Link, MAX_RANKS, PACK_BYTES, PAIR_COUNTERS_BYTES,
     Peers, buffer_bytes, cells_bytes, scratch_bytes,
 };
+pub use self::quantized::{QUANTIZED_PACKS, QUANTIZED_ROW};
 use crate::kernels::parameters;
 use crate::module::Function;
 

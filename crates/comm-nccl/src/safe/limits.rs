@@ -133,6 +133,7 @@ impl Limits {
                 Some(reason) => Support::no(reason.clone()),
                 None => Support::Yes,
             },
+            OpKind::AllReduceQuantized => Support::no("NCCL sums no quantised operands"),
             kind if OpKind::COLLECTIVES.contains(&kind) => Support::Yes,
             OpKind::Split
             | OpKind::Allocate

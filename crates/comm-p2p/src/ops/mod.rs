@@ -3,6 +3,7 @@
 mod moves;
 mod norm;
 mod pairs;
+mod quantized;
 mod reductions;
 mod staged;
 mod vector;

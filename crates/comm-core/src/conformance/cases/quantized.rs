@@ -37,7 +37,7 @@ enum Values {
 impl Values {
     fn element(self, dtype: DType, seed: u64, rank: usize, index: usize) -> f32 {
         let random = data::random(seed, rank, index);
-        let of_group = data::random(seed, rank, 1 << 40 | index / GROUP);
+        let of_group = data::random(seed, rank, (1 << 40) | (index / GROUP));
         let unit = (random >> 40) as f32 / (1 << 23) as f32 - 1.0;
         if self == Self::Real {
             return unit * [0.25, 1.0, 4.0][(random % 3) as usize];
