@@ -38,6 +38,8 @@ const ALIGN: usize = 256;
 /// Counters of a channel have a line to themselves: an atomic on one must not slow down the reads of another.
 const CHANNEL_STRIDE: usize = 256;
 const CHANNELS: usize = 5;
+/// The channels' counters, the word that says that this rank has given up, the pairs' counters.
+const COUNTERS_BYTES: usize = (CHANNELS + 1) * CHANNEL_STRIDE + PAIR_COUNTERS_BYTES;
 
 impl Layout {
     fn new(world: usize, base: &Base) -> Self {
@@ -48,7 +50,7 @@ impl Layout {
             bytes += usize::next_multiple_of(part, ALIGN);
             at
         };
-        let counters = place(CHANNELS * CHANNEL_STRIDE + PAIR_COUNTERS_BYTES);
+        let counters = place(COUNTERS_BYTES);
         let barrier = place(FLAG_BYTES);
         let pairs = place(FLAG_BYTES);
         let packet = place(scratch_bytes(world, options.packet_slots));
@@ -154,6 +156,7 @@ fn channels(
     let link = |number: usize, area: usize, slots: usize| Link {
         scratch: used(&shifted(&peers, area), world),
         channel: own.offset((layout.counters + number * CHANNEL_STRIDE) as u64),
+        broken: own.offset((layout.counters + CHANNELS * CHANNEL_STRIDE) as u64),
         abort: words.abort_addr(),
         error: words.error_addr(),
         timeout_ns: u64::try_from(base.timeout.as_nanos()).unwrap_or(u64::MAX),
@@ -170,7 +173,7 @@ fn channels(
         packet: link(2, layout.packet, options.packet_slots),
         lamport: link(3, layout.lamport, options.lamport_slots),
         cells: link(4, layout.cells, 0),
-        pair_counters: own.offset((layout.counters + CHANNELS * CHANNEL_STRIDE) as u64),
+        pair_counters: own.offset((layout.counters + (CHANNELS + 1) * CHANNEL_STRIDE) as u64),
         staging: used(&shifted(&peers, layout.staging), world),
         half: options.staging_bytes / 2,
         pair_slots: used(&shifted(&peers, layout.pair_slots), world),
@@ -190,7 +193,7 @@ fn fill(block: &Block, layout: &Layout, world: usize, base: &Base) -> Result<()>
     let (own, options) = (block.own(), &base.options);
     let first = options.first_round;
     let before = first.wrapping_sub(1);
-    own.fill(layout.counters, 0, CHANNELS * CHANNEL_STRIDE + PAIR_COUNTERS_BYTES)?;
+    own.fill(layout.counters, 0, COUNTERS_BYTES)?;
     for channel in 0..CHANNELS {
         own.fill(layout.counters + channel * CHANNEL_STRIDE, first, 4)?;
     }

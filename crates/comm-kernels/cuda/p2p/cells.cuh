@@ -54,10 +54,11 @@ __device__ __forceinline__ void reduce_by_cells(const Link& link, const char* se
     const uint32_t rounds = uint32_t((cut.packs() + per_round - 1) / per_round);
     // The exit of an all-reduce has a number of its own. A reduce-scatter's rounds must follow on one another without
     // gap.
-    const uint32_t first = claim_rounds(link, kGatherToo ? rounds + 1 : rounds);
+    Waiter waiter;
+    const uint32_t first = claim_rounds(link, kGatherToo ? rounds + 1 : rounds, waiter.gave_up);
+    if (waiter.gave_up) return;
     const size_t whole = moves_wide<4>(align) ? cut.whole_packs(kWorld) : 0;
     auto peer = [&](int d) { return rank + d >= kWorld ? rank + d - kWorld : rank + d; };
-    Waiter waiter;
 
     auto chunk = [&](uint32_t k) { return k * per_round + size_t(blockIdx.x) * per_cta; };
 
@@ -161,7 +162,8 @@ __device__ __forceinline__ void reduce_by_cells(const Link& link, const char* se
             raise(k + 1);
         }
         await(k);
-        __syncthreads();
+        // A sum of what has not arrived must not reach anybody.
+        if (__syncthreads_or(waiter.gave_up)) return;
         reduce(k);
     }
     if (kGatherToo) meet<kWorld>(link, waiter, kExit, first + rounds, true);

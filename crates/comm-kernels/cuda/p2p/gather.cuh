@@ -21,14 +21,14 @@ __device__ __forceinline__ void all_gather_packets(const Link& link, const char*
     const uint32_t align_in = common_alignment(address(send)), align_out = common_alignment(address(recv) | bytes);
     const size_t thread = size_t(blockIdx.x) * blockDim.x + threadIdx.x, threads = size_t(gridDim.x) * blockDim.x;
     const uint32_t rounds = uint32_t((cut.packs() + threads - 1) / threads);
-    const uint32_t first = claim_rounds(link, rounds);
-    const int rank = link.rank;
     Waiter waiter;
+    const uint32_t first = claim_rounds(link, rounds, waiter.gave_up);
+    const int rank = link.rank;
 
     auto push = [&](uint32_t k) {
         const size_t pack = thread + k * threads;
         const uint32_t n = cut.bytes(0, pack);
-        if (n == 0) return;
+        if (n == 0 || waiter.gave_up) return;
         const Data v = read_pack<1, 3>(send + cut.offset(0, pack), n, align_in);
 #pragma unroll
         for (int d = 1; d < kWorld; d++) {
@@ -73,9 +73,10 @@ __device__ __forceinline__ void broadcast_packets(const Link& link, const char* 
     const uint32_t align_in = common_alignment(address(send)), align_out = common_alignment(address(recv));
     const size_t thread = size_t(blockIdx.x) * blockDim.x + threadIdx.x, threads = size_t(gridDim.x) * blockDim.x;
     const uint32_t rounds = uint32_t((cut.packs() + threads - 1) / threads);
-    const uint32_t first = claim_rounds(link, rounds);
-    const int rank = link.rank;
     Waiter waiter;
+    const uint32_t first = claim_rounds(link, rounds, waiter.gave_up);
+    if (waiter.gave_up) return;
+    const int rank = link.rank;
     auto relay = [&](int i) { return root + 1 + i >= kWorld ? root + 1 + i - kWorld : root + 1 + i; };
     const bool token = blockIdx.x == 0 && threadIdx.x < kWorld && int(threadIdx.x) != rank;
     if (token) Flag::raise(flag(link, threadIdx.x, 0, kToken, rank), first);
@@ -121,7 +122,7 @@ __device__ __forceinline__ void broadcast_packets(const Link& link, const char* 
                     v = Packet::payload(raw);
                     return Packet::arrived(raw, first + k) ? 0u : 1u << root;
                 });
-                if (kParts > 1) {
+                if (kParts > 1 && !waiter.gave_up) {
 #pragma unroll
                     for (int d = 1; d < kWorld; d++) {
                         const int to = rank + d >= kWorld ? rank + d - kWorld : rank + d;
@@ -202,9 +203,9 @@ __device__ __forceinline__ void all_gather_direct(const Link& link, const char* 
                                                   uint32_t chunk) {
     allow_successor();
     wait_for_predecessor();
-    const uint32_t round = claim_rounds(link, 1);
     Waiter waiter;
-    meet<kWorld>(link, waiter, kEnter, round, false);
+    const uint32_t round = claim_rounds(link, 1, waiter.gave_up);
+    if (!meet<kWorld>(link, waiter, kEnter, round, false)) return;
     injected_stall(link);
     uint64_t bits = address(send) | bytes;
 #pragma unroll
@@ -241,7 +242,8 @@ __device__ __forceinline__ void broadcast_direct(const Link& link, const char* s
     const auto cut = Slices<4>::cut(bytes, kWorld - 1);
     const size_t per_pass = size_t(gridDim.x) * chunk;
     const uint32_t passes = uint32_t((cut.stride + per_pass - 1) / per_pass);
-    const uint32_t first = claim_rounds(link, passes + 1);
+    Waiter waiter;
+    const uint32_t first = claim_rounds(link, passes + 1, waiter.gave_up);
     const int rank = link.rank, mine = rank - root - 1 < 0 ? rank - root - 1 + kWorld : rank - root - 1;
     auto relay = [&](int i) { return root + 1 + i >= kWorld ? root + 1 + i - kWorld : root + 1 + i; };
     const uint32_t warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -254,8 +256,7 @@ __device__ __forceinline__ void broadcast_direct(const Link& link, const char* s
         n = begin >= cut.stride || at >= bytes ? 0 : min(kDirectChunk, min(cut.stride - begin, bytes - at));
         return at;
     };
-    Waiter waiter;
-    meet<kWorld>(link, waiter, kEnter, first, false);
+    if (!meet<kWorld>(link, waiter, kEnter, first, false)) return;
     injected_stall(link);
     const uint32_t pieces = chunk / kDirectChunk;
     for (uint32_t k = 0; k < passes; k++) {
@@ -276,7 +277,7 @@ __device__ __forceinline__ void broadcast_direct(const Link& link, const char* s
                 const uint32_t* ours = flag(link, rank, blockIdx.x, kChunk, root);
                 waiter.until_arrived(link, first + k, [&] { return Flag::raised(ours, first + k) ? 0u : 1u << root; });
             }
-            __syncthreads();
+            if (__syncthreads_or(waiter.gave_up)) return;
             // Other relays to pass the chunk on to. With two ranks there are none and the loop is empty.
             constexpr uint32_t kOthers = kWorld > 2 ? kWorld - 2 : 1;
             for (uint32_t i = warp; kWorld > 2 && i < pieces * kOthers; i += warps) {

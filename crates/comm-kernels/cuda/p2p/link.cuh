@@ -42,7 +42,7 @@ enum Stage : uint32_t { kScatter = 0, kGather = 1 };
 struct Channel {
     uint32_t round;    // the next round to use
     uint32_t arrived;  // CTAs of the running kernel that have read `round`
-    uint32_t broken;   // 1 once a wait was given up: later waits end at their first check
+    uint32_t unused;
     uint32_t looked;   // when the abort word was last read, in units of 1024 ns
 };
 
@@ -61,6 +61,7 @@ struct ErrorRecord {
 struct Link {
     char* scratch[kMaxRanks];  // every rank's area as mapped on this device; entries from `world` on are unused
     Channel* channel;
+    uint32_t* broken;       // device memory, one for all channels of a communicator: 1 once a wait was given up
     const uint32_t* abort;  // host-mapped word; nonzero ends all waits
     ErrorRecord* error;
     uint64_t timeout_ns;  // longest single wait
@@ -95,14 +96,15 @@ __device__ __forceinline__ void allow_successor() { asm volatile("griddepcontrol
 // in these files that say "the kernel has ended" rest on it.
 __device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-// Claims `rounds` rounds for this kernel and returns the first. Called once by all threads of all CTAs.
+// Claims `rounds` rounds for this kernel and returns the first. Called once by all threads of all CTAs. `silent` becomes
+// true, for the whole CTA, if this rank has given up a wait before: see wait.cuh.
 //
 // Every CTA reads the counter and then counts itself; the last to count advances it. Nobody can read the new value in
 // this kernel, as all have read by then, and the next kernel starts reading after this one has ended. One counter for
 // all CTAs keeps kernels of different grid sizes in step.
-__device__ __forceinline__ uint32_t claim_rounds(const Link& link, uint32_t rounds) {
+__device__ __forceinline__ uint32_t claim_rounds(const Link& link, uint32_t rounds, bool& silent) {
     const uint32_t round = *reinterpret_cast<volatile uint32_t*>(&link.channel->round);
-    __syncthreads();
+    silent = __syncthreads_or(*reinterpret_cast<volatile uint32_t*>(link.broken));
     if (threadIdx.x == 0) {
         const bool last = gridDim.x == 1 || atomicAdd(&link.channel->arrived, 1u) == gridDim.x - 1;
         if (last) {

@@ -31,6 +31,7 @@ extern "C" __global__ void __launch_bounds__(32)
         waiter.until_arrived(link, number, [&] { return Flag::raised(ours, number) ? 0u : 1u << peer; });
     };
     auto raise = [&](PairFlag kind, uint32_t number) {
+        if (*reinterpret_cast<volatile uint32_t*>(link.broken) != 0) return;
         Flag::raise_after_writes(flag(link, peer, 0, kind, link.rank), number);
     };
     switch (step) {
@@ -43,8 +44,8 @@ extern "C" __global__ void __launch_bounds__(32)
 
 #define P2P_BARRIER(WORLD)                                                                                             \
     extern "C" __global__ void __launch_bounds__(32) p2p_barrier_w##WORLD(const __grid_constant__ p2p::Link link) {    \
-        const uint32_t round = p2p::claim_rounds(link, 1);                                                             \
         p2p::Waiter waiter;                                                                                            \
+        const uint32_t round = p2p::claim_rounds(link, 1, waiter.gave_up);                                             \
         p2p::injected_stall(link);                                                                                     \
         p2p::meet<WORLD>(link, waiter, p2p::kExit, round, true);                                                       \
     }

@@ -19,9 +19,11 @@ struct Peers {
 //
 // Between the CTA's writes and its flags stand a CTA barrier and a release store, between a peer's acquiring load and
 // that CTA's reads another CTA barrier: causality order carries every thread's writes along.
+//
+// False, in all threads, if one of them has given up a wait, here or before: the CTA must not send any more.
 template <int kWorld>
-__device__ __forceinline__ void meet(const Link& link, Waiter& waiter, uint32_t kind, uint32_t round, bool publish) {
-    __syncthreads();
+__device__ __forceinline__ bool meet(const Link& link, Waiter& waiter, uint32_t kind, uint32_t round, bool publish) {
+    if (__syncthreads_or(waiter.gave_up)) return false;
     const int peer = threadIdx.x;
     if (peer < kWorld && peer != int(link.rank)) {
         uint32_t* theirs = flag(link, peer, blockIdx.x, kind, link.rank);
@@ -32,7 +34,7 @@ __device__ __forceinline__ void meet(const Link& link, Waiter& waiter, uint32_t 
         const uint32_t* ours = flag(link, link.rank, blockIdx.x, kind, peer);
         waiter.until_arrived(link, round, [&] { return Flag::raised(ours, round) ? 0u : 1u << peer; });
     }
-    __syncthreads();
+    return !__syncthreads_or(waiter.gave_up);
 }
 
 }  // namespace p2p

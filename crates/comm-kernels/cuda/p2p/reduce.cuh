@@ -61,6 +61,7 @@ struct Reducer {
     // Sends this thread's pack of each other rank's slice to that rank. In the common case all loads are issued before
     // the first store; the ends of the buffer and odd alignments go one by one.
     __device__ __forceinline__ void scatter(uint32_t round, size_t pack) {
+        if (waiter.gave_up) return;
         if (wide(pack)) {
             Data v[kWorld - 1];
 #pragma unroll
@@ -119,6 +120,7 @@ struct Reducer {
 
     // Sends a pack of this rank's slice to every other rank's gather slots.
     __device__ __forceinline__ void publish(uint32_t round, const Data& v) {
+        if (waiter.gave_up) return;
 #pragma unroll
         for (int d = 1; d < kWorld; d++)
             Wire::send(slot<kWorld>(link, wrapped(int(link.rank) + d), round, kGather, link.rank, thread), v, round);
@@ -141,8 +143,8 @@ __device__ __forceinline__ void all_reduce_one_shot(const Link& link, const T* s
         size_t(gridDim.x) * blockDim.x,
         {}};
     const size_t packs = r.cut.packs();
-    const uint32_t round = claim_rounds(link, 1);
-    for (size_t p = r.thread; p < packs; p += r.threads) {
+    const uint32_t round = claim_rounds(link, 1, r.waiter.gave_up);
+    for (size_t p = r.thread; p < packs && !r.waiter.gave_up; p += r.threads) {
         const auto own = r.read(0, p, r.cut.bytes(0, p));
 #pragma unroll
         for (int d = 1; d < kWorld; d++)
@@ -177,7 +179,7 @@ __device__ __forceinline__ void all_reduce_two_shot(const Link& link, const T* s
         size_t(gridDim.x) * blockDim.x,
         {}};
     const uint32_t rounds = uint32_t((r.cut.packs() + r.threads - 1) / r.threads);
-    const uint32_t first = claim_rounds(link, rounds);
+    const uint32_t first = claim_rounds(link, rounds, r.waiter.gave_up);
     const size_t whole = moves_wide<Wire::kWords>(align_out) ? r.cut.whole_packs(kWorld) : 0;
 
     auto gather = [&](uint32_t k) {
@@ -235,7 +237,7 @@ __device__ __forceinline__ void reduce_scatter(const Link& link, const T* send, 
         size_t(gridDim.x) * blockDim.x,
         {}};
     const uint32_t rounds = uint32_t((r.cut.packs() + r.threads - 1) / r.threads);
-    const uint32_t first = claim_rounds(link, rounds);
+    const uint32_t first = claim_rounds(link, rounds, r.waiter.gave_up);
     r.scatter(first, r.thread);
     injected_stall(link);
     for (uint32_t k = 0; k < rounds; k++) {

@@ -2,6 +2,12 @@
 //
 // Owns: bounded spinning, the give-up decision, the error record. Never decides what arrival looks like: the caller's
 // `missing` says which ranks' data is not there yet.
+//
+// # A rank that has given up falls silent
+// What a rank computes after it has given up a wait is garbage, and the ranks it waited for may only have been late: if
+// it went on sending, they could complete with that garbage and never know. So a thread sends nothing that depends on a
+// wait it gave up, and no kernel that starts later sends anything, on any channel. The others' waits then end in errors
+// of their own, or at the abort word.
 #pragma once
 #include "wire.cuh"
 
@@ -23,18 +29,17 @@ __device__ __forceinline__ uint64_t now_ns() {
 // Decides about a wait that has lasted `kPollsPerCheck` polls more. `started` is 0 at its first check. Returns the time
 // the wait counts from, or 0 to give up. Out of line: it must not cost the spinning loop registers.
 __device__ __noinline__ uint64_t check_wait(const Link& link, uint32_t round, uint32_t missing, uint64_t started) {
-    volatile Channel* channel = link.channel;
-    if (channel->broken) return 0;
+    if (*reinterpret_cast<volatile uint32_t*>(link.broken) != 0) return 0;
     const uint64_t now = now_ns();
     if (started == 0) started = now;
     bool aborted = false;
     if (now - started < link.timeout_ns) {
-        const uint32_t last = channel->looked, units = uint32_t(now >> 10);
+        const uint32_t last = *reinterpret_cast<volatile uint32_t*>(&link.channel->looked), units = uint32_t(now >> 10);
         if (units - last < kAbortLookUnits || atomicCAS(&link.channel->looked, last, units) != last) return started;
         aborted = *reinterpret_cast<const volatile uint32_t*>(link.abort) != 0;
         if (!aborted) return started;
     }
-    if (atomicExch(&link.channel->broken, 1u) == 0) {
+    if (atomicExch(link.broken, 1u) == 0) {
         volatile ErrorRecord* error = link.error;
         error->op = link.op;
         error->round = round;
@@ -47,9 +52,9 @@ __device__ __noinline__ uint64_t check_wait(const Link& link, uint32_t round, ui
 }
 
 // One thread's waits. After one has been given up the later ones return at once: the kernel runs to its end with
-// whatever it has, and the host learns of it from the error record.
+// whatever it has, sends none of it, and the host learns of it from the error record.
 struct Waiter {
-    bool gave_up = false;
+    bool gave_up = false;  // nothing may be sent any more
 
     // Spins until `missing()` returns 0. `missing` loads, keeps what it has loaded, and returns a bit per rank whose
     // data is not complete.

@@ -42,8 +42,7 @@ pub struct Channel {
     /// The next round to use.
     pub round: u32,
     arrived: u32,
-    /// Whether a wait was given up.
-    pub broken: u32,
+    unused: u32,
     looked: u32,
 }
 
@@ -74,6 +73,9 @@ pub struct Link {
     pub scratch: [DeviceAddr; MAX_RANKS],
     /// This rank's [`Channel`].
     pub channel: DeviceAddr,
+    /// A 32-bit word in device memory, zero at first, that all channels of a communicator share: whether this rank has
+    /// given up a wait. From then on its kernels send nothing.
+    pub broken: DeviceAddr,
     /// The device's address of a host-mapped 32-bit word; nonzero ends all waits.
     pub abort: DeviceAddr,
     /// The device's address of the [`ErrorRecord`].
@@ -101,7 +103,7 @@ mod tests {
 
     #[test]
     fn layouts_are_those_of_the_kernels() {
-        assert_eq!(size_of::<Link>(), 8 * MAX_RANKS + 24 + 16 + 16);
+        assert_eq!(size_of::<Link>(), 8 * MAX_RANKS + 32 + 16 + 16);
         assert_eq!(size_of::<ErrorRecord>(), 24);
         assert_eq!(size_of::<Channel>(), 16);
         assert_eq!(scratch_bytes(2, 1), 65_536 + 4 * 2 * 2 * 16);
