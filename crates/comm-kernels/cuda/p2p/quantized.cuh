@@ -154,6 +154,7 @@ struct QuantizedSum {
 
     // Quantises the row of every other rank's slice and sends it there.
     __device__ __forceinline__ void scatter(uint32_t round, size_t row) {
+        if (waiter.gave_up) return;
         float for_peer = 0.0f;
 #pragma unroll
         for (int begin = 1; begin < kWorld; begin += kBatch) {
@@ -202,11 +203,23 @@ struct QuantizedSum {
             if (sources >> s & 1) Lamport::restore(pack_slot(link.rank, round, stage, s));
         if (fetches) store_word(mine, Lamport::kMark);
         __syncwarp();
+        // What one lane lacks is part of what all of them compute and send.
+        waiter.gave_up = __any_sync(kAll, waiter.gave_up);
 #pragma unroll
         for (int s = 0; s < kWorld; s++) {
             q[s] = Lamport::payload(raw[s]);
             scale[s] = __uint_as_float(__shfl_sync(kAll, word, (lane & 24) + s));
         }
+    }
+
+    // Sends this rank's row, quantised, to every other rank's gather slots.
+    __device__ __forceinline__ void publish(uint32_t round, const Words<4>& q, float scale) const {
+#pragma unroll
+        for (int d = 1; d < kWorld; d++)
+            send_pack(pack_slot(wrapped(int(link.rank) + d), round, kGather, link.rank), q);
+        const int to = scale_peer();
+        if (to < kWorld && to != int(link.rank))
+            store_word(scale_slot(to, round, kGather, link.rank), __float_as_uint(scale));
     }
 
     // Adds up the row of this rank's slice, and sends the sum to every other rank. The own contribution is quantised
@@ -232,12 +245,7 @@ struct QuantizedSum {
         }
         float sum_scale;
         const Words<4> sum_q = encode(sum, sum_scale);
-#pragma unroll
-        for (int d = 1; d < kWorld; d++)
-            send_pack(pack_slot(wrapped(int(link.rank) + d), round, kGather, link.rank), sum_q);
-        const int to = scale_peer();
-        if (to < kWorld && to != int(link.rank))
-            store_word(scale_slot(to, round, kGather, link.rank), __float_as_uint(sum_scale));
+        if (!waiter.gave_up) publish(round, sum_q, sum_scale);
         decode(sum_q, sum_scale, sum);
         write(link.rank, row, sum);
     }
@@ -281,7 +289,7 @@ __device__ __forceinline__ void all_reduce_quantized(const Link& link, const T* 
                                 gridDim.x * warps_per_cta,
                                 {}};
     const uint32_t rounds = uint32_t((rows + sum.warps - 1) / sum.warps);
-    const uint32_t first = claim_rounds(link, rounds);
+    const uint32_t first = claim_rounds(link, rounds, sum.waiter.gave_up);
     auto row = [&](uint32_t k) { return sum.warp + k * sum.warps; };
 
     sum.scatter(first, row(0));
