@@ -5,6 +5,7 @@
 //! kernel or library never sees it. Each function returns the sizes it computed.
 
 mod norm;
+mod quantized;
 #[cfg(test)]
 mod tests;
 
@@ -17,6 +18,7 @@ use crate::error::{CommError, Result};
 use crate::fused::Block2d;
 
 pub use norm::{rmsnorm, two_group_norm};
+pub use quantized::{rmsnorm_quantized, two_group_norm_quantized};
 
 /// Bytes of `count` elements.
 ///

@@ -18,7 +18,7 @@ use crate::check;
 use crate::device_comm::{AlgorithmUsage, CommInfo, DeviceComm, P2pOp, Registration};
 use crate::dtype::{DType, ReduceOp};
 use crate::error::{CommError, Result};
-use crate::fused::{Block2d, RmsNormArgs, TwoGroupNormArgs};
+use crate::fused::{Block2d, NormQuantization, RmsNormArgs, TwoGroupNormArgs};
 use crate::host_comm::Deadline;
 use crate::op::{OpKind, OpQuery, Support};
 
@@ -156,9 +156,7 @@ unsafe impl DeviceComm for HostBackend {
     fn supports(&self, query: &OpQuery) -> Support {
         use OpKind as K;
         match query.kind {
-            K::AllReduceRmsNorm | K::AllReduceRmsNormTwoGroup
-                if !matches!(query.dtype, DType::F32 | DType::F16 | DType::BF16) =>
-            {
+            kind if kind.norms() && !matches!(query.dtype, DType::F32 | DType::F16 | DType::BF16) => {
                 Support::no(format!("RMSNorm takes f32, f16 and bf16, not {}", query.dtype))
             }
             K::AllReduceQuantized if !matches!(query.dtype, DType::F32 | DType::F16 | DType::BF16) => {
@@ -401,7 +399,7 @@ unsafe impl DeviceComm for HostBackend {
     unsafe fn all_reduce_rmsnorm(&self, args: &RmsNormArgs, _stream: StreamHandle) -> Result<()> {
         let count = check::rmsnorm(args)?;
         // SAFETY: the caller vouches for the operands, and they were checked.
-        self.core.run(&self.state, OpKind::AllReduceRmsNorm, |op| unsafe { norm::fused(op, args, count) })
+        self.core.run(&self.state, OpKind::AllReduceRmsNorm, |op| unsafe { norm::fused(op, args, None, count) })
     }
 
     unsafe fn all_reduce_rmsnorm_two_group(
@@ -413,7 +411,32 @@ unsafe impl DeviceComm for HostBackend {
         check::two_group_norm(self.info(), gather.info(), args)?;
         self.core.usage.count(OpKind::AllReduceRmsNormTwoGroup, Algorithm::Composed);
         // SAFETY: the caller vouches for the operands, and they were checked.
-        unsafe { norm::two_group(self, self.core.checked, gather, args, stream) }
+        unsafe { norm::two_group(self, self.core.checked, gather, args, None, stream) }
+    }
+
+    unsafe fn all_reduce_rmsnorm_quantized(
+        &self,
+        args: &RmsNormArgs,
+        quantized: &NormQuantization,
+        _stream: StreamHandle,
+    ) -> Result<()> {
+        const KIND: OpKind = OpKind::AllReduceRmsNormQuantized;
+        let count = check::rmsnorm_quantized(args, quantized)?;
+        // SAFETY: the caller vouches for the operands, and they were checked.
+        self.core.run(&self.state, KIND, |op| unsafe { norm::fused(op, args, Some(quantized), count) })
+    }
+
+    unsafe fn all_reduce_rmsnorm_two_group_quantized(
+        &self,
+        gather: &dyn DeviceComm,
+        args: &TwoGroupNormArgs<'_>,
+        quantized: &NormQuantization,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        check::two_group_norm_quantized(self.info(), gather.info(), args, quantized)?;
+        self.core.usage.count(OpKind::AllReduceRmsNormTwoGroupQuantized, Algorithm::Composed);
+        // SAFETY: the caller vouches for the operands, and they were checked.
+        unsafe { norm::two_group(self, self.core.checked, gather, args, Some(quantized), stream) }
     }
 
     fn poll(&self) -> Result<()> {
