@@ -69,10 +69,8 @@ pub unsafe fn gather_quantized(
     own_row: usize,
     stream: StreamHandle,
 ) -> Result<()> {
-    let (own, first) = (
-        quantized.from_row(own_row, args.hidden),
-        quantized.from_row(args.gather_first_row, args.hidden),
-    );
+    let (own, first) =
+        (quantized.from_row(own_row, args.hidden), quantized.from_row(args.gather_first_row, args.hidden));
     let counts: Vec<usize> = args.gather_tokens.iter().map(|tokens| tokens * args.hidden).collect();
     // SAFETY: the caller vouches for all rows of the gather group; this rank's part is where in-place operation wants it.
     unsafe {

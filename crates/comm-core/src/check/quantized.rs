@@ -26,7 +26,10 @@ fn apart(
         || others.iter().any(|other| overlap(&output, other))
         || may_touch.iter().any(|other| overlap(&scale, other));
     if clash {
-        return Err(CommError::invalid("quantized", "the fp8 result and its scales may overlap no other operand"));
+        return Err(CommError::invalid(
+            "quantized",
+            "the fp8 result and its scales may overlap no other operand",
+        ));
     }
     Ok(())
 }

@@ -399,7 +399,8 @@ unsafe impl DeviceComm for HostBackend {
     unsafe fn all_reduce_rmsnorm(&self, args: &RmsNormArgs, _stream: StreamHandle) -> Result<()> {
         let count = check::rmsnorm(args)?;
         // SAFETY: the caller vouches for the operands, and they were checked.
-        self.core.run(&self.state, OpKind::AllReduceRmsNorm, |op| unsafe { norm::fused(op, args, None, count) })
+        self.core
+            .run(&self.state, OpKind::AllReduceRmsNorm, |op| unsafe { norm::fused(op, args, None, count) })
     }
 
     unsafe fn all_reduce_rmsnorm_two_group(

@@ -53,6 +53,9 @@ pub(super) struct Functions {
     pub(super) quantized: PerFloat,
     pub(super) norm_one_shot: PerFloat,
     pub(super) norm_two_shot: PerFloat,
+    /// With an fp8 result.
+    pub(super) norm_one_shot_fp8: PerFloat,
+    pub(super) norm_two_shot_fp8: PerFloat,
     pub(super) all_gather_packets: Function,
     pub(super) all_gather_direct: Function,
     pub(super) broadcast_packets: Function,
@@ -74,6 +77,7 @@ impl Functions {
         let cells = Module::load(context, "p2p_cells")?;
         let gather = Module::load(context, "p2p_gather")?;
         let norm = Module::load(context, "p2p_norm")?;
+        let norm_fp8 = Module::load(context, "p2p_norm_fp8")?;
         let quantized = Module::load(context, "p2p_quantized")?;
         let meet = Module::load(context, "p2p_meet")?;
         Ok(Self {
@@ -88,6 +92,8 @@ impl Functions {
             quantized: per_float!(quantized, world, "p2p_arq"),
             norm_one_shot: per_float!(norm, world, "p2p_norm1"),
             norm_two_shot: per_float!(norm, world, "p2p_norm2"),
+            norm_one_shot_fp8: per_float!(norm_fp8, world, "p2p_norm1_fp8"),
+            norm_two_shot_fp8: per_float!(norm_fp8, world, "p2p_norm2_fp8"),
             all_gather_packets: gather.function(by_world!(world, "p2p_ag_packet"))?,
             all_gather_direct: gather.function(by_world!(world, "p2p_ag_direct"))?,
             broadcast_packets: gather.function(by_world!(world, "p2p_bc1_packet"))?,

@@ -126,7 +126,7 @@ impl Limits {
                 }
                 Support::Yes
             }
-            OpKind::AllReduceRmsNorm | OpKind::AllReduceRmsNormTwoGroup => match &self.norm {
+            kind if kind.norms() => match &self.norm {
                 _ if !matches!(query.dtype, DType::F32 | DType::F16 | DType::BF16) => {
                     Support::no(format!("RMSNorm takes f32, f16 and bf16, not {}", query.dtype))
                 }
