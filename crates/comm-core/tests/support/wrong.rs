@@ -5,8 +5,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use comm_core::{
-    AlgorithmUsage, Block2d, CommError, CommInfo, DType, DeviceAddr, DeviceComm, OpKind, OpQuery, P2pOp,
-    ReduceOp, Registration, Result, RmsNormArgs, StreamHandle, Support, TwoGroupNormArgs, quantize,
+    AlgorithmUsage, Block2d, CommError, CommInfo, DType, DeviceAddr, DeviceComm, NormQuantScale,
+    NormQuantization, OpKind, OpQuery, P2pOp, ReduceOp, Registration, Result, RmsNormArgs, StreamHandle,
+    Support, TwoGroupNormArgs, quantize,
 };
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -48,6 +49,7 @@ pub(crate) enum Bug {
     CorruptsReceives,
     ReducesToTheWrongRoot,
     KeepsItsSliceOfTheSumUnquantized,
+    ScalesAllRowsAlike,
 }
 
 pub(crate) struct Wrong {
@@ -494,6 +496,35 @@ unsafe impl DeviceComm for Wrong {
         }
         // SAFETY: the caller's promise.
         unsafe { self.inner.all_reduce_rmsnorm_two_group(gather, &args, stream) }
+    }
+
+    unsafe fn all_reduce_rmsnorm_quantized(
+        &self,
+        args: &RmsNormArgs,
+        quantized: &NormQuantization,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.inner.all_reduce_rmsnorm_quantized(args, quantized, stream) }?;
+        if let (Bug::ScalesAllRowsAlike, NormQuantScale::PerToken(scales)) = (self.bug, quantized.scale) {
+            // SAFETY: the caller's promise.
+            let scales = unsafe { bytes(scales, 4 * args.tokens) };
+            if let Some((first, others)) = scales.split_at_mut_checked(4) {
+                others.chunks_mut(4).for_each(|scale| scale.copy_from_slice(first));
+            }
+        }
+        Ok(())
+    }
+
+    unsafe fn all_reduce_rmsnorm_two_group_quantized(
+        &self,
+        gather: &dyn DeviceComm,
+        args: &TwoGroupNormArgs<'_>,
+        quantized: &NormQuantization,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.inner.all_reduce_rmsnorm_two_group_quantized(gather, args, quantized, stream) }
     }
 
     fn poll(&self) -> Result<()> {

@@ -71,10 +71,7 @@ fn supports(case: &mut Case<'_, '_>, kind: OpKind) -> Result<()> {
     for dtype in refused {
         case.at = format!("{kind} of {dtype}, which supports refuses");
         let result = issue(case.comm, kind, dtype, operands, case.stream());
-        let floats = matches!(
-            kind,
-            OpKind::AllReduceRmsNorm | OpKind::AllReduceRmsNormTwoGroup | OpKind::AllReduceQuantized
-        );
+        let floats = kind.norms() || kind == OpKind::AllReduceQuantized;
         let never = floats && !matches!(dtype, DType::F32 | DType::F16 | DType::BF16);
         case.expect_error("the call", "Unsupported", result, |error| {
             // A type that the operation does not take at all may be called an invalid argument as well.

@@ -11,6 +11,7 @@ mod moves;
 mod norm;
 mod p2p;
 mod quantized;
+mod quantized_norm;
 mod reductions;
 mod two_group;
 
