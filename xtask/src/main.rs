@@ -22,6 +22,7 @@ mod signal;
 mod tally;
 mod test;
 mod test_gpus;
+mod tune;
 
 use std::process::ExitCode;
 
@@ -43,6 +44,8 @@ enum Command {
     Test(test::TestArgs),
     /// Run the conformance suite, the fault tests and a bundle's test programs on worlds of GPUs.
     TestGpus(test_gpus::TestGpusArgs),
+    /// Measure which algorithm is fastest for which size on this machine, and write the table.
+    Tune(tune::TuneArgs),
     /// One rank of a job; started by the other commands.
     #[command(name = job::WORKER_COMMAND, hide = true)]
     RankWorker,
@@ -62,6 +65,7 @@ fn main() -> ExitCode {
             Command::Test(args) => test::run(args),
             Command::Kernels(args) => kernels::run(args),
             Command::TestGpus(args) => test_gpus::run(args),
+            Command::Tune(args) => tune::run(args),
             Command::RankWorker => Ok(()),
         }),
     };

@@ -25,6 +25,7 @@ pub mod quantize;
 mod registry;
 mod tiered;
 pub mod topology;
+pub mod tuning;
 mod typed;
 
 pub use addr::{DeviceAddr, StreamHandle};

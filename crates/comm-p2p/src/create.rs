@@ -16,6 +16,7 @@ use crate::state::{Base, Channels, Hosts, Owned, Shared};
 use crate::symmetric::table::Table;
 use crate::symmetric::words::Words;
 use crate::symmetric::{Block, agree, shifted};
+use crate::tables::{self, InUse};
 use crate::topology::links::Links;
 use crate::topology::{self, verify};
 use crate::watchdog;
@@ -77,8 +78,12 @@ pub(crate) fn sibling(host: &dyn HostComm, deadline: Deadline) -> Result<Arc<dyn
 pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result<P2pComm> {
     let control = Arc::clone(&hosts.control);
     let deadline = Deadline::after(base.as_ref().map_or(control.timeout(), |base| base.timeout));
-    agree(&*control, &base.as_ref().map(|_| 0).map_err(Clone::clone))?;
-    let base = base?;
+    let started = base.and_then(|base| {
+        let tables = tables::of(base.options.tables.as_deref(), &base.gpu, control.size())?;
+        Ok((base, tables))
+    });
+    agree(&*control, &started.as_ref().map(|_| 0).map_err(Clone::clone))?;
+    let (base, tables) = started?;
     let _current = Current::enter(&base.context)?;
     let info = CommInfo {
         name: control.name().to_owned(),
@@ -87,7 +92,7 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result
         size: control.size(),
         memory: MemoryKind::Cuda { ordinal: base.ordinal },
     };
-    let (topology, uuids) = meet(&*control, &base)?;
+    let (topology, uuids) = meet(&*control, &base, &tables)?;
     let words = Words::new().map(Arc::new);
     let sentinel = Event::new();
     let (channels, scratch) = if info.size > 1 {
@@ -110,27 +115,30 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result
     let generations = COMMUNICATORS.fetch_add(1, Ordering::Relaxed) << 32;
     let owned =
         Owned { table: Table::new(generations), scratch, words: Some(words?), sentinel: Some(sentinel?) };
-    let shared = Arc::new(Shared::new(info, base, topology, channels, owned, hosts));
+    let shared = Arc::new(Shared::new(info, base, topology, tables, channels, owned, hosts));
     watchdog::spawn(Arc::clone(&shared))?;
     Ok(P2pComm::new(shared))
 }
 
-/// Exchanges what the ranks' devices are, and agrees on their topology. Returns the devices' names as well.
-fn meet(host: &dyn HostComm, base: &Base) -> Result<(Topology, Vec<String>)> {
+/// Exchanges what the ranks' devices are, and agrees on their topology and on how algorithms are chosen. Returns the
+/// devices' names as well.
+fn meet(host: &dyn HostComm, base: &Base, tables: &InUse) -> Result<(Topology, Vec<String>)> {
     let imposed = std::env::var("COMM_P2P_TOPOLOGY").ok().filter(|name| !name.is_empty());
     let device = &base.device;
-    let all: Vec<(String, Links, Option<String>)> =
-        host.all_gather(&(device.uuid.clone(), device.links.clone(), imposed.clone()))?;
-    let links: Vec<_> = all.iter().map(|(_, links, _)| links.clone()).collect();
-    // Every rank comes to this verdict for the same values, so all of them fail or none.
-    if let Some(rank) = all.iter().position(|(_, _, other)| *other != all[0].2) {
+    let choice = tables.describe(base.options.algorithm);
+    let all: Vec<(String, Links, Option<String>, String)> =
+        host.all_gather(&(device.uuid.clone(), device.links.clone(), imposed.clone(), choice))?;
+    let links: Vec<_> = all.iter().map(|(_, links, ..)| links.clone()).collect();
+    // Every rank comes to these verdicts for the same values, so all of them fail or none.
+    tables::same_on_all(all.iter().map(|(.., choice)| choice.as_str()))?;
+    if let Some(rank) = all.iter().position(|(_, _, other, _)| *other != all[0].2) {
         return Err(CommError::invalid(
             "COMM_P2P_TOPOLOGY",
             format!("{:?} on rank {rank}, but {:?} on rank 0", all[rank].2, all[0].2),
         ));
     }
     let topology = topology::of_ranks(&links, imposed.as_deref())?;
-    for (rank, (_, links, _)) in all.iter().enumerate() {
+    for (rank, (_, links, ..)) in all.iter().enumerate() {
         if let Some(reason) = &links.unknown {
             tracing::debug!(rank, reason, "the NVLinks of a rank's GPU are not known");
         }

@@ -16,10 +16,11 @@ use crate::comm::{P2pComm, hosts};
 use crate::create;
 use crate::options::Options;
 use crate::state::{Base, Device};
+use crate::tables::MIXED;
 use crate::topology::links::Links;
 
 /// Raised when ranks of different builds would no longer understand each other.
-const PROTOCOL: u32 = 1;
+const PROTOCOL: u32 = 2;
 
 /// Makes communicators over peer-to-peer memory, for 1 to 8 ranks of one host.
 ///
@@ -33,6 +34,7 @@ const PROTOCOL: u32 = 1;
 /// | `p2p.packet_slots`, `p2p.lamport_slots` | packs in flight between two ranks | 33792, 67584 |
 /// | `p2p.cell_ctas` | blocks of the largest kernels | 132 |
 /// | `p2p.algorithm` | use this one wherever it can be, as `COMM_P2P_ALGO` does | by size |
+/// | `p2p.table` | a file of tables by which algorithms are chosen, as `COMM_P2P_TABLE` names one | the shipped ones |
 /// | `p2p.symmetric_operands` | `on` or `off`: the promise described below | `off` |
 /// | `p2p.first_round` | for tests: the first round's number | 0 |
 /// | `p2p.stall_ns` | for tests: how long every kernel sleeps before its first wait | 0 |
@@ -65,6 +67,7 @@ impl P2pFactory {
 mod fact {
     pub(super) const HOST: &str = "host";
     pub(super) const GPU: &str = "gpu";
+    pub(super) const KIND: &str = "kind";
     pub(super) const MULTIPROCESSORS: &str = "multiprocessors";
     pub(super) const DRIVER: &str = "driver";
 }
@@ -104,6 +107,17 @@ fn attribute(device: &CudaContext, attribute: sys::CUdevice_attribute) -> Result
 fn uuid(device: &CudaContext) -> Result<String> {
     let uuid = device.uuid().map_err(|DriverError(code)| error("cuDeviceGetUuid", code))?;
     Ok(uuid.bytes.iter().map(|&byte| format!("{:02x}", byte as u8)).collect())
+}
+
+fn kind(device: &CudaContext) -> Result<String> {
+    device.name().map_err(|DriverError(code)| error("cuDeviceGetName", code))
+}
+
+/// The kind of GPU that all ranks have.
+fn common_kind(capabilities: &[Capability]) -> String {
+    let mut kinds = capabilities.iter().map(|c| c.facts.get(fact::KIND));
+    let first = kinds.next().flatten().cloned().unwrap_or_default();
+    if kinds.all(|kind| kind == Some(&first)) { first } else { MIXED.into() }
 }
 
 /// Refuses what the kernels and the memory they need cannot do.
@@ -193,6 +207,7 @@ impl BackendFactory for P2pFactory {
         let facts = [
             (fact::HOST, host_name()),
             (fact::GPU, uuid(&device)?),
+            (fact::KIND, kind(&device)?),
             (fact::MULTIPROCESSORS, sm.to_string()),
             (fact::DRIVER, driver_version()?),
         ];
@@ -221,6 +236,7 @@ fn base(context: &CreateContext, capabilities: &[Capability]) -> Result<Base> {
         checked: context.checked,
         options: Arc::new(Options::parse(&context.options)?),
         multiprocessors: smallest.unwrap_or(1).max(1),
+        gpu: common_kind(capabilities),
         device: Arc::new(Device {
             uuid: uuid(&device)?,
             driver: driver_version()?,
@@ -263,6 +279,19 @@ mod tests {
             protocol: PROTOCOL,
             facts: facts.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect(),
         }
+    }
+
+    #[test]
+    fn ranks_with_different_gpus_have_no_kind_in_common() {
+        let of = |kinds: &[&str]| {
+            let ranks = kinds.iter().map(|&kind| {
+                let mut rank = rank("a", kind);
+                rank.facts.insert(fact::KIND.to_owned(), kind.to_owned());
+                rank
+            });
+            common_kind(&ranks.collect::<Vec<_>>())
+        };
+        assert_eq!([of(&["A", "A"]), of(&["A", "B"]), of(&["A"])], ["A", MIXED, "A"]);
     }
 
     #[test]

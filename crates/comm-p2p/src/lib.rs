@@ -16,10 +16,15 @@
 //! for a driver and set of GPUs: the verdict is kept in the user's cache folder. `COMM_P2P_CHECK` is `skip` or `force`.
 //! `COMM_P2P_TOPOLOGY` imposes a topology ([`P2pComm::topology`]).
 //!
+//! Which algorithm carries out an operation of which size is a table for the kind of GPU and the number of ranks
+//! ([`comm_core::tuning`]). Those for H200 are built in and serve other GPUs too; a user's own, from `cargo xtask tune`,
+//! is named by `COMM_P2P_TABLE`. `COMM_P2P_ALGO` forces an algorithm wherever it can be used.
+//!
 //! Every wait in a kernel ends by the communicator's timeout, or as soon as a rank's death is known.
 
 #![deny(missing_docs)]
 
+mod candidates;
 mod comm;
 mod create;
 mod factory;
@@ -30,10 +35,12 @@ mod select;
 mod state;
 mod stream;
 mod symmetric;
+mod tables;
 mod topology;
 mod usage;
 mod watchdog;
 
+pub use candidates::{TUNABLE, candidates};
 pub use comm::P2pComm;
 pub use factory::P2pFactory;
 

@@ -1,10 +1,14 @@
 //! Settings, from the context's options and the environment.
 
 use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
+use comm_core::tuning::Tables;
 use comm_core::{CommError, Result};
 
+use crate::tables;
 use crate::usage::Algorithm;
 
 /// What can be set; see [`P2pFactory`](crate::P2pFactory) for the names.
@@ -18,6 +22,8 @@ pub(crate) struct Options {
     pub(crate) first_round: u32,
     pub(crate) stall: Duration,
     pub(crate) algorithm: Option<Algorithm>,
+    /// The user's own tables of algorithms.
+    pub(crate) tables: Option<Arc<Tables>>,
     /// The caller's promise about operands in registered buffers.
     pub(crate) symmetric_operands: bool,
 }
@@ -33,6 +39,7 @@ impl Default for Options {
             first_round: 0,
             stall: Duration::ZERO,
             algorithm: None,
+            tables: None,
             symmetric_operands: false,
         }
     }
@@ -51,6 +58,9 @@ impl Options {
         if let Ok(name) = std::env::var("COMM_P2P_ALGO") {
             parsed.algorithm = Some(algorithm("COMM_P2P_ALGO", &name)?);
         }
+        if let Some(path) = std::env::var_os("COMM_P2P_TABLE").filter(|path| !path.is_empty()) {
+            parsed.tables = Some(Arc::new(tables::read("COMM_P2P_TABLE", Path::new(&path))?));
+        }
         for (name, value) in options {
             let Some(own) = name.strip_prefix(PREFIX) else { continue };
             match own {
@@ -68,6 +78,7 @@ impl Options {
                     parsed.stall = Duration::from_nanos(nanoseconds as u64);
                 }
                 "algorithm" => parsed.algorithm = Some(algorithm(name, value)?),
+                "table" => parsed.tables = Some(Arc::new(tables::read(name, Path::new(value))?)),
                 "symmetric_operands" => parsed.symmetric_operands = switch(name, value)?,
                 _ => {
                     return Err(CommError::invalid(
@@ -128,6 +139,7 @@ mod tests {
             ("p2p.staging_bytes", "12"),
             ("p2p.x", "1"),
             ("p2p.algorithm", "fast"),
+            ("p2p.table", "/nonexistent/table.json"),
             ("p2p.symmetric_operands", "true"),
         ] {
             let text = parse(name, value).unwrap_err().to_string();

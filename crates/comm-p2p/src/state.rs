@@ -1,7 +1,7 @@
 //! A communicator's state: what it owns, how it fails, and how a call begins and ends.
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 use comm_core::topology::Topology;
@@ -15,6 +15,7 @@ use crate::options::Options;
 use crate::symmetric::table::Table;
 use crate::symmetric::words::Words;
 use crate::symmetric::{Block, Hold};
+use crate::tables::InUse;
 use crate::topology::links::Links;
 use crate::usage::{Algorithm, Usage};
 
@@ -32,6 +33,11 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+pub(crate) fn read<T>(shared: &RwLock<T>) -> RwLockReadGuard<'_, T> {
+    // As above.
+    shared.read().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// What a split shares with its parent.
 #[derive(Clone)]
 pub(crate) struct Base {
@@ -42,6 +48,8 @@ pub(crate) struct Base {
     pub(crate) checked: bool,
     pub(crate) options: Arc<Options>,
     pub(crate) multiprocessors: u32,
+    /// The kind of GPU that all ranks have.
+    pub(crate) gpu: String,
     pub(crate) device: Arc<Device>,
 }
 
@@ -90,6 +98,8 @@ pub(crate) struct Shared {
     pub(crate) info: CommInfo,
     pub(crate) base: Base,
     pub(crate) topology: Topology,
+    /// What algorithms are chosen by; the same on all ranks.
+    pub(crate) tables: RwLock<InUse>,
     /// `None` with one rank.
     pub(crate) channels: Option<Channels>,
     pub(crate) usage: Usage,
@@ -115,6 +125,7 @@ impl Shared {
         info: CommInfo,
         base: Base,
         topology: Topology,
+        tables: InUse,
         channels: Option<Channels>,
         owned: Owned,
         hosts: Hosts,
@@ -123,6 +134,7 @@ impl Shared {
             info,
             base,
             topology,
+            tables: RwLock::new(tables),
             channels,
             usage: Usage::default(),
             words: Mutex::new(owned.words.clone()),

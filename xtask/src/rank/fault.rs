@@ -14,7 +14,7 @@ use crate::backends;
 use crate::bench::data::{Content, Segment, pattern};
 use crate::bench::measure::Buffer;
 use crate::device::Device;
-use crate::events::{CaseResult, Event, monotonic_nanos};
+use crate::events::{CaseResult, Event, GoodCall, monotonic_nanos};
 use crate::launch::{FAULT_POINT, Fault, FaultKind};
 use crate::rank::RankContext;
 
@@ -75,6 +75,7 @@ pub fn run(job: &FaultJob, context: &RankContext) -> Result<()> {
     let start = Instant::now();
     let give_up = job.timeout * 2 + Duration::from_secs(3);
     let mut broken = false;
+    let mut before: Option<GoodCall> = None;
     let error = loop {
         let began = monotonic_nanos();
         let result = if job.graph {
@@ -84,10 +85,13 @@ pub fn run(job: &FaultJob, context: &RankContext) -> Result<()> {
         };
         // What the communicator knows says more than what its abort did to the device's work.
         let result = comm.poll().and(result);
+        let returned = monotonic_nanos();
         if let Err(error) = result {
-            context.events.emit(Event::Failed { error: error.clone(), began, returned: monotonic_nanos() });
+            context.events.emit(Event::Failed { error: error.clone(), began, returned, before });
             break error;
         }
+        let index = before.map_or(0, |good| good.index + 1);
+        before = Some(GoodCall { index, began, returned });
         if start.elapsed() > give_up {
             bail!("{give_up:?} after the fault no call had failed");
         }

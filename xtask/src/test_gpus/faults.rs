@@ -116,8 +116,9 @@ fn one(fault: &Fault, graph: bool, world: &World, gpus: &[String], timeout: Dura
     };
     let (mut seen, mut went_on) = (Vec::new(), Vec::new());
     let outcome = job::launch_job(spec, &job, &mut |message| match &message.event {
-        Event::Failed { error, began, returned } => {
-            seen.push(Seen { rank: message.rank, error: error.clone(), began: *began, returned: *returned });
+        Event::Failed { error, began, returned, before } => {
+            let (rank, error) = (message.rank, error.clone());
+            seen.push(Seen { rank, error, began: *began, returned: *returned, before: *before });
         }
         Event::Case { name, result } if name == GOES_ON => went_on.push((message.rank, result.clone())),
         _ => {}
