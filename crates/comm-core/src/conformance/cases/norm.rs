@@ -152,8 +152,10 @@ fn one(case: &mut Case<'_, '_>, kind: OpKind, dtype: DType, shape: Shape) -> Res
     let (comm, stream): (_, _) = (case.comm, case.stream());
     let fp8 = match kind {
         OpKind::AllReduceRmsNorm => None,
-        // With either scale, at every bias, weight and placement of the residual.
-        _ => Some(Fp8::lay(case, shape.bias != shape.residual_in_place, (tokens, hidden), off(3) / size)?),
+        // With either scale, at every number of tokens.
+        _ => {
+            Some(Fp8::lay(case, shape.bias == (shape.weight_offset == 0.0), (tokens, hidden), off(3) / size)?)
+        }
     };
     // SAFETY: every operand holds the elements that the arguments say, in live memory that only this call uses.
     unsafe {
