@@ -21,6 +21,7 @@ mod host_comm;
 mod memory;
 pub mod norm;
 mod op;
+pub mod quantize;
 mod registry;
 mod tiered;
 pub mod topology;
@@ -32,7 +33,7 @@ pub use addr::{DeviceAddr, StreamHandle};
 pub use device_comm::{AlgorithmUsage, CommInfo, DeviceComm, P2pOp, Registration};
 pub use dtype::{DType, Element, F8E4M3, F8E5M2, ReduceOp};
 pub use error::{CallSite, CommError, Result};
-pub use fused::{Block2d, RmsNormArgs, TwoGroupNormArgs};
+pub use fused::{Block2d, NormQuantScale, NormQuantization, RmsNormArgs, TwoGroupNormArgs};
 #[cfg(feature = "host-backend")]
 pub use host_backend::{HostBackend, HostFactory};
 pub use host_comm::{

@@ -185,10 +185,8 @@ impl Limits {
             }
             Algorithm::Direct if registered => Some(self.direct(choice)),
             Algorithm::Spread if registered => {
-                let shape = Shape {
-                    grid: self.full(choice, FLAG_CTAS as usize),
-                    block: choice.block.unwrap_or(64),
-                };
+                let shape =
+                    Shape { grid: self.full(choice, FLAG_CTAS as usize), block: choice.block.unwrap_or(64) };
                 Some(self.plan(choice.algorithm, shape))
             }
             Algorithm::Steps if registered => {

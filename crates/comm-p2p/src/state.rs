@@ -30,7 +30,9 @@ const CLOSING: u8 = 1;
 const FAILED: u8 = 2;
 
 /// Bits of a kernel's number that say which operation it belongs to.
-pub(crate) const CALL_KIND_BITS: u32 = 4;
+pub(crate) const CALL_KIND_BITS: u32 = 5;
+const _: () = assert!(OpKind::COLLECTIVES.len() < UNKNOWN_KIND);
+const UNKNOWN_KIND: usize = (1 << CALL_KIND_BITS) - 1;
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What these protect is set by single assignments, so a panic cannot leave it half-changed.
@@ -172,6 +174,11 @@ impl Shared {
         CommError::Closed { comm: self.info.name.clone() }
     }
 
+    /// Whether the ranks are a mesh with gaps, in which only neighbours' memory is mapped.
+    pub(crate) fn keeps_to_neighbours(&self) -> bool {
+        self.channels.as_ref().is_some_and(|channels| channels.mesh.is_some())
+    }
+
     pub(crate) fn control(&self) -> Result<Arc<dyn HostComm>> {
         lock(&self.host).as_ref().map(|hosts| Arc::clone(&hosts.control)).ok_or_else(|| self.closed())
     }
@@ -291,7 +298,7 @@ impl Shared {
 
     /// The call that a record's kernel belongs to.
     fn kernel(&self, record: &ErrorRecord) -> CallSite {
-        let kind = OpKind::COLLECTIVES.get((record.op & ((1 << CALL_KIND_BITS) - 1)) as usize);
+        let kind = OpKind::COLLECTIVES.get((record.op & UNKNOWN_KIND as u32) as usize);
         let seq = u64::from(record.op >> CALL_KIND_BITS);
         CallSite::new(&self.info.name, kind.copied().unwrap_or(OpKind::Poll), seq)
     }
@@ -369,8 +376,9 @@ pub(crate) struct Call<'a> {
 impl Call<'_> {
     /// A channel, marked with this call for the error record.
     pub(crate) fn link(&self, channel: &Link) -> Link {
-        let kind = OpKind::COLLECTIVES.iter().position(|&kind| kind == self.kind).unwrap_or(15) as u32;
-        // The number is for people to read; that it wraps after 2^28 calls does no harm.
+        let kind =
+            OpKind::COLLECTIVES.iter().position(|&kind| kind == self.kind).unwrap_or(UNKNOWN_KIND) as u32;
+        // The number is for people to read; that it wraps after 2^27 calls does no harm.
         Link { op: (self.seq as u32) << CALL_KIND_BITS | kind, ..*channel }
     }
 

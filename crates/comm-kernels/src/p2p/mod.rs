@@ -8,6 +8,7 @@ mod functions;
 mod link;
 mod mesh;
 mod norm;
+mod quantized;
 mod steps;
 
 use std::ffi::c_void;
@@ -24,6 +25,7 @@ pub use self::link::{
     Peers, TILE_BYTES, buffer_bytes, cells_bytes, scratch_bytes, tiles,
 };
 pub use self::mesh::{CUBE_ROW_PAIRS, CubeRoles, MeshRoutes};
+pub use self::quantized::{QUANTIZED_PACKS, QUANTIZED_ROW};
 use crate::kernels::parameters;
 use crate::module::Function;
 

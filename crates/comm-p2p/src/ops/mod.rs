@@ -6,6 +6,7 @@ mod cube;
 mod moves;
 mod norm;
 mod pairs;
+mod quantized;
 mod reductions;
 mod staged;
 mod vector;
