@@ -161,7 +161,7 @@ impl Protocol {
     pub(crate) fn word(&mut self, place: Place, initially: Value) -> Word {
         *self.places.entry(place).or_insert_with(|| {
             self.memory.push(initially);
-            Word::try_from(self.memory.len() - 1).expect("a model has few words")
+            Word::try_from(self.memory.len() - 1).unwrap_or_else(|_| panic!("a model has few words"))
         })
     }
 }
