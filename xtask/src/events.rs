@@ -13,6 +13,7 @@ use comm_core::CommError;
 use serde::{Deserialize, Serialize};
 
 use crate::bench::row::Row;
+use crate::tune::TuneEvent;
 
 /// The environment variable that names the file which this process appends its events to.
 pub const EVENTS_ENV: &str = "COMM_XTASK_EVENTS";
@@ -26,6 +27,8 @@ pub enum Event {
     Library(String),
     /// A finished row of the benchmark table. Sent by rank 0.
     Row(Box<Row>),
+    /// Tuning got ahead. Sent by rank 0.
+    Tune(Box<TuneEvent>),
     /// A finished test case.
     Case {
         /// The case.
@@ -41,9 +44,22 @@ pub enum Event {
         began: u64,
         /// `CLOCK_MONOTONIC` at which it returned, in nanoseconds.
         returned: u64,
+        /// The call before it, which was reported to be good.
+        before: Option<GoodCall>,
     },
     /// The rank is done. A process that exits without it did not finish its work.
     Done,
+}
+
+/// A call that a rank took for good.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct GoodCall {
+    /// Calls before it.
+    pub index: u64,
+    /// `CLOCK_MONOTONIC` at which it began, in nanoseconds.
+    pub began: u64,
+    /// `CLOCK_MONOTONIC` at which it returned, in nanoseconds.
+    pub returned: u64,
 }
 
 /// How a test case ended.

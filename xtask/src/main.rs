@@ -18,10 +18,12 @@ mod job;
 mod kernels;
 mod launch;
 mod rank;
+mod sanitize;
 mod signal;
 mod tally;
 mod test;
 mod test_gpus;
+mod tune;
 
 use std::process::ExitCode;
 
@@ -39,10 +41,14 @@ enum Command {
     Doctor,
     /// Compile the CUDA kernels; installs NVIDIA's compiler into the target folder if there is none.
     Kernels(kernels::KernelsArgs),
+    /// Run every kernel under NVIDIA's compute-sanitizer, a process per rank.
+    Sanitize(sanitize::SanitizeArgs),
     /// Run every test that this machine can run.
     Test(test::TestArgs),
     /// Run the conformance suite, the fault tests and a bundle's test programs on worlds of GPUs.
     TestGpus(test_gpus::TestGpusArgs),
+    /// Measure which algorithm is fastest for which size on this machine, and write the table.
+    Tune(tune::TuneArgs),
     /// One rank of a job; started by the other commands.
     #[command(name = job::WORKER_COMMAND, hide = true)]
     RankWorker,
@@ -59,9 +65,11 @@ fn main() -> ExitCode {
                 doctor::run();
                 Ok(())
             }
+            Command::Sanitize(args) => sanitize::run(args),
             Command::Test(args) => test::run(args),
             Command::Kernels(args) => kernels::run(args),
             Command::TestGpus(args) => test_gpus::run(args),
+            Command::Tune(args) => tune::run(args),
             Command::RankWorker => Ok(()),
         }),
     };

@@ -24,6 +24,7 @@ mod op;
 mod registry;
 mod tiered;
 pub mod topology;
+pub mod tuning;
 mod typed;
 
 pub use addr::{DeviceAddr, StreamHandle};

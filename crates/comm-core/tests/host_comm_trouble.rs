@@ -104,7 +104,7 @@ fn a_rank_that_does_not_read_holds_up_no_group_but_its_own() {
             0 => {
                 go("stopped");
                 // More than the sockets' buffers hold.
-                let large = vec![1; 64 << 20];
+                let large = vec![1; 16 << 20];
                 let error = stopped.unwrap().all_gather_bytes(&large, Deadline::after(T)).unwrap_err();
                 assert!(matches!(&error, CommError::Timeout { missing, .. } if *missing == [1]), "{error:?}");
                 let start = Instant::now();

@@ -2,14 +2,17 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::thread;
 use std::time::Duration;
 
 use comm_core::{CommError, DeviceAddr, DeviceMemory, MemoryKind, Result, StreamHandle};
 use cudarc::driver::{CudaContext, CudaStream, result, sys};
 
 use crate::driver;
+use crate::exit;
 use crate::graph::CapturedGraph;
+use crate::raw;
 
 /// How long [`DeviceMemory::synchronize`] and the copies wait unless told otherwise.
 const TIMEOUT: Duration = Duration::from_secs(120);
@@ -17,8 +20,9 @@ const TIMEOUT: Duration = Duration::from_secs(120);
 /// The memory of one CUDA device, and a stream of its own (not the default stream).
 ///
 /// Allocations are plain `cuMemAlloc` ones: aligned to 256 at least, and fit to be shared with other processes.
-/// Dropping it gives back what is still allocated if the stream is idle; while work is running, that would mean to
-/// wait, so then the memory stays until the context goes.
+/// Dropping it returns at once and gives back what is still allocated if the stream is idle: on a thread of its own, because
+/// the driver may wait for work on other streams. While work is running on the stream, the memory stays until the context
+/// goes.
 pub struct CudaMemory {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
@@ -81,6 +85,38 @@ impl CudaMemory {
         self.context.bind_to_thread().map_err(driver::failed("cuCtxSetCurrent"))
     }
 
+    /// Gives memory back on another thread, because `cuMemFree` may wait for other streams' work without a limit. The first
+    /// failure arrives once all is given back.
+    ///
+    /// # Safety
+    /// The addresses came from `malloc_sync` in this context, are freed once, and nothing uses them.
+    unsafe fn free_elsewhere(&self, addresses: Vec<u64>) -> Result<mpsc::Receiver<Result<()>>> {
+        let (done, outcome) = mpsc::channel();
+        let context = self.context.clone();
+        let live = exit::Live::new();
+        let give_back = move || {
+            raw::relax_capture_rules();
+            let result = context.bind_to_thread().map_err(driver::failed("cuCtxSetCurrent")).and_then(|()| {
+                // SAFETY: the caller vouches for the addresses.
+                let free = |addr| unsafe { result::free_sync(addr) }.map_err(driver::failed("cuMemFree"));
+                addresses.into_iter().map(free).fold(Ok(()), Result::and)
+            });
+            if let Err(error) = &result {
+                tracing::warn!(%error, "giving device memory back");
+            }
+            // It may be what keeps the context alive, so this too is before the thread counts as ended.
+            drop(context);
+            // Nobody may be waiting any more.
+            let _ = done.send(result);
+            drop(live);
+        };
+        thread::Builder::new()
+            .name("cuda-free".to_owned())
+            .spawn(give_back)
+            .map(|_| outcome)
+            .map_err(|error| CommError::io("starting a thread that frees device memory", &error))
+    }
+
     fn query(&self) -> Result<(), result::DriverError> {
         // SAFETY: the stream is alive, this object owns it.
         unsafe { sys::cuStreamQuery(self.stream.cu_stream()) }.result()
@@ -114,7 +150,17 @@ impl DeviceMemory for CudaMemory {
         }
         // SAFETY: the address came from `malloc_sync` and has just left the table, so it is freed once; the caller
         // vouches that nothing uses it.
-        unsafe { result::free_sync(addr.0) }.map_err(driver::failed("cuMemFree"))
+        let outcome = unsafe { self.free_elsewhere(vec![addr.0]) }?;
+        outcome.recv_timeout(self.timeout).unwrap_or_else(|_| {
+            Err(CommError::Cuda {
+                call: "cuMemFree".into(),
+                code: sys::CUresult::CUDA_ERROR_NOT_READY as i32,
+                message: format!(
+                    "it has waited for work on other streams for {:?}, and gives {addr:?} back when that is done",
+                    self.timeout
+                ),
+            })
+        })
     }
 
     unsafe fn upload(&self, dst: DeviceAddr, bytes: &[u8]) -> Result<()> {
@@ -161,11 +207,10 @@ impl Drop for CudaMemory {
             );
             return;
         }
-        for addr in allocations.into_keys() {
-            // SAFETY: a live allocation of this object, freed once; its stream, on which it was used, is idle.
-            if let Err(failure) = unsafe { result::free_sync(addr) } {
-                tracing::warn!(?failure, "cuMemFree failed");
-            }
+        // SAFETY: live allocations of this object, freed once; its stream, on which they were used, is idle.
+        let started = unsafe { self.free_elsewhere(allocations.into_keys().collect()) };
+        if let Err(error) = started {
+            tracing::warn!(%error, "device memory was not freed");
         }
     }
 }

@@ -8,7 +8,7 @@ use std::sync::{Barrier, Mutex};
 use std::time::{Duration, Instant};
 
 use comm_core::{CommError, DType, DeviceMemory, ReduceOp, ThreadComm};
-use common::{PATIENT, Rank, SHORT, connect, socket_world, world, world_size};
+use common::{PATIENT, Rank, SHORT, connect, few, socket_world, world, world_size};
 
 #[test]
 fn a_rank_that_never_arrives_is_named_in_time() {
@@ -19,7 +19,7 @@ fn a_rank_that_never_arrives_is_named_in_time() {
 
 #[test]
 fn a_rank_that_never_arrives_is_named_in_time_over_sockets() {
-    let Some(size) = world_size() else { return };
+    let Some(size) = world_size().map(few) else { return };
     let done = Barrier::new(size);
     socket_world(size, SHORT, |rank| never_arrives(rank, &done));
 }
@@ -158,7 +158,7 @@ fn an_abort_ends_a_wait_here_and_elsewhere() {
 
 #[test]
 fn an_abort_ends_a_wait_here_and_elsewhere_over_sockets() {
-    let Some(size) = world_size() else { return };
+    let Some(size) = world_size().map(few) else { return };
     socket_world(size, PATIENT, aborts);
 }
 
@@ -188,7 +188,7 @@ fn aborts(rank: Rank) {
 
 #[test]
 fn drops_in_any_order_return_at_once() {
-    let Some(size) = world_size() else { return };
+    let Some(size) = world_size().map(few) else { return };
     for round in 0..3 {
         world(size, PATIENT, false, |rank| {
             let key = i32::try_from(rank.rank).unwrap();
@@ -210,7 +210,7 @@ fn drops_in_any_order_return_at_once() {
 
 #[test]
 fn checked_mode_refuses_what_differs_and_goes_on() {
-    let Some(size) = world_size() else { return };
+    let Some(size) = world_size().map(few) else { return };
     world(size, PATIENT, true, |rank| {
         rank.try_sum().unwrap();
         let buffer = rank.buffer(&[1.0_f32; 8]);
@@ -231,7 +231,7 @@ fn checked_mode_refuses_what_differs_and_goes_on() {
 
 #[test]
 fn two_threads_on_one_communicator_are_serialised() {
-    let Some(size) = world_size() else { return };
+    let Some(size) = world_size().map(few) else { return };
     world(size, PATIENT, false, |rank| {
         let buffer = rank.buffer(&[1.0_f32; 16]);
         let (base, stream, comm) = (&buffer, rank.stream(), &rank.comm);

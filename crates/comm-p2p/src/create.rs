@@ -9,13 +9,16 @@ use comm_kernels::p2p::{
     BUFFERS, FLAG_BYTES, Link, MAX_RANKS, P2pKernels, PAIR_COUNTERS_BYTES, Peers, buffer_bytes, cells_bytes,
     scratch_bytes,
 };
-use comm_kernels::raw::{Current, Event};
+use comm_kernels::raw::Current;
 
+use crate::captured::Captured;
 use crate::comm::P2pComm;
 use crate::state::{Base, Channels, Hosts, Owned, Shared};
+use crate::stream::Sentinel;
 use crate::symmetric::table::Table;
 use crate::symmetric::words::Words;
 use crate::symmetric::{Block, agree, shifted};
+use crate::tables::{self, InUse};
 use crate::topology::links::Links;
 use crate::topology::{self, verify};
 use crate::watchdog;
@@ -77,8 +80,12 @@ pub(crate) fn sibling(host: &dyn HostComm, deadline: Deadline) -> Result<Arc<dyn
 pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result<P2pComm> {
     let control = Arc::clone(&hosts.control);
     let deadline = Deadline::after(base.as_ref().map_or(control.timeout(), |base| base.timeout));
-    agree(&*control, &base.as_ref().map(|_| 0).map_err(Clone::clone))?;
-    let base = base?;
+    let started = base.and_then(|base| {
+        let tables = tables::of(base.options.tables.as_deref(), &base.gpu, control.size())?;
+        Ok((base, tables))
+    });
+    agree(&*control, &started.as_ref().map(|_| 0).map_err(Clone::clone))?;
+    let (base, tables) = started?;
     let _current = Current::enter(&base.context)?;
     let info = CommInfo {
         name: control.name().to_owned(),
@@ -87,50 +94,65 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result
         size: control.size(),
         memory: MemoryKind::Cuda { ordinal: base.ordinal },
     };
-    let (topology, uuids) = meet(&*control, &base)?;
+    let (topology, uuids) = meet(&*control, &base, &tables)?;
     let words = Words::new().map(Arc::new);
-    let sentinel = Event::new();
-    let (channels, scratch) = if info.size > 1 {
+    let sentinel = Sentinel::new();
+    let (channels, scratch, captured) = if info.size > 1 {
         let prepared = words
             .as_ref()
             .map_err(Clone::clone)
-            .and_then(|words| Ok((Arc::clone(words), P2pKernels::load(&base.context, info.size)?)));
+            .and_then(|words| Ok((Arc::clone(words), P2pKernels::load(&base.context, info.size)?)))
+            .and_then(|(words, kernels)| Ok((words, kernels, table_of_captured(&base, info.size)?)));
         agree(&*control, &prepared.as_ref().map(|_| 0).map_err(Clone::clone))?;
-        let (words, kernels) = prepared?;
+        let (words, kernels, captured) = prepared?;
         let (channels, block) = channels(&*control, &base, &words, kernels, deadline)?;
         if !verified {
             let driver = &base.device.driver;
             verify::verify(&*control, &base.kernels, &channels.staging, driver, &uuids)?;
         }
-        (Some(channels), Some(block))
+        (Some(channels), Some(block), captured)
     } else {
-        (None, None)
+        (None, None, None)
     };
     static COMMUNICATORS: AtomicU64 = AtomicU64::new(0);
     let generations = COMMUNICATORS.fetch_add(1, Ordering::Relaxed) << 32;
-    let owned =
-        Owned { table: Table::new(generations), scratch, words: Some(words?), sentinel: Some(sentinel?) };
-    let shared = Arc::new(Shared::new(info, base, topology, channels, owned, hosts));
+    let owned = Owned {
+        table: Table::new(generations),
+        captured,
+        scratch,
+        words: Some(words?),
+        sentinel: Some(sentinel?),
+    };
+    let shared = Arc::new(Shared::new(info, base, topology, tables, channels, owned, hosts));
     watchdog::spawn(Arc::clone(&shared))?;
     Ok(P2pComm::new(shared))
 }
 
-/// Exchanges what the ranks' devices are, and agrees on their topology. Returns the devices' names as well.
-fn meet(host: &dyn HostComm, base: &Base) -> Result<(Topology, Vec<String>)> {
+fn table_of_captured(base: &Base, world: usize) -> Result<Option<Captured>> {
+    let options = &base.options;
+    let table = || Captured::new(&base.context, world, options.graph_entries);
+    options.graph_registration.then(table).transpose()
+}
+
+/// Exchanges what the ranks' devices are, and agrees on their topology and on how algorithms are chosen. Returns the
+/// devices' names as well.
+fn meet(host: &dyn HostComm, base: &Base, tables: &InUse) -> Result<(Topology, Vec<String>)> {
     let imposed = std::env::var("COMM_P2P_TOPOLOGY").ok().filter(|name| !name.is_empty());
     let device = &base.device;
-    let all: Vec<(String, Links, Option<String>)> =
-        host.all_gather(&(device.uuid.clone(), device.links.clone(), imposed.clone()))?;
-    let links: Vec<_> = all.iter().map(|(_, links, _)| links.clone()).collect();
-    // Every rank comes to this verdict for the same values, so all of them fail or none.
-    if let Some(rank) = all.iter().position(|(_, _, other)| *other != all[0].2) {
+    let choice = tables.describe(base.options.algorithm);
+    let all: Vec<(String, Links, Option<String>, String)> =
+        host.all_gather(&(device.uuid.clone(), device.links.clone(), imposed.clone(), choice))?;
+    let links: Vec<_> = all.iter().map(|(_, links, ..)| links.clone()).collect();
+    // Every rank comes to these verdicts for the same values, so all of them fail or none.
+    tables::same_on_all(all.iter().map(|(.., choice)| choice.as_str()))?;
+    if let Some(rank) = all.iter().position(|(_, _, other, _)| *other != all[0].2) {
         return Err(CommError::invalid(
             "COMM_P2P_TOPOLOGY",
             format!("{:?} on rank {rank}, but {:?} on rank 0", all[rank].2, all[0].2),
         ));
     }
     let topology = topology::of_ranks(&links, imposed.as_deref())?;
-    for (rank, (_, links, _)) in all.iter().enumerate() {
+    for (rank, (_, links, ..)) in all.iter().enumerate() {
         if let Some(reason) = &links.unknown {
             tracing::debug!(rank, reason, "the NVLinks of a rank's GPU are not known");
         }
@@ -148,7 +170,14 @@ fn channels(
     let (world, options) = (host.size(), &base.options);
     let layout = Layout::new(world, base);
     let block = Block::create(host, base.ordinal, layout.bytes, deadline)?;
-    let filled = fill(&block, &layout, world, base);
+    let filled = fill(&block, &layout, world, base).and_then(|()| match options.clear_peers {
+        // Every owner clears the same bytes at the same time, so the order does not matter.
+        true => block
+            .all()
+            .iter()
+            .try_for_each(|part| part.fill(layout.staging, 0, layout.bytes - layout.staging)),
+        false => Ok(()),
+    });
     // Nobody may send before everybody's memory holds what says that nothing has arrived.
     agree(host, &filled.map(|()| 0))?;
     let peers = block.peers();
@@ -160,7 +189,10 @@ fn channels(
         abort: words.abort_addr(),
         error: words.error_addr(),
         timeout_ns: u64::try_from(base.timeout.as_nanos()).unwrap_or(u64::MAX),
-        stall_ns: u64::try_from(options.stall.as_nanos()).unwrap_or(0),
+        stall_ns: match options.stall_rank {
+            Some(only) if only != host.rank() => 0,
+            _ => u64::try_from(options.stall.as_nanos()).unwrap_or(0),
+        },
         rank: host.rank() as u32,
         slot_packs: slots as u32,
         op: 0,
@@ -193,11 +225,12 @@ fn fill(block: &Block, layout: &Layout, world: usize, base: &Base) -> Result<()>
     let (own, options) = (block.own(), &base.options);
     let first = options.first_round;
     let before = first.wrapping_sub(1);
-    own.fill(layout.counters, 0, COUNTERS_BYTES)?;
+    // Cells and staging memory need no value: the peers store before this rank reads. A checker of uninitialised reads
+    // cannot see those stores, though, and new memory takes well under a millisecond to clear.
+    own.fill(0, 0, layout.bytes)?;
     for channel in 0..CHANNELS {
         own.fill(layout.counters + channel * CHANNEL_STRIDE, first, 4)?;
     }
-    own.fill(layout.pairs, 0, FLAG_BYTES)?;
     for flags in [layout.barrier, layout.packet, layout.lamport, layout.cells] {
         own.fill(flags, before, FLAG_BYTES)?;
     }

@@ -16,10 +16,11 @@ use crate::comm::{P2pComm, hosts};
 use crate::create;
 use crate::options::Options;
 use crate::state::{Base, Device};
+use crate::tables::MIXED;
 use crate::topology::links::Links;
 
 /// Raised when ranks of different builds would no longer understand each other.
-const PROTOCOL: u32 = 1;
+const PROTOCOL: u32 = 2;
 
 /// Makes communicators over peer-to-peer memory, for 1 to 8 ranks of one host.
 ///
@@ -33,9 +34,15 @@ const PROTOCOL: u32 = 1;
 /// | `p2p.packet_slots`, `p2p.lamport_slots` | packs in flight between two ranks | 33792, 67584 |
 /// | `p2p.cell_ctas` | blocks of the largest kernels | 132 |
 /// | `p2p.algorithm` | use this one wherever it can be, as `COMM_P2P_ALGO` does | by size |
+/// | `p2p.table` | a file of tables by which algorithms are chosen, as `COMM_P2P_TABLE` names one | the shipped ones |
 /// | `p2p.symmetric_operands` | `on` or `off`: the promise described below | `off` |
+/// | `p2p.graph_registration` | `on` or `off`: captured results are registered after the capture, see below | `off` |
+/// | `p2p.graph_entries` | captured results that graphs may hold at a time; 128 bytes of device memory each | 8192 |
 /// | `p2p.first_round` | for tests: the first round's number | 0 |
 /// | `p2p.stall_ns` | for tests: how long every kernel sleeps before its first wait | 0 |
+/// | `p2p.stall_rank` | for tests: the only rank whose kernels do | all |
+/// | `p2p.test_clear_peers` | for checkers of uninitialised reads, which do not see what other processes store: every rank clears all ranks' staging memory at first | `off` |
+/// | `p2p.test_single_buffer` | for tests only, **gives wrong results**: calls by packs use one buffer instead of four | `off` |
 ///
 /// # Symmetric operands
 /// Large results can be stored straight into the other ranks' buffers. A rank then computes from its own operand where
@@ -47,6 +54,22 @@ const PROTOCOL: u32 = 1;
 /// registered buffers may lie anywhere, and travel by way of the communicator's memory. Breaking the promise corrupts
 /// results and may write into registered memory that the call does not name, or let the ranks wait for each other until
 /// the timeout. Checked mode compares the places and refuses the call.
+///
+/// # Graphs
+/// Every operation can be captured and replayed as it is; results in memory of [`allocate`](DeviceComm::allocate) are
+/// then reached directly, others travel by scratch memory where they are large. With `p2p.graph_registration = on`, large
+/// all-reduces (sums of f32, f16 and bf16) and all-gathers captured on such other results are replayed as fast as on
+/// registered ones, for which the ranks call [`register_captured`](DeviceComm::register_captured) between capture and
+/// replay. In return:
+/// - a replay before that call ends the communicator with [`NotRegistered`](CommError::NotRegistered);
+/// - a call that one rank captures, all ranks capture, and replay at the same place of their order of calls;
+/// - a result stays allocated on every rank until the graphs that hold the call are gone on all ranks.
+///
+/// The results of different ranks may lie anywhere. Where a rank's cannot be made known to the others (memory of a pool,
+/// or of a virtual allocation), the call keeps to scratch memory on all ranks, with a reason
+/// ([`P2pComm::captured_staging_reasons`]). What a graph holds is given back when the graph is dropped. The switch is off
+/// by default because a program that captures and replays without knowing of the call should work; one that makes its
+/// own step of registering graph buffers, as engines with a custom all-reduce do, turns it on and makes the call there.
 #[derive(Clone, Copy, Default, Debug)]
 pub struct P2pFactory;
 
@@ -65,6 +88,7 @@ impl P2pFactory {
 mod fact {
     pub(super) const HOST: &str = "host";
     pub(super) const GPU: &str = "gpu";
+    pub(super) const KIND: &str = "kind";
     pub(super) const MULTIPROCESSORS: &str = "multiprocessors";
     pub(super) const DRIVER: &str = "driver";
 }
@@ -104,6 +128,17 @@ fn attribute(device: &CudaContext, attribute: sys::CUdevice_attribute) -> Result
 fn uuid(device: &CudaContext) -> Result<String> {
     let uuid = device.uuid().map_err(|DriverError(code)| error("cuDeviceGetUuid", code))?;
     Ok(uuid.bytes.iter().map(|&byte| format!("{:02x}", byte as u8)).collect())
+}
+
+fn kind(device: &CudaContext) -> Result<String> {
+    device.name().map_err(|DriverError(code)| error("cuDeviceGetName", code))
+}
+
+/// The kind of GPU that all ranks have.
+fn common_kind(capabilities: &[Capability]) -> String {
+    let mut kinds = capabilities.iter().map(|c| c.facts.get(fact::KIND));
+    let first = kinds.next().flatten().cloned().unwrap_or_default();
+    if kinds.all(|kind| kind == Some(&first)) { first } else { MIXED.into() }
 }
 
 /// Refuses what the kernels and the memory they need cannot do.
@@ -193,6 +228,7 @@ impl BackendFactory for P2pFactory {
         let facts = [
             (fact::HOST, host_name()),
             (fact::GPU, uuid(&device)?),
+            (fact::KIND, kind(&device)?),
             (fact::MULTIPROCESSORS, sm.to_string()),
             (fact::DRIVER, driver_version()?),
         ];
@@ -221,6 +257,7 @@ fn base(context: &CreateContext, capabilities: &[Capability]) -> Result<Base> {
         checked: context.checked,
         options: Arc::new(Options::parse(&context.options)?),
         multiprocessors: smallest.unwrap_or(1).max(1),
+        gpu: common_kind(capabilities),
         device: Arc::new(Device {
             uuid: uuid(&device)?,
             driver: driver_version()?,
@@ -263,6 +300,19 @@ mod tests {
             protocol: PROTOCOL,
             facts: facts.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect(),
         }
+    }
+
+    #[test]
+    fn ranks_with_different_gpus_have_no_kind_in_common() {
+        let of = |kinds: &[&str]| {
+            let ranks = kinds.iter().map(|&kind| {
+                let mut rank = rank("a", kind);
+                rank.facts.insert(fact::KIND.to_owned(), kind.to_owned());
+                rank
+            });
+            common_kind(&ranks.collect::<Vec<_>>())
+        };
+        assert_eq!([of(&["A", "A"]), of(&["A", "B"]), of(&["A"])], ["A", MIXED, "A"]);
     }
 
     #[test]

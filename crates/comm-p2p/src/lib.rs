@@ -10,17 +10,26 @@
 //!   rank in any; checked mode compares. If the caller promises the same of its own buffers, by the option
 //!   `p2p.symmetric_operands` of [`P2pFactory`], also into those of [`register`](comm_core::DeviceComm::register).
 //! - Everything else, any type, reduction and shape, goes through staging memory.
+//! - Large results in other memory, captured into a graph, can be made known to the ranks after the capture, by the option
+//!   `p2p.graph_registration`.
 //!
 //! Every operation is a fixed row of kernels on the caller's stream: it can be captured into a CUDA graph and replayed.
 //! When a communicator is made, what its GPUs store into and load from each other is checked in both directions, once
 //! for a driver and set of GPUs: the verdict is kept in the user's cache folder. `COMM_P2P_CHECK` is `skip` or `force`.
 //! `COMM_P2P_TOPOLOGY` imposes a topology ([`P2pComm::topology`]).
 //!
+//! Which algorithm carries out an operation of which size is a table for the kind of GPU and the number of ranks
+//! ([`comm_core::tuning`]). Those for H200 are built in and serve other GPUs too; a user's own, from `cargo xtask tune`,
+//! is named by `COMM_P2P_TABLE`. `COMM_P2P_ALGO` forces an algorithm wherever it can be used.
+//!
 //! Every wait in a kernel ends by the communicator's timeout, or as soon as a rank's death is known.
 
 #![deny(missing_docs)]
 
+mod candidates;
+mod captured;
 mod comm;
+mod control;
 mod create;
 mod factory;
 mod memory;
@@ -30,10 +39,12 @@ mod select;
 mod state;
 mod stream;
 mod symmetric;
+mod tables;
 mod topology;
 mod usage;
 mod watchdog;
 
+pub use candidates::{TUNABLE, candidates};
 pub use comm::P2pComm;
 pub use factory::P2pFactory;
 

@@ -1,13 +1,24 @@
-//! Which algorithm, in which shape: pure functions of what all ranks share, over a table measured on 8 H200.
+//! From what the table says to a launch: pure functions of what all ranks share.
 //!
-//! Thresholds scale with the number of ranks by what a rank sends: `(world - 1)` times the buffer in one hop.
+//! [`comm_core::tuning`] chooses by size. Here the choice is fitted to this communicator's memory and devices, and what
+//! cannot be launched gives way, in this order, each for every size:
+//!
+//! 1. the forced algorithm (`COMM_P2P_ALGO`), in the shape that the table has for it, if the operation has it and it can
+//!    be launched here: its packs fit, and the result is registered where it must be;
+//! 2. the table's row for the size, under the same conditions;
+//! 3. what takes every size anywhere: two-shot for sums, packets for gathers, relays for broadcasts, and for a norm
+//!    two-shot and else an all-reduce with a norm of its own.
 
+use std::sync::Arc;
+
+use comm_core::OpKind;
+use comm_core::tuning::{Choice, Table};
 use comm_kernels::p2p::{FLAG_CTAS, Shape, Units};
 
 use crate::usage::Algorithm;
 
 /// What the choice depends on besides the operation and its size. Equal on all ranks.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Limits {
     pub(crate) world: usize,
     pub(crate) packet_slots: usize,
@@ -15,6 +26,7 @@ pub(crate) struct Limits {
     pub(crate) cell_ctas: usize,
     pub(crate) multiprocessors: u32,
     pub(crate) forced: Option<Algorithm>,
+    pub(crate) table: Arc<Table<Algorithm>>,
 }
 
 /// A choice: the algorithm and its launch.
@@ -31,174 +43,170 @@ pub(crate) struct Plan {
 const PACKET_PAYLOAD: usize = 12;
 const PACK: usize = 16;
 
-/// Bytes that a rank may send in one hop before two hops are faster: 64 KiB to seven peers.
-const ONE_HOP: usize = (64 << 10) * 7;
-/// The same for the broadcast's root.
-const BROADCAST_ONE_HOP: usize = (128 << 10) * 7;
-/// From here on an all-reduce goes by cells, if its results are registered.
-const CELLS: usize = 12 << 20;
-/// From here on an all-gather goes by direct stores, if its results are registered.
-const DIRECT_GATHER: usize = 2 << 20;
-/// From here on it reads once and stores to all, and from there on it goes in steps.
-const SPREAD_GATHER: usize = 12 << 20;
-const STEPS_GATHER: usize = 24 << 20;
-/// From here on sums go in steps.
-const STEPS: usize = 192 << 20;
-const DIRECT_BROADCAST: usize = 12 << 20;
-
 impl Limits {
-    /// Blocks and threads for `packs` packs: one pack a thread until the device is full.
-    fn spread(&self, packs: usize, slots: usize, table: &[(usize, u32)]) -> Shape {
+    /// The plan for `bytes` bytes of the full buffer. `launch` fits a choice, or says that it cannot be launched; `last`
+    /// always can.
+    fn pick(
+        &self,
+        (op, registered, bytes): (OpKind, bool, usize),
+        last: Algorithm,
+        launch: impl Fn(&Choice<Algorithm>) -> Option<Plan>,
+    ) -> Plan {
+        let bytes = bytes as u64;
+        let forced =
+            self.forced.and_then(|algorithm| launch(&self.forced_choice(op, registered, bytes, algorithm)));
+        let chosen = || launch(self.table.choose(op, registered, bytes)?);
+        forced.or_else(chosen).or_else(|| launch(&Choice::of(last))).unwrap_or(self.staged())
+    }
+
+    /// The shape that the table has for an algorithm nearest to a size, from below if it can be.
+    fn forced_choice(
+        &self,
+        op: OpKind,
+        registered: bool,
+        bytes: u64,
+        algorithm: Algorithm,
+    ) -> Choice<Algorithm> {
+        let rows = self.table.rule(op, registered).map_or(&[][..], |rule| &rule.rows);
+        let mut of_it = rows.iter().filter(|row| row.choice.algorithm == algorithm);
+        let first = of_it.clone().next();
+        let below = of_it.rfind(|row| row.from <= bytes);
+        below.or(first).map_or(Choice::of(algorithm), |row| row.choice)
+    }
+
+    /// Blocks and threads for `packs` packs: one pack a thread until the device is full. `table`: threads of a block by
+    /// packs, where the choice leaves them open.
+    fn spread(
+        &self,
+        choice: &Choice<Algorithm>,
+        packs: usize,
+        slots: usize,
+        table: &[(usize, u32)],
+    ) -> Shape {
         let wanted = packs.clamp(1, slots);
-        let block = table.iter().find(|&&(most, _)| wanted <= most).map_or(512, |&(_, block)| block);
+        let by_packs = || table.iter().find(|&&(most, _)| wanted <= most).map_or(512, |&(_, block)| block);
+        let block = choice.block.unwrap_or_else(by_packs);
         // Two blocks of up to 256 threads are resident on every multiprocessor.
         let resident = if block <= 256 { 2 * self.multiprocessors } else { self.multiprocessors };
         let grid = wanted.div_ceil(block as usize).min(slots / block as usize).max(1);
-        Shape { grid: u32::try_from(grid).unwrap_or(u32::MAX).min(resident), block }
+        let most = choice.grid.map_or(resident, |most| most.min(resident));
+        Shape { grid: u32::try_from(grid).unwrap_or(u32::MAX).min(most), block }
     }
 
     fn plan(&self, algorithm: Algorithm, shape: Shape) -> Plan {
         Plan { algorithm, shape, chunk: 0, units: Units::Two }
     }
 
-    /// Cells, in long bursts where the message is long enough to fill the pipeline with them.
-    fn cells(&self, long: bool, short_block: u32) -> Plan {
-        let grid = self.multiprocessors.min(self.cell_ctas as u32);
-        let (block, units) = if long { (512, Units::Four) } else { (short_block, Units::Two) };
-        Plan { units, ..self.plan(Algorithm::Cells, Shape { grid, block }) }
+    /// Blocks of a kernel that has as many as fit.
+    fn full(&self, choice: &Choice<Algorithm>, most: usize) -> u32 {
+        choice.grid.unwrap_or(u32::MAX).min(self.multiprocessors).min(most as u32)
     }
 
-    /// Sums in steps. Two ranks have nobody to stay out of the way of.
-    fn sum_steps(&self) -> Plan {
-        self.plan(Algorithm::Steps, Shape { grid: self.multiprocessors.min(FLAG_CTAS), block: 512 })
+    fn cells(&self, choice: &Choice<Algorithm>) -> Plan {
+        let shape = Shape { grid: self.full(choice, self.cell_ctas), block: choice.block.unwrap_or(512) };
+        let units = if choice.units == Some(2) { Units::Two } else { Units::Four };
+        Plan { units, ..self.plan(choice.algorithm, shape) }
     }
 
-    fn packets(&self, packs: usize) -> Shape {
-        self.spread(packs, self.packet_slots, &[(6 << 10, 128), (64 << 10, 256)])
+    fn direct(&self, choice: &Choice<Algorithm>) -> Plan {
+        let grid = self.full(choice, FLAG_CTAS as usize);
+        let shape = Shape { grid, block: choice.block.unwrap_or(256) };
+        Plan { chunk: choice.chunk.unwrap_or(4096), ..self.plan(choice.algorithm, shape) }
     }
 
-    fn lamport(&self, packs: usize) -> Shape {
-        self.spread(packs, self.lamport_slots, &[(4 << 10, 64), (8 << 10, 128), (usize::MAX, 256)])
+    /// Movers and reducers on every multiprocessor. The kernels fix the threads of a block.
+    fn sum_steps(&self, choice: &Choice<Algorithm>) -> Plan {
+        self.plan(choice.algorithm, Shape { grid: self.full(choice, FLAG_CTAS as usize), block: 512 })
+    }
+
+    fn packets(&self, choice: &Choice<Algorithm>, packs: usize) -> Shape {
+        self.spread(choice, packs, self.packet_slots, &[(6 << 10, 128), (64 << 10, 256)])
+    }
+
+    fn lamport(&self, choice: &Choice<Algorithm>, packs: usize) -> Shape {
+        self.spread(choice, packs, self.lamport_slots, &[(4 << 10, 64), (8 << 10, 128), (usize::MAX, 256)])
     }
 
     /// A sum all-reduce of `bytes` bytes of bf16, f16 or f32.
     pub(crate) fn all_reduce(&self, bytes: usize, registered: bool) -> Plan {
         let packs = bytes.div_ceil(PACKET_PAYLOAD);
-        let fits_one_hop = packs <= self.packet_slots;
-        let one_shot = || self.plan(Algorithm::OneShot, self.packets(packs));
-        let two_shot = || {
-            let slice = bytes.div_ceil(PACK).div_ceil(self.world);
-            self.plan(Algorithm::TwoShot, self.lamport(slice))
+        let slice = bytes.div_ceil(PACK).div_ceil(self.world);
+        let launch = |choice: &Choice<Algorithm>| match choice.algorithm {
+            Algorithm::OneShot if packs <= self.packet_slots => {
+                Some(self.plan(choice.algorithm, self.packets(choice, packs)))
+            }
+            Algorithm::TwoShot => Some(self.plan(choice.algorithm, self.lamport(choice, slice))),
+            Algorithm::Cells if registered => Some(self.cells(choice)),
+            Algorithm::Steps if registered => Some(self.sum_steps(choice)),
+            Algorithm::Staged => Some(self.staged()),
+            _ => None,
         };
-        let cells = || self.cells(bytes >= 24 << 20, 256);
-        match self.forced {
-            Some(Algorithm::OneShot) if fits_one_hop => return one_shot(),
-            Some(Algorithm::TwoShot) => return two_shot(),
-            Some(Algorithm::Cells) if registered => return cells(),
-            Some(Algorithm::Steps) if registered => return self.sum_steps(),
-            Some(Algorithm::Staged) => return self.staged(),
-            _ => {}
-        }
-        if bytes * (self.world - 1) <= ONE_HOP && fits_one_hop {
-            one_shot()
-        } else if registered && bytes >= STEPS && self.world > 2 {
-            self.sum_steps()
-        } else if registered && bytes >= CELLS {
-            cells()
-        } else {
-            two_shot()
-        }
+        self.pick((OpKind::AllReduce, registered, bytes), Algorithm::TwoShot, launch)
     }
 
     /// A sum reduce-scatter of `part` bytes a rank.
     pub(crate) fn reduce_scatter(&self, part: usize) -> Plan {
-        let two_shot = || self.plan(Algorithm::TwoShot, self.lamport(part.div_ceil(PACK)));
-        let cells = || self.cells(part.saturating_mul(self.world) >= 128 << 20, 512);
-        match self.forced {
-            Some(Algorithm::TwoShot) => two_shot(),
-            Some(Algorithm::Cells) => cells(),
-            Some(Algorithm::Steps) => self.sum_steps(),
-            Some(Algorithm::Staged) => self.staged(),
-            _ if part.saturating_mul(self.world) >= STEPS && self.world > 2 => self.sum_steps(),
-            _ if part.saturating_mul(self.world) >= CELLS => cells(),
-            _ => two_shot(),
-        }
+        let launch = |choice: &Choice<Algorithm>| match choice.algorithm {
+            Algorithm::TwoShot => {
+                Some(self.plan(choice.algorithm, self.lamport(choice, part.div_ceil(PACK))))
+            }
+            Algorithm::Cells => Some(self.cells(choice)),
+            Algorithm::Steps => Some(self.sum_steps(choice)),
+            Algorithm::Staged => Some(self.staged()),
+            _ => None,
+        };
+        let total = part.saturating_mul(self.world);
+        self.pick((OpKind::ReduceScatter, false, total), Algorithm::TwoShot, launch)
     }
 
     /// An all-gather of `part` bytes a rank.
     pub(crate) fn all_gather(&self, part: usize, registered: bool) -> Plan {
-        let packets = || {
-            let packs = part.div_ceil(PACKET_PAYLOAD);
-            let table = [(2 << 10, 64), (22 << 10, 256)];
-            self.plan(Algorithm::Packets, self.spread(packs, self.packet_slots, &table))
-        };
-        let direct = || {
-            let (block, chunk) = match part.saturating_mul(self.world) {
-                total if total < 32 << 20 => (256, 4096),
-                total if total < 128 << 20 => (256, 8192),
-                _ => (512, 16_384),
-            };
-            let shape = Shape { grid: self.multiprocessors, block };
-            Plan { chunk, ..self.plan(Algorithm::Direct, shape) }
+        let packs = part.div_ceil(PACKET_PAYLOAD);
+        let launch = |choice: &Choice<Algorithm>| match choice.algorithm {
+            Algorithm::Packets => {
+                let table = [(2 << 10, 64), (22 << 10, 256)];
+                let shape = self.spread(choice, packs, self.packet_slots, &table);
+                Some(self.plan(choice.algorithm, shape))
+            }
+            Algorithm::Direct if registered => Some(self.direct(choice)),
+            Algorithm::Spread if registered => {
+                let grid = self.full(choice, FLAG_CTAS as usize);
+                Some(self.plan(choice.algorithm, Shape { grid, block: 64 }))
+            }
+            Algorithm::Steps if registered => {
+                // Half the multiprocessors: with less under way a step ends more sharply.
+                let most = self.multiprocessors.div_ceil(2).min(FLAG_CTAS);
+                let grid = choice.grid.map_or(most, |grid| grid.min(self.multiprocessors).min(FLAG_CTAS));
+                Some(self.plan(choice.algorithm, Shape { grid, block: 32 }))
+            }
+            Algorithm::Staged => Some(self.staged()),
+            _ => None,
         };
         let total = part.saturating_mul(self.world);
-        // Half the multiprocessors: with less under way a step ends more sharply.
-        let steps = || {
-            let shape = Shape { grid: self.multiprocessors.div_ceil(2).min(FLAG_CTAS), block: 32 };
-            self.plan(Algorithm::Steps, shape)
-        };
-        let spread = || {
-            let shape = Shape { grid: self.multiprocessors.min(FLAG_CTAS), block: 64 };
-            self.plan(Algorithm::Spread, shape)
-        };
-        match self.forced {
-            Some(Algorithm::Packets) => packets(),
-            Some(Algorithm::Direct) if registered => direct(),
-            Some(Algorithm::Spread) if registered => spread(),
-            Some(Algorithm::Steps) if registered => steps(),
-            Some(Algorithm::Staged) => self.staged(),
-            _ if registered && total >= STEPS_GATHER && self.world > 2 => steps(),
-            _ if registered && total >= SPREAD_GATHER && self.world > 2 => spread(),
-            _ if registered && part.saturating_mul(self.world) >= DIRECT_GATHER => direct(),
-            _ => packets(),
-        }
+        self.pick((OpKind::AllGather, registered, total), Algorithm::Packets, launch)
     }
 
     /// A broadcast of `bytes` bytes.
     pub(crate) fn broadcast(&self, bytes: usize, registered: bool) -> Plan {
         let packs = bytes.div_ceil(PACKET_PAYLOAD);
-        let one_hop = || self.plan(Algorithm::Packets, self.packets(packs));
-        let relayed = || self.plan(Algorithm::Relayed, self.packets(packs.div_ceil(self.world - 1)));
-        let direct = || {
-            let (grid, chunk) = match bytes {
-                total if total < 32 << 20 => (64, 4096),
-                total if total < 128 << 20 => (128, 4096),
-                _ => (128, 8192),
-            };
-            let shape = Shape { grid: self.multiprocessors.min(grid), block: 256 };
-            // The table is for seven slices, one per relay: with fewer, a slice's share of a pass is as much larger.
-            let chunk = (chunk * 7 / (self.world as u32 - 1)).next_multiple_of(4096);
-            Plan { chunk, ..self.plan(Algorithm::Direct, shape) }
+        let launch = |choice: &Choice<Algorithm>| match choice.algorithm {
+            Algorithm::Packets if packs <= self.packet_slots => {
+                Some(self.plan(choice.algorithm, self.packets(choice, packs)))
+            }
+            Algorithm::Relayed => {
+                let slice = packs.div_ceil(self.world - 1);
+                Some(self.plan(choice.algorithm, self.packets(choice, slice)))
+            }
+            Algorithm::Direct if registered => Some(self.direct(choice)),
+            Algorithm::Staged => Some(self.staged()),
+            _ => None,
         };
-        let fits_one_hop = packs <= self.packet_slots;
-        match self.forced {
-            Some(Algorithm::Packets) if fits_one_hop => return one_hop(),
-            Some(Algorithm::Relayed) => return relayed(),
-            Some(Algorithm::Direct) if registered => return direct(),
-            Some(Algorithm::Staged) => return self.staged(),
-            _ => {}
-        }
-        if fits_one_hop && (self.world == 2 || bytes.saturating_mul(self.world - 1) <= BROADCAST_ONE_HOP) {
-            one_hop()
-        } else if registered && bytes >= DIRECT_BROADCAST {
-            direct()
-        } else {
-            relayed()
-        }
+        self.pick((OpKind::Broadcast, registered, bytes), Algorithm::Relayed, launch)
     }
 
     /// A fused norm of `tokens` rows of `row` bytes. `Packets` stands for one hop, with the cluster in `chunk`;
-    /// `Composed` for an all-reduce and a norm of their own.
+    /// `Composed` for an all-reduce and a norm of their own. A choice can only bound the blocks: their threads follow
+    /// from the row.
     pub(crate) fn norm(&self, tokens: usize, row: usize) -> Plan {
         let sm = self.multiprocessors as usize;
         let one_hop = || {
@@ -211,28 +219,31 @@ impl Limits {
             let plan = Plan { chunk: cluster as u32, ..self.plan(Algorithm::OneShot, shape) };
             fits.then_some(plan)
         };
-        let two_hops = || {
+        let two_hops = |choice: &Choice<Algorithm>| {
             let block = row.div_ceil(PACK).div_ceil(self.world).next_multiple_of(32);
             let per_sm = match block {
                 ..=128 => 4,
                 129..=256 => 2,
                 _ => 1,
             };
-            let grid = tokens.min(per_sm * sm).min(self.lamport_slots / block);
+            let most = choice.grid.map_or(usize::MAX, |most| most as usize);
+            let grid = tokens.min(per_sm * sm).min(self.lamport_slots / block).min(most);
             let shape = Shape { grid: grid as u32, block: block as u32 };
             (block <= 512 && grid > 0).then_some(self.plan(Algorithm::TwoShot, shape))
         };
         let composed = self.plan(Algorithm::Composed, Shape { grid: 0, block: 0 });
-        let chosen = match self.forced {
-            Some(Algorithm::OneShot) => one_hop().or_else(two_hops),
-            Some(Algorithm::TwoShot) => two_hops(),
-            Some(Algorithm::Composed) => None,
-            _ if tokens.saturating_mul(row).saturating_mul(self.world - 1) <= ONE_HOP => {
-                one_hop().or_else(two_hops)
-            }
-            _ => two_hops(),
+        let launch = |choice: &Choice<Algorithm>| match choice.algorithm {
+            Algorithm::OneShot => one_hop(),
+            Algorithm::TwoShot => two_hops(choice),
+            Algorithm::Composed => Some(composed),
+            _ => None,
         };
-        chosen.unwrap_or(composed)
+        let last = if two_hops(&Choice::of(Algorithm::TwoShot)).is_some() {
+            Algorithm::TwoShot
+        } else {
+            Algorithm::Composed
+        };
+        self.pick((OpKind::AllReduceRmsNorm, false, tokens.saturating_mul(row)), last, launch)
     }
 
     fn staged(&self) -> Plan {
@@ -241,10 +252,12 @@ impl Limits {
 }
 
 #[cfg(test)]
-mod tests {
+mod formulas;
+#[cfg(test)]
+pub(crate) mod tests {
     use super::*;
 
-    fn limits(world: usize, forced: Option<Algorithm>) -> Limits {
+    pub(crate) fn limits(world: usize, forced: Option<Algorithm>) -> Limits {
         Limits {
             world,
             packet_slots: 33_792,
@@ -252,38 +265,46 @@ mod tests {
             cell_ctas: 132,
             multiprocessors: 132,
             forced,
+            table: crate::tables::of(None, "NVIDIA H200", world).unwrap().algorithms,
         }
+    }
+
+    /// Fails unless all blocks are resident at once and what is sent has room.
+    pub(crate) fn launchable(limits: &Limits, plan: &Plan, registered: bool) {
+        let Shape { grid, block } = plan.shape;
+        assert!(grid >= 1 && (32..=512).contains(&block), "{plan:?}");
+        assert!(grid <= limits.multiprocessors * if block <= 256 { 2 } else { 1 }, "{plan:?}");
+        let slots = match plan.algorithm {
+            Algorithm::Packets | Algorithm::Relayed | Algorithm::OneShot => limits.packet_slots,
+            _ => limits.lamport_slots,
+        };
+        assert!(plan.shape.threads() <= slots as u64, "{plan:?}");
+        let direct = plan.algorithm == Algorithm::Direct;
+        assert!(!direct || registered && plan.chunk > 0 && plan.chunk.is_multiple_of(4096), "{plan:?}");
     }
 
     #[test]
     fn every_plan_can_be_launched() {
         for world in 2..=8 {
-            for forced in [
-                None,
-                Some(Algorithm::OneShot),
-                Some(Algorithm::TwoShot),
-                Some(Algorithm::Direct),
-                Some(Algorithm::Steps),
-            ] {
+            let some = [
+                Algorithm::OneShot,
+                Algorithm::TwoShot,
+                Algorithm::Direct,
+                Algorithm::Steps,
+                Algorithm::Spread,
+            ];
+            for forced in [None].into_iter().chain(some.map(Some)) {
                 let limits = limits(world, forced);
                 for bytes in (0..34).flat_map(|shift| [1_usize << shift, (1 << shift) + 1]) {
                     for registered in [false, true] {
                         let plans = [
-                            (limits.all_reduce(bytes, registered), limits.lamport_slots),
-                            (limits.reduce_scatter(bytes), limits.lamport_slots),
-                            (limits.all_gather(bytes, registered), limits.lamport_slots),
-                            (limits.broadcast(bytes, registered), limits.lamport_slots),
+                            limits.all_reduce(bytes, registered),
+                            limits.reduce_scatter(bytes),
+                            limits.all_gather(bytes, registered),
+                            limits.broadcast(bytes, registered),
                         ];
-                        for (plan, slots) in plans {
-                            assert!(plan.shape.grid >= 1 && plan.shape.block <= 512, "{plan:?}");
-                            let resident = if plan.shape.block <= 256 { 264 } else { 132 };
-                            assert!(plan.shape.grid <= resident, "{plan:?}");
-                            assert!(plan.shape.threads() <= slots as u64, "{plan:?}");
-                            let packets = matches!(plan.algorithm, Algorithm::Packets | Algorithm::Relayed)
-                                || plan.algorithm == Algorithm::OneShot;
-                            assert!(!packets || plan.shape.threads() <= 33_792, "{plan:?}");
-                            let direct = matches!(plan.algorithm, Algorithm::Direct);
-                            assert!(!direct || registered && plan.chunk.is_multiple_of(4096), "{plan:?}");
+                        for plan in plans {
+                            launchable(&limits, &plan, registered);
                         }
                     }
                 }

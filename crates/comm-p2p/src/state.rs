@@ -1,20 +1,24 @@
 //! A communicator's state: what it owns, how it fails, and how a call begins and ends.
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 use comm_core::topology::Topology;
 use comm_core::{CallSite, CommError, CommInfo, Deadline, DeviceAddr, HostComm, OpKind, Result};
 use comm_kernels::Kernels;
 use comm_kernels::p2p::{ErrorRecord, Link, P2pKernels, Peers};
-use comm_kernels::raw::{Current, Event};
+use comm_kernels::raw::Current;
 use cudarc::driver::CudaContext;
 
+use crate::captured::Captured;
 use crate::options::Options;
-use crate::symmetric::table::Table;
+use crate::stream::Sentinel;
+use crate::symmetric::ipc;
+use crate::symmetric::table::{Found, Table};
 use crate::symmetric::words::Words;
 use crate::symmetric::{Block, Hold};
+use crate::tables::InUse;
 use crate::topology::links::Links;
 use crate::usage::{Algorithm, Usage};
 
@@ -23,11 +27,16 @@ const CLOSING: u8 = 1;
 const FAILED: u8 = 2;
 
 /// Bits of a kernel's number that say which operation it belongs to.
-const KIND_BITS: u32 = 4;
+pub(crate) const CALL_KIND_BITS: u32 = 4;
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What these protect is set by single assignments, so a panic cannot leave it half-changed.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+pub(crate) fn read<T>(shared: &RwLock<T>) -> RwLockReadGuard<'_, T> {
+    // As above.
+    shared.read().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What a split shares with its parent.
@@ -40,6 +49,8 @@ pub(crate) struct Base {
     pub(crate) checked: bool,
     pub(crate) options: Arc<Options>,
     pub(crate) multiprocessors: u32,
+    /// The kind of GPU that all ranks have.
+    pub(crate) gpu: String,
     pub(crate) device: Arc<Device>,
 }
 
@@ -69,10 +80,12 @@ pub(crate) struct Channels {
 /// What is given back at the end, in this order.
 pub(crate) struct Owned {
     pub(crate) table: Table<Hold>,
+    /// With the option `p2p.graph_registration`, between at least two ranks.
+    pub(crate) captured: Option<Captured>,
     #[allow(dead_code, reason = "held, not read")]
     pub(crate) scratch: Option<Block>,
     pub(crate) words: Option<Arc<Words>>,
-    pub(crate) sentinel: Option<Event>,
+    pub(crate) sentinel: Option<Sentinel>,
 }
 
 /// What the handle asks of the watchdog, and what came of it.
@@ -88,6 +101,8 @@ pub(crate) struct Shared {
     pub(crate) info: CommInfo,
     pub(crate) base: Base,
     pub(crate) topology: Topology,
+    /// What algorithms are chosen by; the same on all ranks.
+    pub(crate) tables: RwLock<InUse>,
     /// `None` with one rank.
     pub(crate) channels: Option<Channels>,
     pub(crate) usage: Usage,
@@ -113,6 +128,7 @@ impl Shared {
         info: CommInfo,
         base: Base,
         topology: Topology,
+        tables: InUse,
         channels: Option<Channels>,
         owned: Owned,
         hosts: Hosts,
@@ -121,6 +137,7 @@ impl Shared {
             info,
             base,
             topology,
+            tables: RwLock::new(tables),
             channels,
             usage: Usage::default(),
             words: Mutex::new(owned.words.clone()),
@@ -171,6 +188,8 @@ impl Shared {
     /// Declares the communicator lost and returns the cause, which is the first one declared: ends all waits of this
     /// rank's kernels, and tells the other ranks if the cause arose here. Never blocks.
     pub(crate) fn fail(&self, error: CommError) -> CommError {
+        // Held until the others have been told, so that a drop meanwhile cannot take the host communicators away first.
+        let hosts = lock(&self.host);
         let cause = {
             let mut failure = lock(&self.failure);
             if let Some(first) = &*failure {
@@ -183,8 +202,7 @@ impl Shared {
         if let Some(words) = &*lock(&self.words) {
             words.abort();
         }
-        let control = lock(&self.host).as_ref().map(|hosts| Arc::clone(&hosts.control));
-        if let Some(control) = control {
+        if let Some(Hosts { control, .. }) = &*hosts {
             match &cause {
                 // The others see a death, or a failure reported by its own rank, for themselves.
                 CommError::PeerDied { .. } | CommError::PeerFailed { .. } | CommError::Closed { .. } => {}
@@ -192,6 +210,7 @@ impl Shared {
                 local => control.report_failure(local),
             }
         }
+        drop(hosts);
         tracing::warn!(comm = self.info.name, rank = self.info.rank, %cause, "communicator failed");
         // Under the lock, so that a watchdog between its check and its wait cannot miss it.
         drop(lock(&self.ending));
@@ -224,6 +243,8 @@ impl Shared {
                 // A rank that ran out of patience first reports the others; what was missed here says more.
                 (Some(CommError::PeerFailed { cause, .. }), Some(record))
                     if matches!(*cause, CommError::Timeout { .. }) && record.cause == TIMED_OUT => {}
+                // Ranks that replay the same graph too early all make the same mistake.
+                (Some(CommError::PeerFailed { .. }), Some(record)) if record.cause == UNREGISTERED => {}
                 (Some(error), _) => return Err(self.relocate(error, op)),
                 (None, _) => {}
             }
@@ -236,18 +257,27 @@ impl Shared {
 
     /// The call that a record's kernel belongs to.
     fn kernel(&self, record: &ErrorRecord) -> CallSite {
-        let kind = OpKind::COLLECTIVES.get((record.op & ((1 << KIND_BITS) - 1)) as usize);
-        let seq = u64::from(record.op >> KIND_BITS);
+        let kind = OpKind::COLLECTIVES.get((record.op & ((1 << CALL_KIND_BITS) - 1)) as usize);
+        let seq = u64::from(record.op >> CALL_KIND_BITS);
         CallSite::new(&self.info.name, kind.copied().unwrap_or(OpKind::Poll), seq)
     }
 
     fn gave_up(&self, record: &ErrorRecord) -> CommError {
         let at = self.kernel(record);
+        if record.cause == UNREGISTERED {
+            return CommError::NotRegistered { at };
+        }
         if record.cause != TIMED_OUT {
             return CommError::Aborted { at };
         }
         let missing = (0..self.info.size).filter(|&rank| record.missing >> rank & 1 == 1).collect();
         CommError::Timeout { at, missing, waited: Duration::from_nanos(record.waited_ns) }
+    }
+
+    /// What this rank's kernels have to say, whatever became of the other ranks.
+    pub(crate) fn record(&self) -> Option<CommError> {
+        let record = lock(&self.words).as_ref().and_then(|words| words.error())?;
+        Some(self.gave_up(&record))
     }
 
     /// What can be said about this rank's failure, if there is one.
@@ -279,6 +309,7 @@ impl Shared {
 }
 
 const TIMED_OUT: u32 = 1;
+const UNREGISTERED: u32 = 3;
 
 /// A call under way, with the lock held and the device current.
 pub(crate) struct Call<'a> {
@@ -294,12 +325,29 @@ impl Call<'_> {
     pub(crate) fn link(&self, channel: &Link) -> Link {
         let kind = OpKind::COLLECTIVES.iter().position(|&kind| kind == self.kind).unwrap_or(15) as u32;
         // The number is for people to read; that it wraps after 2^28 calls does no harm.
-        Link { op: (self.seq as u32) << KIND_BITS | kind, ..*channel }
+        Link { op: (self.seq as u32) << CALL_KIND_BITS | kind, ..*channel }
     }
 
     /// Turns an error of enqueueing into the communicator's failure: other ranks may be waiting for what was not.
     pub(crate) fn fatal<T>(&self, result: Result<T>) -> Result<T> {
         result.map_err(|error| self.shared.fail(error))
+    }
+
+    /// Refuses a registered operand whose memory is no longer what was registered. Nothing has been enqueued yet, so
+    /// the communicator is unharmed here; the other ranks wait for the call until their timeout.
+    pub(crate) fn still_there(&self, found: &Found, addr: DeviceAddr) -> Result<()> {
+        let Some(Hold::Opened(_, Some(registered))) = self.owned.table.hold(found.id) else { return Ok(()) };
+        let now = ipc::allocation_id(addr);
+        if now.as_ref().is_ok_and(|now| now == registered) {
+            return Ok(());
+        }
+        Err(CommError::StaleHandle {
+            handle: format!("registration {} of communicator {:?}", found.id, self.shared.info.name),
+            reason: match now {
+                Ok(_) => format!("the memory at {addr:?} was freed while registered, and allocated anew"),
+                Err(error) => format!("the memory at {addr:?} was freed while registered: {error}"),
+            },
+        })
     }
 
     /// Ends the call; it counts as used.

@@ -31,10 +31,12 @@ pub(crate) enum Algorithm {
     Local,
     /// Other operations of this communicator in a row.
     Composed,
+    /// Captured, on results that are registered afterwards: then as cells or direct, or by scratch memory.
+    Captured,
 }
 
 impl Algorithm {
-    const ALL: [Self; 12] = [
+    const ALL: [Self; 13] = [
         Self::OneShot,
         Self::TwoShot,
         Self::Cells,
@@ -47,6 +49,7 @@ impl Algorithm {
         Self::Flags,
         Self::Local,
         Self::Composed,
+        Self::Captured,
     ];
 
     pub(crate) const fn name(self) -> &'static str {
@@ -63,6 +66,7 @@ impl Algorithm {
             Self::Flags => "flags",
             Self::Local => "local",
             Self::Composed => "composed",
+            Self::Captured => "captured",
         }
     }
 

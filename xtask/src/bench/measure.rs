@@ -34,7 +34,7 @@ pub fn run(job: &BenchJob, context: &RankContext) -> Result<()> {
     {
         context.events.emit(Event::Library(library));
     }
-    let bench = Bench { job, context, device: &*device, comm: &comm };
+    let bench = Bench { job, context, device: &*device, comm: &comm, registered: true };
     for (number, case) in job.cases(context.host.size()).into_iter().enumerate() {
         context.events.phase(format!("{} {}", case.op, human(case.bytes)));
         let row = bench
@@ -59,6 +59,8 @@ pub struct Bench<'a> {
     pub device: &'a dyn Device,
     /// Its end of the communicator.
     pub comm: &'a Arc<dyn DeviceComm>,
+    /// Whether operands are registered, where the backend takes registrations.
+    pub registered: bool,
 }
 
 impl Bench<'_> {
@@ -83,6 +85,22 @@ impl Bench<'_> {
             row.in_place = Some(self.in_place(&operands, places, &data(1), &case)?);
         }
         Ok(row)
+    }
+
+    /// Verifies and times one case in its out-of-place form.
+    ///
+    /// # Errors
+    /// The operation's, the device's or the host communicator's.
+    pub fn out_of_place_only(&self, number: u64, case: Case) -> Result<Timing> {
+        if case.norm.is_some() {
+            let mut row = self.row(&case);
+            norm::measure(self, number, &case, &mut row)?;
+            return row.out_of_place.context("the norm has no out-of-place form");
+        }
+        let redop = if case.op.reduces() { self.job.redop } else { ReduceOp::Sum };
+        let operands = Operands::new(case, self.comm.rank(), self.comm.size(), redop);
+        let data = pattern(number << 1, case.op.reduces().then_some(redop), self.comm.size());
+        self.out_of_place(&operands, &data, &case)
     }
 
     fn row(&self, case: &Case) -> Row {
@@ -114,7 +132,7 @@ impl Bench<'_> {
         let bytes = self.context.host.all_reduce(&bytes, HostReduceOp::Max)?;
         let send = Buffer::new(memory, bytes[0] as usize)?;
         let recv = Buffer::new(memory, bytes[1] as usize)?;
-        let _registered = (Registered::new(&**self.comm, &send)?, Registered::new(&**self.comm, &recv)?);
+        let _registered = (self.register(&send)?, self.register(&recv)?);
         // SAFETY: `Operands` sized both buffers; they outlive the work, which `verify` and `time` wait for.
         let mut issue =
             || unsafe { operands.issue(&**self.comm, send.addr, recv.addr, dtype, memory.stream()) };
@@ -146,7 +164,7 @@ impl Bench<'_> {
         let memory = self.device.memory();
         let elements = (places.0 + operands.send_count).max(places.1 + operands.recv_count);
         let both = Buffer::new(memory, elements * size)?;
-        let _registered = Registered::new(&**self.comm, &both)?;
+        let _registered = self.register(&both)?;
         let (send, recv) =
             (both.addr.offset((places.0 * size) as u64), both.addr.offset((places.1 * size) as u64));
         let input = Segment { offset: places.0, ..operands.input() };
@@ -163,9 +181,28 @@ impl Bench<'_> {
             self.device.fill(both.addr, data, dtype, &input)?;
         }
         issue()?;
-        let wrong = self.verify(both.addr, data, &output)?;
+        let mut wrong = self.verify(both.addr, data, &output)?;
         let samples = self.device.time(&*self.context.host, &self.job.effort, case.bytes, &mut issue)?;
+        // What the timed operations left is verified where it must be what one leaves. A reduction in place has gone on from
+        // its own result, so one more is made as the timed ones were, from fresh data.
+        if case.op.reduces() {
+            // SAFETY: as above; `time` has waited for the operations.
+            unsafe {
+                self.device.poison(both.addr, both.bytes)?;
+                self.device.fill(both.addr, data, dtype, &input)?;
+            }
+            if self.job.effort.graph {
+                self.device.replay(1, &mut issue, &mut || self.comm.poll())?;
+            } else {
+                issue()?;
+            }
+        }
+        wrong += self.verify(both.addr, data, &output)?;
         self.timing(case, &samples.means, &samples.singles, wrong)
+    }
+
+    fn register<'b>(&'b self, buffer: &Buffer<'_>) -> Result<Option<Registered<'b>>> {
+        self.registered.then(|| Registered::new(&**self.comm, buffer)).transpose()
     }
 
     fn verify(&self, buffer: DeviceAddr, data: &Pattern, segments: &[Segment]) -> Result<u64> {

@@ -33,7 +33,7 @@ use crate::job;
 use crate::kernels;
 use crate::launch::{LaunchSpec, Mode};
 use crate::rank::Job;
-pub use sizes::human;
+pub use sizes::{human, parse_sizes};
 
 use peer::{Figure, Peer, Torch};
 use plan::{BenchJob, Effort};

@@ -39,7 +39,7 @@ type Point = (f64, f64, f64);
 struct Curve {
     name: String,
     colour: RGBColor,
-    /// Open marks, for the operations that share a colour with an earlier one.
+    /// Open marks, for the curves that share a colour with an earlier one.
     open: bool,
     /// Drawn dashed: a peer's.
     dashed: bool,
@@ -49,8 +49,8 @@ struct Curve {
     busbws: Vec<(f64, f64)>,
 }
 
-/// Draws the rows: above, time by size, below, bus bandwidth by size, a curve per operation, backend and world; a
-/// peer's figures are dashed, in the colour of the operation.
+/// Draws the rows: above, time by size, below, bus bandwidth by size, a curve per operation, backend and world, each in its
+/// own colour; a peer's figures are dashed, in the colour of the operation's first curve.
 ///
 /// # Errors
 /// When there is nothing to draw, or the file cannot be written.
@@ -92,6 +92,15 @@ fn curves(rows: &[Row], peer: &[Figure]) -> Vec<Curve> {
         let name = format!("{} PyTorch x{}", figure.op, figure.world);
         points.entry((op, name, true)).or_default().push((figure.bytes as f64, us, busbw));
     }
+    // Keys are sorted by operation, so an operation's first curve is the first that is met.
+    let drawn: Vec<(usize, String)> =
+        points.keys().filter(|key| !key.2).map(|(op, name, _)| (*op, name.clone())).collect();
+    let hue = |op: usize, name: &str, dashed: bool| {
+        drawn
+            .iter()
+            .position(|(other, known)| *other == op && (dashed || known == name))
+            .unwrap_or(drawn.len())
+    };
     let curve = |((op, name, dashed), mut points): (CurveKey, Vec<Point>)| {
         points.sort_by(|a, b| a.0.total_cmp(&b.0));
         // A logarithmic axis has no place for zero.
@@ -99,7 +108,15 @@ fn curves(rows: &[Row], peer: &[Figure]) -> Vec<Curve> {
             points.iter().map(|point| (point.0, y(point))).filter(|point| point.1 > 0.0).collect()
         };
         let (times, busbws) = (positive(&|point| point.1), positive(&|point| point.2));
-        Curve { name, colour: COLOURS[op % COLOURS.len()], open: op >= COLOURS.len(), dashed, times, busbws }
+        let hue = hue(op, &name, dashed);
+        Curve {
+            name,
+            colour: COLOURS[hue % COLOURS.len()],
+            open: hue >= COLOURS.len(),
+            dashed,
+            times,
+            busbws,
+        }
     };
     points.into_iter().map(curve).filter(|curve| !curve.times.is_empty()).collect()
 }
@@ -240,6 +257,31 @@ mod tests {
             assert!(svg.contains(part), "the plot lacks {part:?}");
         }
         assert!(svg.matches("<polyline").count() >= 4, "a curve per operation in both panels");
+    }
+
+    #[test]
+    fn backends_of_one_operation_have_colours_of_their_own() {
+        let with = |op, backend: &str| Row { backend: backend.into(), ..row(op, 1024, 20.0) };
+        let rows = [
+            with(OpKind::AllReduce, "nccl"),
+            with(OpKind::AllReduce, "p2p"),
+            with(OpKind::AllGather, "nccl"),
+            with(OpKind::AllGather, "p2p"),
+        ];
+        let peer = Figure {
+            op: "all_gather".into(),
+            dtype: "bf16".into(),
+            bytes: 1024,
+            world: 8,
+            in_place: true,
+            us: Some(30.0),
+            reason: None,
+        };
+        let curves = curves(&rows, &[peer]);
+        let colour = |name: &str| curves.iter().find(|curve| curve.name.starts_with(name)).unwrap().colour;
+        let own = ["all_reduce nccl", "all_reduce p2p", "all_gather nccl", "all_gather p2p"].map(colour);
+        assert!((0..4).all(|i| (0..i).all(|j| own[i] != own[j])), "{own:?}");
+        assert_eq!(colour("all_gather PyTorch"), own[2]);
     }
 
     #[test]

@@ -69,7 +69,7 @@ impl<'a> Compiler<'a> {
         source: &Path,
         old: Option<&Module>,
     ) -> anyhow::Result<(Module, bool)> {
-        let dependencies_file = self.out.join(format!("{name}.d"));
+        let dependencies_file = dependencies_file(&self.out, name);
         if let Some(old) = old
             && let Ok(text) = fs::read_to_string(&dependencies_file)
             && self.inputs_sha256(source, &text).is_ok_and(|inputs| inputs == old.inputs_sha256)
@@ -119,7 +119,11 @@ impl<'a> Compiler<'a> {
     /// The toolkit's headers are covered by the compiler's version.
     fn inputs_sha256(&self, source: &Path, dependencies: &str) -> anyhow::Result<String> {
         let mut files = BTreeMap::new();
-        for path in parse_depfile(dependencies) {
+        // A file that cannot be read says nothing of what has changed since, so it never stands for an old module.
+        let Some(paths) = parse_depfile(dependencies) else {
+            bail!("the dependency file of {} cannot be read", source.display());
+        };
+        for path in paths {
             let full = self.cuda.join(path);
             let Ok(full) = fs::canonicalize(&full) else { bail!("{} is gone", full.display()) };
             if let Ok(relative) = full.strip_prefix(&self.cuda) {
@@ -130,6 +134,11 @@ impl<'a> Compiler<'a> {
         let key = (&self.nvcc.version, &self.flags, self.targets(source)?, files);
         Ok(manifest::sha256(&serde_json::to_vec(&key)?))
     }
+}
+
+/// Where it is kept what a module was made from.
+pub(crate) fn dependencies_file(out: &Path, name: &str) -> PathBuf {
+    out.join(format!("{name}.d"))
 }
 
 /// Whether the module's file is there and is what the manifest says.
@@ -154,9 +163,10 @@ pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> anyhow::Result<()> 
     write().with_context(|| format!("writing {}", path.display()))
 }
 
-/// The prerequisites of a make rule: what follows the colon, with line continuations and escaped spaces.
-fn parse_depfile(text: &str) -> Vec<PathBuf> {
-    let Some((_, prerequisites)) = text.split_once(": ") else { return Vec::new() };
+/// The prerequisites of a make rule: what follows the colon, with line continuations and escaped spaces. `None` when it is
+/// no rule, or names nothing.
+fn parse_depfile(text: &str) -> Option<Vec<PathBuf>> {
+    let (_, prerequisites) = text.split_once(": ")?;
     let mut paths = Vec::new();
     let mut word = String::new();
     let mut characters = prerequisites.chars().peekable();
@@ -175,7 +185,7 @@ fn parse_depfile(text: &str) -> Vec<PathBuf> {
     if !word.is_empty() {
         paths.push(PathBuf::from(word));
     }
-    paths
+    (!paths.is_empty()).then_some(paths)
 }
 
 #[cfg(test)]
@@ -185,7 +195,14 @@ mod tests {
     #[test]
     fn dependency_files_are_read() {
         let text = "module.fatbin : fill.cu \\\n    /opt/a\\ b/cuda_fp8.h \\\n    dtype.cuh\n";
-        let paths = parse_depfile(text);
+        let paths = parse_depfile(text).unwrap();
         assert_eq!(paths, ["fill.cu", "/opt/a b/cuda_fp8.h", "dtype.cuh"].map(PathBuf::from));
+    }
+
+    #[test]
+    fn a_dependency_file_that_says_nothing_is_not_read_as_no_dependencies() {
+        for text in ["", "module.fatbin", "module.fatbin : ", "module.fatbin : \\\n  \n"] {
+            assert_eq!(parse_depfile(text), None, "{text:?}");
+        }
     }
 }

@@ -188,9 +188,13 @@ fn build_all(
 fn remove_strays(out: &Path, previous: Option<&Manifest>, now: &Manifest) -> anyhow::Result<()> {
     let Some(previous) = previous else { return Ok(()) };
     for (name, module) in &previous.modules {
-        let path = out.join(&module.file);
-        if !now.modules.contains_key(name) && path.is_file() {
-            fs::remove_file(&path).with_context(|| format!("removing {}", path.display()))?;
+        if now.modules.contains_key(name) {
+            continue;
+        }
+        for path in [out.join(&module.file), compile::dependencies_file(out, name)] {
+            if path.is_file() {
+                fs::remove_file(&path).with_context(|| format!("removing {}", path.display()))?;
+            }
         }
     }
     Ok(())

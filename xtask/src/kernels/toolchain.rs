@@ -7,10 +7,12 @@ use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::command::output_of;
 
 /// What the compiler needs, pinned to versions that are known to work together.
 const WHEELS: [&str; 5] = [
@@ -20,6 +22,11 @@ const WHEELS: [&str; 5] = [
     "nvidia-cuda-runtime==13.0.96",
     "nvidia-cuda-cccl==13.0.85",
 ];
+
+/// How long a program may take to say who it is, from a cold disk too.
+const ANSWER: Duration = Duration::from_secs(30);
+/// How long the installation may take: minutes at a megabyte a second.
+const INSTALLATION: Duration = Duration::from_secs(30 * 60);
 
 /// Where the wheels put the compiler.
 const INSTALLED: &str = "cuda-toolchain/nvidia/cu13/bin/nvcc";
@@ -36,17 +43,14 @@ pub(crate) struct Nvcc {
 impl Nvcc {
     /// Asks the compiler at `path` who it is.
     fn probe(path: &Path) -> anyhow::Result<Self> {
-        let output = Command::new(path)
-            .arg("--version")
-            .output()
-            .with_context(|| format!("running {} --version", path.display()))?;
-        let text = String::from_utf8_lossy(&output.stdout);
-        let version = text.split(", V").nth(1).and_then(|rest| rest.split_whitespace().next());
+        let text = output_of(Command::new(path).arg("--version"), ANSWER);
+        let version = text.as_deref().and_then(|text| text.split(", V").nth(1)?.split_whitespace().next());
         match version {
-            Some(version) if output.status.success() => {
-                Ok(Self { path: path.to_path_buf(), version: version.to_owned() })
-            }
-            _ => bail!("{} is not a working nvcc ({})", path.display(), output.status),
+            Some(version) => Ok(Self { path: path.to_path_buf(), version: version.to_owned() }),
+            None => bail!(
+                "{} is not a working nvcc: --version did not print a version within {ANSWER:?}",
+                path.display()
+            ),
         }
     }
 
@@ -121,13 +125,7 @@ pub(crate) fn install(target: &Path) -> anyhow::Result<Nvcc> {
 }
 
 fn require(command: &[&str], what_to_do: &str) -> anyhow::Result<()> {
-    let works = Command::new(command[0])
-        .args(&command[1..])
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status()
-        .is_ok_and(|status| status.success());
-    if !works {
+    if output_of(Command::new(command[0]).args(&command[1..]), ANSWER).is_none() {
         bail!("`{}` does not work: {what_to_do}", command.join(" "));
     }
     Ok(())
@@ -153,18 +151,31 @@ fn pip_install(into: &Path) -> anyhow::Result<()> {
         let _ = std::io::Read::read_to_string(&mut errors, &mut text);
         text
     });
-    if let Some(output) = child.stdout.take() {
+    let output = child.stdout.take().context("pip without standard output")?;
+    let shown = spinner.clone();
+    std::thread::spawn(move || {
         for line in BufReader::new(output).lines().map_while(Result::ok) {
             let words = ["Collecting", "Downloading", "Installing", "Successfully"];
             if words.iter().any(|word| line.trim_start().starts_with(word)) {
-                if spinner.is_hidden() {
+                if shown.is_hidden() {
                     println!("{}", line.trim());
                 }
-                spinner.set_message(line.trim().to_owned());
+                shown.set_message(line.trim().to_owned());
             }
         }
-    }
-    let status = child.wait().context("waiting for pip")?;
+    });
+    let give_up = Instant::now() + INSTALLATION;
+    let status = loop {
+        if let Some(status) = child.try_wait().context("waiting for pip")? {
+            break status;
+        }
+        if Instant::now() >= give_up {
+            let _ = child.kill();
+            let _ = child.wait();
+            bail!("pip has not installed {} within {INSTALLATION:?}", WHEELS.join(" "));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    };
     spinner.finish_and_clear();
     if !status.success() {
         let text = reader.join().unwrap_or_default();

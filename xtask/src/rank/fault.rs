@@ -14,7 +14,7 @@ use crate::backends;
 use crate::bench::data::{Content, Segment, pattern};
 use crate::bench::measure::Buffer;
 use crate::device::Device;
-use crate::events::{CaseResult, Event, monotonic_nanos};
+use crate::events::{CaseResult, Event, GoodCall, monotonic_nanos};
 use crate::launch::{FAULT_POINT, Fault, FaultKind};
 use crate::rank::RankContext;
 
@@ -62,7 +62,8 @@ pub fn run(job: &FaultJob, context: &RankContext) -> Result<()> {
     context.events.phase(FAULT_POINT);
 
     if am_hit && job.fault.kind == FaultKind::Late {
-        std::thread::sleep(job.timeout * 2 + Duration::from_secs(1));
+        // Until the others have given up, and some more: they must miss a rank that is there.
+        std::thread::sleep(job.timeout + Duration::from_secs(2));
         return Ok(());
     }
     let aborter = (am_hit && job.fault.kind == FaultKind::Abort).then(|| {
@@ -75,6 +76,7 @@ pub fn run(job: &FaultJob, context: &RankContext) -> Result<()> {
     let start = Instant::now();
     let give_up = job.timeout * 2 + Duration::from_secs(3);
     let mut broken = false;
+    let mut before: Option<GoodCall> = None;
     let error = loop {
         let began = monotonic_nanos();
         let result = if job.graph {
@@ -84,10 +86,13 @@ pub fn run(job: &FaultJob, context: &RankContext) -> Result<()> {
         };
         // What the communicator knows says more than what its abort did to the device's work.
         let result = comm.poll().and(result);
+        let returned = monotonic_nanos();
         if let Err(error) = result {
-            context.events.emit(Event::Failed { error: error.clone(), began, returned: monotonic_nanos() });
+            context.events.emit(Event::Failed { error: error.clone(), began, returned, before });
             break error;
         }
+        let index = before.map_or(0, |good| good.index + 1);
+        before = Some(GoodCall { index, began, returned });
         if start.elapsed() > give_up {
             bail!("{give_up:?} after the fault no call had failed");
         }
@@ -101,8 +106,8 @@ pub fn run(job: &FaultJob, context: &RankContext) -> Result<()> {
     }
     drop(comm);
     if am_hit {
-        // Stays, so that the others see the fault itself and not this process's end.
-        std::thread::sleep(job.timeout);
+        // Stays for longer than the others may take, so that they see the fault itself and not this process's end.
+        std::thread::sleep(job.timeout.min(Duration::from_secs(2)));
         return Ok(());
     }
     let result = match go_on(job, context, &*device).with_context(|| format!("after {error}")) {

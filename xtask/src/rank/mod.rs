@@ -4,6 +4,7 @@
 
 mod conformance;
 mod fault;
+mod sweep;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,9 +22,11 @@ use crate::bench;
 use crate::device::Device;
 use crate::events::{Event, EventSink};
 use crate::launch::THREADS_ENV;
+use crate::tune;
 
 pub use conformance::ConformanceJob;
 pub use fault::{FaultJob, GOES_ON};
+pub use sweep::SweepJob;
 
 /// The environment variable that names the file which holds the job.
 pub const JOB_ENV: &str = "COMM_XTASK_JOB";
@@ -37,6 +40,10 @@ pub enum Job {
     Conformance(ConformanceJob),
     /// A fault test.
     Fault(FaultJob),
+    /// Measurements for a table of algorithms.
+    Tune(tune::TuneJob),
+    /// Every kernel once.
+    Sweep(SweepJob),
 }
 
 /// What a rank knows of itself.
@@ -60,6 +67,16 @@ enum Again {
 }
 
 impl RankContext {
+    /// A rank of a test's world of threads, whose events go nowhere.
+    ///
+    /// # Errors
+    /// As [`EventSink::from_env`].
+    #[cfg(test)]
+    pub fn of_test(host: Arc<dyn HostComm>) -> Result<Self> {
+        let (local_rank, events) = (host.rank(), EventSink::from_env(host.rank())?);
+        Ok(Self { host, local_rank, events, again: Again::Threads(Arc::default()) })
+    }
+
     /// The device that this rank works on.
     ///
     /// # Errors
@@ -99,15 +116,19 @@ impl RankContext {
     /// # Errors
     /// When it cannot be created.
     pub fn create(&self, backend: &str, memory: &dyn DeviceMemory) -> comm_core::Result<Arc<dyn DeviceComm>> {
-        let context = CreateContext {
+        backends::registry().create(backend, &self.create_context(memory))
+    }
+
+    /// What a communicator of all ranks is created from.
+    pub fn create_context(&self, memory: &dyn DeviceMemory) -> CreateContext {
+        CreateContext {
             host: Arc::clone(&self.host),
             memory: memory.kind(),
             timeout: self.host.timeout(),
             checked: false,
             // Benchmarks and suite lay registered operands out alike on all ranks. Other backends ignore it.
             options: [("p2p.symmetric_operands".to_owned(), "on".to_owned())].into(),
-        };
-        backends::registry().create(backend, &context)
+        }
     }
 }
 
@@ -180,6 +201,8 @@ fn run_rank(job: &Job, context: &RankContext) -> Result<()> {
         Job::Bench(job) => bench::measure::run(job, context),
         Job::Conformance(job) => conformance::run(job, context),
         Job::Fault(job) => fault::run(job, context),
+        Job::Tune(job) => tune::rank::run(job, context),
+        Job::Sweep(_) => sweep::run(context),
     };
     if let Err(error) = &result {
         // The others need not wait for their timeouts, and learn why.

@@ -3,7 +3,7 @@
 use comm_core::CommError;
 use std::time::Duration;
 
-use crate::events::CaseResult;
+use crate::events::{CaseResult, GoodCall};
 use crate::launch::{Fault, FaultKind};
 
 /// How soon a failure that can be noticed must be.
@@ -24,6 +24,26 @@ pub struct Seen {
     pub began: u64,
     /// When it returned.
     pub returned: u64,
+    /// The call before it, which this rank took for good.
+    pub before: Option<GoodCall>,
+}
+
+impl Seen {
+    /// What tells a wrong judgement from a slow thread: how long the call before took that was taken for good, how long
+    /// the rank then took to make the next, and what the error says of its own wait.
+    fn circumstances(&self) -> String {
+        let span = |from: u64, to: u64| Duration::from_nanos(to.saturating_sub(from));
+        let before = match &self.before {
+            Some(good) => format!(
+                "call #{} before it took {:?} and was good, the next began {:?} later",
+                good.index,
+                span(good.began, good.returned),
+                span(good.returned, self.began)
+            ),
+            None => "it was the first call".to_owned(),
+        };
+        format!("{before}; the error: {}", self.error)
+    }
 }
 
 /// Everything known about one run of a fault test.
@@ -97,7 +117,8 @@ fn judge_survivor(evidence: &Evidence<'_>, seen: &Seen) -> Result<(), String> {
                 return Err(format!("blamed rank {rank}: {error}"));
             }
             let at = evidence.fault_at.ok_or("the fault did not happen")?;
-            within(since(at), NOTICE)
+            within(since(at), NOTICE)?;
+            believed_in_time(evidence, seen)
         }
         FaultKind::Stop | FaultKind::Late => {
             let CommError::Timeout { missing, .. } = error else {
@@ -108,9 +129,11 @@ fn judge_survivor(evidence: &Evidence<'_>, seen: &Seen) -> Result<(), String> {
             }
             let waited = since(seen.began);
             if waited + EARLY < evidence.timeout {
-                return Err(format!("gave up after {waited:?}, before the timeout"));
+                let circumstances = seen.circumstances();
+                return Err(format!("gave up after {waited:?}, before the timeout ({circumstances})"));
             }
-            within(waited, evidence.timeout + LATE)
+            within(waited, evidence.timeout + LATE)?;
+            believed_in_time(evidence, seen)
         }
         FaultKind::CudaError | FaultKind::Abort => {
             let CommError::PeerFailed { rank, .. } = error else {
@@ -123,6 +146,19 @@ fn judge_survivor(evidence: &Evidence<'_>, seen: &Seen) -> Result<(), String> {
             within(since(hit.ok_or("the hit rank reported nothing")?.returned), NOTICE)
         }
     }
+}
+
+/// A call that no rank could finish without the missing one, and that ended all the same, was ended by an abort: one that
+/// began after the fault, or outlasted the timeout.
+fn believed_in_time(evidence: &Evidence<'_>, seen: &Seen) -> Result<(), String> {
+    let Some(good) = &seen.before else { return Ok(()) };
+    let took = Duration::from_nanos(good.returned.saturating_sub(good.began));
+    let early = u64::try_from(EARLY.as_nanos()).unwrap_or(u64::MAX);
+    let began_after = evidence.fault_at.is_some_and(|at| good.began > at.saturating_add(early));
+    if !began_after && took + EARLY < evidence.timeout {
+        return Ok(());
+    }
+    Err(format!("took a call for good that could not be ({})", seen.circumstances()))
 }
 
 fn within(took: Duration, limit: Duration) -> Result<(), String> {
@@ -141,7 +177,7 @@ mod tests {
     }
 
     fn seen(rank: usize, error: CommError, began: u64, returned: u64) -> Seen {
-        Seen { rank, error, began: began * MS, returned: returned * MS }
+        Seen { rank, error, began: began * MS, returned: returned * MS, before: None }
     }
 
     fn problems(kind: FaultKind, seen: &[Seen], went_on: CaseResult) -> Vec<String> {
@@ -180,6 +216,32 @@ mod tests {
                 .contains("before the timeout")
         );
         assert!(problems(FaultKind::Stop, &timeout(&[0], 4300), CaseResult::Passed)[0].contains("not among"));
+    }
+
+    #[test]
+    fn a_call_that_an_abort_ended_must_not_be_taken_for_good() {
+        let error = CommError::Timeout { at: at(), missing: vec![1], waited: Duration::from_millis(3_170) };
+        let call = |began, returned| GoodCall { index: 41, began: began * MS, returned: returned * MS };
+        let after =
+            |good, began, returned| Seen { before: Some(good), ..seen(0, error.clone(), began, returned) };
+        let good = after(call(900, 1_000), 1_000, 4_300);
+        assert!(problems(FaultKind::Stop, &[good], CaseResult::Passed).is_empty());
+        // The next call failed at once, because the failure had been on its way.
+        let early = after(call(1_000, 4_200), 4_201, 4_204);
+        let told = problems(FaultKind::Stop, &[early], CaseResult::Passed);
+        assert!(
+            told[0].contains("gave up after 3ms") && told[0].contains("call #41 before it took 3.2s"),
+            "{told:?}"
+        );
+        // The next call was left in peace for a whole timeout.
+        let late = after(call(1_000, 4_200), 4_201, 7_300);
+        assert!(problems(FaultKind::Stop, &[late], CaseResult::Passed)[0].contains("took a call for good"));
+        // No call that began after the death can be good.
+        let died = CommError::PeerDied { at: at(), rank: 1 };
+        let dead = |good| Seen { before: Some(good), ..seen(0, died.clone(), 1_300, 1_400) };
+        let told = problems(FaultKind::Kill, &[dead(call(1_100, 1_300))], CaseResult::Passed);
+        assert!(told[0].contains("took a call for good"), "{told:?}");
+        assert!(problems(FaultKind::Kill, &[dead(call(990, 1_010))], CaseResult::Passed).is_empty());
     }
 
     #[test]

@@ -77,6 +77,11 @@ struct Packet {
     __device__ __forceinline__ static void restore(char*) {}
 };
 
+// How far a flag may be ahead of a wait for it. Ranks are never further apart than a few rounds; a flag that was last
+// raised long ago, because other kernels or larger grids used the channel since, must not count as raised when the
+// distance wraps.
+constexpr uint32_t kAhead = 1024;
+
 // A word that says "everything I wrote before, you may read" (raise_after_writes) or only "I am here" (raise).
 struct Flag {
     __device__ __forceinline__ static void raise(uint32_t* at, uint32_t round) {
@@ -89,7 +94,7 @@ struct Flag {
     __device__ __forceinline__ static bool raised(const uint32_t* at, uint32_t round) {
         uint32_t v;
         asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
-        return int32_t(v - round) >= 0;
+        return v - round < kAhead;
     }
 };
 

@@ -19,9 +19,16 @@ use super::watchdog;
 /// has no kernels. Graphs hold the communicator inside NCCL: drop them before [`close`](DeviceComm::close), and do not
 /// launch them after.
 ///
+/// What an operation received is right only if [`poll`](DeviceComm::poll), asked after the operation has completed, finds
+/// nothing wrong: the end of a failed communicator lets kernels complete that hold garbage.
+///
 /// A send to this rank itself needs its receive in the same [`group`](DeviceComm::group).
 ///
 /// Memory from [`allocate`](DeviceComm::allocate) lives until it is freed or the communicator ends.
+///
+/// Where ranks share a process, what a closed or dropped communicator holds of its device, NCCL's memory and its own, is
+/// given back when the last communicator of the process has ended, because giving it back may wait for other ranks' work:
+/// split once and keep the groups, rather than again and again. With one rank in a process it is given back at once.
 ///
 /// Dropping the handle returns at once: a thread of its own lets enqueued work finish, within the timeout, and ends the
 /// communicator. The end of the process waits for that thread, for five seconds at most;
@@ -288,7 +295,8 @@ unsafe impl DeviceComm for NcclComm {
     }
 
     fn poll(&self) -> Result<()> {
-        self.shared.healthy()
+        self.shared.healthy()?;
+        self.shared.overtaken()
     }
 
     fn abort(&self) {

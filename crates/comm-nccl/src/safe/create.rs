@@ -8,6 +8,8 @@ use comm_core::{
 };
 
 use super::comm::NcclComm;
+use super::farewell::Farewell;
+use super::remains;
 use super::state::{Base, Hosts, Pause, Scratch, Shared, lock};
 use super::track::Tracker;
 use super::watchdog;
@@ -36,7 +38,8 @@ pub(crate) fn hosts(
     deadline: Deadline,
 ) -> Result<Hosts> {
     let diagnosis = sibling(&*control, deadline)?;
-    Ok(Hosts { parent, control, diagnosis })
+    let farewell = Farewell::new(sibling(&*control, deadline)?);
+    Ok(Hosts { parent, control, diagnosis, farewell })
 }
 
 /// A host communicator of the same ranks in the same order.
@@ -74,7 +77,7 @@ pub(crate) fn draft(base: Base, hosts: Hosts, ordinal: usize) -> Result<Draft> {
     let scratch = Scratch { barrier, staging, staging_bytes };
     let shared = Arc::new(Shared::new(info, base, scratch, tracker, hosts));
     watchdog::spawn(shared.clone()).inspect_err(|_| {
-        watchdog::give_back_scratch(&shared, &mut lock(&shared.native));
+        remains::give_back_device(lock(&shared.native).tracker.take(), scratch);
     })?;
     Ok(Draft { comm: NcclComm::new(shared.clone()), shared })
 }

@@ -6,7 +6,7 @@
 
 use std::time::{Duration, Instant};
 
-use comm_core::{CommError, Deadline, OpKind};
+use comm_core::{CommError, Deadline, OpKind, Result};
 
 use super::state::{Shared, lock};
 use super::track::{Arrival, Issued};
@@ -147,8 +147,18 @@ impl Shared {
         self.fail(error)
     }
 
+    /// Declares failure if another rank's abort may have completed work here, before this rank's watchdog has noticed.
+    /// Never blocks.
+    pub(crate) fn overtaken(&self) -> Result<()> {
+        let farewell = lock(&self.farewell).clone();
+        let Some(Err(word)) = farewell.map(|farewell| farewell.overtaken()) else { return Ok(()) };
+        // Why it aborted was said elsewhere, before.
+        let cause = self.observe().err().unwrap_or_else(|| self.relocate(word, None));
+        Err(self.fail(cause))
+    }
+
     /// The failure that the host side knows of, as one of this communicator. Never blocks.
-    pub(crate) fn observe(&self) -> Result<(), CommError> {
+    pub(crate) fn observe(&self) -> Result<()> {
         // Held while polling, so that the last reference cannot end up being dropped by the watchdog: a host
         // communicator may tell a death from a departure by the thread that drops it.
         let hosts = lock(&self.hosts);

@@ -14,7 +14,7 @@ use crate::driver;
 use crate::result::NcclLibrary;
 
 /// Raised when ranks of different builds would no longer understand each other's facts or reports.
-const PROTOCOL: u32 = 3;
+const PROTOCOL: u32 = 4;
 
 /// Makes communicators over NCCL.
 ///
@@ -44,8 +44,18 @@ const PROTOCOL: u32 = 3;
 ///
 /// Watching costs two kernels per captured call: 2.5 us between two H200s, at every size. Calls that are not captured are
 /// watched by events, which cost the device nothing; but they reach NCCL through a thread that it starts for each call on
-/// a non-blocking communicator, which takes some 40 us of host time more than a blocking one would (`benches/enqueue.rs`).
-/// On a blocking one a call could wait inside NCCL for ranks that never come.
+/// a non-blocking communicator, which takes some 48 us of host time more than a blocking one would (`benches/enqueue.rs`).
+/// Replayed graphs pay nothing of that.
+///
+/// # Why not blocking
+/// A call on a blocking communicator can wait inside NCCL, on the caller's thread, for ranks that never come: the first
+/// use of an algorithm, or of a pair of ranks, connects them, and a full launch queue waits for the device. Only NCCL's
+/// abort flag ends such a wait. `ncclCommAbort`, called by another thread, sets the flag and then frees the communicator
+/// under the thread that is still inside. A blocking communicator that is split from a non-blocking one can be reached
+/// through its parent, whose abort sets the child's flag, but only if parent and child share resources, and then the
+/// parent's other children, the groups that a program split off, have that flag in common: the failure of one group would
+/// make the kernels of all others leave with garbage. It would take a native parent for each communicator's own use, three
+/// native communicators in place of one, and behaviour that NCCL does not promise.
 #[derive(Clone, Default)]
 pub struct NcclFactory {
     library: Arc<Mutex<Option<Arc<NcclLibrary>>>>,
@@ -146,6 +156,7 @@ impl BackendFactory for NcclFactory {
             (fact::VERSION, code.to_string()),
             (fact::GPU, uuid),
             (fact::COMPUTE, (major * 10 + minor).to_string()),
+            (fact::PROCESS, format!("{}/{}", host_name(), std::process::id())),
             (fact::HOST, host_name()),
             (fact::KERNELS, kernels),
             (fact::WATCH, watch.to_owned()),

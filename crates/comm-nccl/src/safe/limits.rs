@@ -1,6 +1,6 @@
 //! What all ranks of a communicator can do, and how the contracts' types map to NCCL's.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use comm_core::{Capability, CommError, DType, OpKind, OpQuery, ReduceOp, Result, Support};
 
@@ -13,6 +13,8 @@ pub(crate) mod fact {
     pub(crate) const GPU: &str = "cuda.uuid";
     pub(crate) const COMPUTE: &str = "cuda.compute_capability";
     pub(crate) const HOST: &str = "host";
+    /// The host and the process's number on it.
+    pub(crate) const PROCESS: &str = "process";
     /// Empty when the compiled kernels are there, otherwise why not.
     pub(crate) const KERNELS: &str = "kernels";
     /// `on`, or why captured work cannot be watched.
@@ -38,6 +40,7 @@ pub(crate) struct Limits {
     /// Why the fused norm is not to be had, if it is not.
     norm: Option<String>,
     watch_graphs: bool,
+    shares_process: bool,
 }
 
 impl Limits {
@@ -45,8 +48,14 @@ impl Limits {
     pub(crate) fn agree(capabilities: &[Capability]) -> Result<Self> {
         let mut first_options = None;
         let mut owners: BTreeMap<&str, usize> = BTreeMap::new();
-        let mut limits =
-            Self { version: Version::new(u32::MAX, 0, 0), compute: u32::MAX, norm: None, watch_graphs: true };
+        let mut processes: BTreeSet<&str> = BTreeSet::new();
+        let mut limits = Self {
+            version: Version::new(u32::MAX, 0, 0),
+            compute: u32::MAX,
+            norm: None,
+            watch_graphs: true,
+            shares_process: false,
+        };
         for (rank, capability) in capabilities.iter().enumerate() {
             let get = |name: &'static str| {
                 capability.facts.get(name).map(String::as_str).ok_or_else(|| {
@@ -81,6 +90,7 @@ impl Limits {
             }
             limits.version = limits.version.min(Version::from_code(number(fact::VERSION)?));
             limits.compute = limits.compute.min(number(fact::COMPUTE)?);
+            limits.shares_process |= !processes.insert(get(fact::PROCESS)?);
             limits.watch_graphs &= get(fact::WATCH)? == WATCHED;
             let norm = get(fact::KERNELS)?;
             if !norm.is_empty() && limits.norm.is_none() {
@@ -102,6 +112,11 @@ impl Limits {
     /// Whether captured work is watched, which takes kernels on all ranks: how far each is counts the same everywhere.
     pub(crate) const fn watches_graphs(&self) -> bool {
         self.watch_graphs && self.has_kernels()
+    }
+
+    /// Whether a process holds more than one of the ranks.
+    pub(crate) const fn shares_process(&self) -> bool {
+        self.shares_process
     }
 
     /// The answer of `DeviceComm::supports`.
@@ -193,6 +208,7 @@ mod tests {
             (fact::VERSION, version.to_string()),
             (fact::COMPUTE, compute.to_string()),
             (fact::HOST, "node".to_owned()),
+            (fact::PROCESS, format!("node/{gpu}")),
             (fact::KERNELS, norm.to_owned()),
             (fact::OPTIONS, "max_ctas=8".to_owned()),
             (fact::WATCH, if norm.is_empty() { WATCHED } else { "no kernels" }.to_owned()),
@@ -206,6 +222,16 @@ mod tests {
             [capability("a", 22809, 90, ""), capability("b", 22809, 90, ""), capability("a", 22809, 90, "")];
         let message = Limits::agree(&ranks).unwrap_err().to_string();
         assert!(message.contains("ranks 0 and 2") && message.contains("GPU a"), "{message}");
+    }
+
+    #[test]
+    fn ranks_of_one_process_are_known_to_all() {
+        let mut ranks = [capability("a", 22809, 90, ""), capability("b", 22809, 90, "")];
+        assert!(!Limits::agree(&ranks).unwrap().shares_process());
+        for rank in &mut ranks {
+            rank.facts.insert(fact::PROCESS.to_owned(), "node/7".to_owned());
+        }
+        assert!(Limits::agree(&ranks).unwrap().shares_process());
     }
 
     #[test]

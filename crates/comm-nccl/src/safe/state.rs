@@ -8,6 +8,7 @@ use comm_core::{CallSite, CommError, CommInfo, DeviceAddr, HostComm, OpKind, Res
 use comm_kernels::Kernels;
 use cudarc::driver::CudaContext;
 
+use super::farewell::Farewell;
 use super::limits::Limits;
 use super::memory::Buffers;
 use super::options::Options;
@@ -45,6 +46,8 @@ pub(crate) struct Hosts {
     pub(crate) control: Arc<dyn HostComm>,
     /// For one exchange, after a failure has made `control` useless.
     pub(crate) diagnosis: Arc<dyn HostComm>,
+    /// For the end of a failed communicator.
+    pub(crate) farewell: Farewell,
 }
 
 /// What is touched only under the lock.
@@ -90,6 +93,9 @@ pub(crate) struct Shared {
     pub(crate) usage: Usage,
     pub(crate) native: Mutex<Native>,
     pub(crate) hosts: Mutex<Option<Hosts>>,
+    /// Kept until the watchdog ends, longer than the other host communicators: an abort that comes after a drop is
+    /// announced too.
+    pub(crate) farewell: Mutex<Option<Farewell>>,
     pub(crate) ending: Mutex<Ending>,
     pub(crate) changed: Condvar,
     state: AtomicU8,
@@ -117,6 +123,7 @@ impl Shared {
             scratch,
             usage: Usage::default(),
             native: Mutex::new(native),
+            farewell: Mutex::new(Some(hosts.farewell.clone())),
             hosts: Mutex::new(Some(hosts)),
             ending: Mutex::default(),
             changed: Condvar::new(),

@@ -11,6 +11,7 @@ use comm_core::{CommError, Deadline, OpKind, Result};
 use comm_kernels::exit;
 
 use super::diagnose::may_come_from_a_peer;
+use super::remains::{self, Remains};
 use super::state::{Native, Pause, Shared, lock};
 use super::track::Progress;
 use crate::driver::{self, Current};
@@ -25,16 +26,21 @@ const FLUSH_TIME: Duration = Duration::from_secs(2);
 pub(crate) fn spawn(shared: Arc<Shared>) -> Result<()> {
     let name = format!("nccl-watch-{}", shared.info.rank);
     let live = exit::Live::new();
+    remains::enter(&shared);
+    let watched = shared.clone();
     std::thread::Builder::new()
         .name(name)
         .spawn(move || {
-            run(&shared);
+            run(&watched);
             // It may be what keeps the context alive, so this too is before the thread counts as ended.
-            drop(shared);
+            drop(watched);
             drop(live);
         })
         .map(drop)
-        .map_err(|error| CommError::io("starting a communicator's watchdog thread", &error))
+        .map_err(|error| {
+            remains::release(&shared);
+            CommError::io("starting a communicator's watchdog thread", &error)
+        })
 }
 
 fn run(shared: &Shared) {
@@ -45,6 +51,7 @@ fn run(shared: &Shared) {
             // Without its context nothing can be given back; the failure is what callers learn.
             let cause = shared.fail(error);
             lock(&shared.native).comm = std::ptr::null_mut();
+            remains::release(shared);
             finish(shared, Err(cause));
             return;
         }
@@ -87,6 +94,7 @@ fn run(shared: &Shared) {
 }
 
 fn finish(shared: &Shared, outcome: Result<()>) {
+    drop(lock(&shared.farewell).take());
     lock(&shared.ending).outcome = Some(outcome);
     shared.changed.notify_all();
 }
@@ -178,18 +186,16 @@ fn end(shared: &Shared, collective: bool, timeout: Duration) -> Result<()> {
         abort(shared);
         return Err(cause);
     }
-    let comm = {
-        let mut native = lock(&shared.native);
-        let comm = std::mem::replace(&mut native.comm, std::ptr::null_mut());
-        give_back_buffers(shared, &mut native, comm);
-        comm
-    };
+    let left = Remains::take(shared, &mut lock(&shared.native));
     // Without the lock, so that a call that came just too late is refused and does not wait for NCCL.
-    if !comm.is_null() {
-        // SAFETY: the communicator has been flushed, and was taken out under the lock, so this thread alone has it.
-        let _ = unsafe { shared.base.library.comm_destroy(comm) }?;
+    remains::keep(shared, left)?;
+    if collective && shared.base.limits.shares_process() {
+        // A rank that has died since does not make this rank's end a bad one.
+        let waited = shared.hosts().and_then(|hosts| hosts.control.barrier(deadline));
+        if let Err(error) = waited {
+            tracing::debug!(comm = shared.info.name, %error, "not all ranks have seen the end");
+        }
     }
-    give_back_scratch(shared, &mut lock(&shared.native));
     Ok(())
 }
 
@@ -213,7 +219,8 @@ fn drain(shared: &Shared, deadline: Deadline, op: OpKind) -> Result<()> {
             inspect(shared, &mut native)?
         };
         match waiting {
-            Progress::Idle => return Ok(()),
+            // Asked after the completion, which an abort elsewhere may have brought about.
+            Progress::Idle => return shared.overtaken(),
             Progress::Overdue(issued, waited) => return Err(shared.overdue(issued, waited)),
             Progress::Pending if deadline.has_passed() => {
                 return Err(CommError::Timeout {
@@ -250,39 +257,26 @@ fn flush(shared: &Shared, deadline: Deadline) -> Result<()> {
     Ok(())
 }
 
-/// Ends a failed communicator: its kernels leave their waits.
+/// Ends a failed communicator: its kernels leave their waits, after the other ranks know.
 fn abort(shared: &Shared) {
     let start = Instant::now();
     // Calls see the failure between two looks at NCCL, so the lock is free within microseconds.
     let comm = std::mem::replace(&mut lock(&shared.native).comm, std::ptr::null_mut());
     // Without the lock, so that a call that came just too late is refused and does not wait for NCCL.
     if !comm.is_null() {
+        let farewell = lock(&shared.farewell).clone();
+        if let Some(farewell) = farewell {
+            farewell.leave();
+        }
         // SAFETY: it was taken out under the lock, so no other thread is inside NCCL with it, nor can be again.
         if let Err(error) = unsafe { shared.base.library.comm_abort(comm) }.map(drop) {
             tracing::warn!(comm = shared.info.name, %error, "aborting a communicator");
         }
     }
-    let mut native = lock(&shared.native);
-    // Registrations went with the communicator; allocations did not.
-    give_back_buffers(shared, &mut native, std::ptr::null_mut());
-    give_back_scratch(shared, &mut native);
+    // Registrations went with the communicator; the rest did not.
+    let left = Remains::take(shared, &mut lock(&shared.native));
+    if let Err(error) = remains::keep(shared, left) {
+        tracing::warn!(comm = shared.info.name, %error, "giving back what an aborted communicator held");
+    }
     tracing::debug!(comm = shared.info.name, took = ?start.elapsed(), "communicator taken down");
-}
-
-fn give_back_buffers(shared: &Shared, native: &mut Native, comm: *mut crate::sys::Comm) {
-    native.buffers.give_back(&shared.base.library, comm);
-}
-
-/// Gives back what a communicator owns besides the native one. The context is current.
-pub(crate) fn give_back_scratch(shared: &Shared, native: &mut Native) {
-    if let Some(tracker) = native.tracker.take() {
-        tracker.destroy();
-    }
-    // SAFETY: the communicator is gone, so no operation will use them, and freeing waits for what is still running.
-    unsafe {
-        driver::free(shared.scratch.barrier);
-        if !shared.scratch.staging.is_null() {
-            driver::free(shared.scratch.staging);
-        }
-    }
 }

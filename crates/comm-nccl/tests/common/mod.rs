@@ -4,8 +4,8 @@
 
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use comm_core::{
@@ -18,11 +18,12 @@ use comm_nccl::NcclFactory;
 /// Long enough for a cold start on a busy machine, and the bound on everything that goes well.
 pub(crate) const PATIENT: Duration = Duration::from_secs(60);
 /// The timeout of tests in which a rank is missing.
-pub(crate) const SHORT: Duration = Duration::from_secs(3);
+pub(crate) const SHORT: Duration = Duration::from_secs(2);
 
 /// The world size to test, or `None` after printing why the test is skipped. Where `COMM_REQUIRE_GPUS` asks for GPUs,
 /// their absence is a failure. `COMM_TEST_WORLD` bounds the size.
 pub(crate) fn world_size() -> Option<usize> {
+    report_end();
     let number = |name| std::env::var(name).ok().map(|text: String| text.parse::<usize>().unwrap());
     let required = number("COMM_REQUIRE_GPUS").unwrap_or(0);
     let found = comm_kernels::driver::device_count();
@@ -40,6 +41,64 @@ pub(crate) fn world_size() -> Option<usize> {
             println!("SKIP: {error}");
             None
         }
+    }
+}
+
+/// As many ranks as a test needs whose point is not their number: making a communicator of many takes longer.
+pub(crate) fn few(size: usize) -> usize {
+    size.min(3)
+}
+
+unsafe extern "C" {
+    fn atexit(handler: extern "C" fn()) -> i32;
+    fn write(fd: i32, bytes: *const u8, count: usize) -> isize;
+}
+
+/// When the handler for the end was set up, from which it counts.
+static FIRST: OnceLock<Instant> = OnceLock::new();
+
+/// Has the end of the process say when the last communicator was down, so that a log tells a slow test from a slow end.
+/// Called before the first communicator is made, so that its own handler runs after theirs.
+fn report_end() {
+    FIRST.get_or_init(|| {
+        // SAFETY: the handler takes nothing and never unwinds, and this program stays loaded until its end.
+        let _ = unsafe { atexit(say_end) };
+        Instant::now()
+    });
+}
+
+extern "C" fn say_end() {
+    let took = FIRST.get().map_or(Duration::ZERO, Instant::elapsed);
+    let line =
+        format!("    {:.2} s after the first test began all communicators are down\n", took.as_secs_f64());
+    // Not through the standard library, whose state of this thread may be gone.
+    // SAFETY: the pointer and the length are the line's.
+    let _ = unsafe { write(2, line.as_ptr(), line.len()) };
+}
+
+/// How long the parts of one world take: the slowest rank's creation, and all of it.
+struct Clock {
+    size: usize,
+    start: Instant,
+    made: Mutex<Duration>,
+}
+
+impl Clock {
+    fn new(size: usize) -> Self {
+        Self { size, start: Instant::now(), made: Mutex::default() }
+    }
+
+    fn made(&self) {
+        let mut made = self.made.lock().unwrap();
+        *made = made.max(self.start.elapsed());
+    }
+}
+
+impl Drop for Clock {
+    fn drop(&mut self) {
+        let made = self.made.lock().map_or(0.0, |made| made.as_secs_f64());
+        let all = self.start.elapsed().as_secs_f64();
+        println!("    {} ranks: made after {made:.2} s, through after {all:.2} s", self.size);
     }
 }
 
@@ -76,7 +135,13 @@ pub(crate) fn world<T: Send>(
     checked: bool,
     body: impl Fn(Rank) -> T + Sync,
 ) -> Vec<T> {
-    run_threads(size, PATIENT, |host| body(connect(host, timeout, checked).unwrap())).unwrap()
+    let clock = Clock::new(size);
+    let connected = |host| {
+        let rank = connect(host, timeout, checked).unwrap();
+        clock.made();
+        rank
+    };
+    run_threads(size, PATIENT, |host| body(connected(host))).unwrap()
 }
 
 /// As [`world`], but the ranks meet over sockets, as processes do.
@@ -85,6 +150,7 @@ pub(crate) fn socket_world<T: Send>(
     timeout: Duration,
     body: impl Fn(Rank) -> T + Sync,
 ) -> Vec<T> {
+    let clock = Clock::new(size);
     static WORLDS: AtomicUsize = AtomicUsize::new(0);
     let number = WORLDS.fetch_add(1, Ordering::Relaxed);
     let meeting = std::env::temp_dir().join(format!("comm-nccl-{}-{number}", std::process::id()));
@@ -103,10 +169,12 @@ pub(crate) fn socket_world<T: Send>(
                     token: token.clone(),
                     timeout: PATIENT,
                 };
-                let body = &body;
+                let (body, clock) = (&body, &clock);
                 scope.spawn(move || {
                     let host = rendezvous.connect().unwrap();
-                    body(connect(Arc::new(host), timeout, false).unwrap())
+                    let rank = connect(Arc::new(host), timeout, false).unwrap();
+                    clock.made();
+                    body(rank)
                 })
             })
             .collect();

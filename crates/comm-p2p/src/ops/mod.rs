@@ -1,5 +1,7 @@
 //! The operations: arguments are checked, an algorithm is chosen, and its kernels are enqueued.
 
+mod captured;
+mod choice;
 mod moves;
 mod norm;
 mod pairs;
@@ -7,11 +9,13 @@ mod reductions;
 mod staged;
 mod vector;
 
+use std::sync::Arc;
+
 use comm_core::{CommError, DType, Deadline, OpKind, ReduceOp, Result};
 
 use crate::comm::P2pComm;
 use crate::select::Limits;
-use crate::state::Call;
+use crate::state::{Call, read};
 
 impl P2pComm {
     /// In checked mode, compares what the ranks are about to do. A rank that refuses the call takes part as well.
@@ -50,6 +54,7 @@ impl P2pComm {
             cell_ctas: options.cell_ctas,
             multiprocessors: shared.base.multiprocessors,
             forced: options.algorithm,
+            table: Arc::clone(&read(&shared.tables).algorithms),
         }
     }
 

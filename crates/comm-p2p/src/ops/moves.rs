@@ -24,15 +24,23 @@ impl P2pComm {
             format!("{count} {dtype}{}", self.place(recv, count * dtype.size() * info.size))
         })?;
         let part = checked?;
-        let call = self.begin(KIND)?;
+        let mut call = self.begin(KIND)?;
         let Some(channels) = self.channels(part) else {
             return self.local(call, send, recv, part, stream);
         };
         let found = call.owned.table.find(recv, part * info.size);
+        if found.is_none()
+            // SAFETY: the caller vouches for the operands.
+            && unsafe { self.capture_all_gather(&mut call, channels, (send, recv), part, stream) }?
+        {
+            call.finish(Algorithm::Captured);
+            return Ok(());
+        }
         let Plan { algorithm, shape, chunk, .. } = self.limits().all_gather(part, found.is_some());
         let link = call.link(&channels.packet);
         match (algorithm, found) {
             (Algorithm::Direct, Some(found)) => {
+                call.still_there(&found, recv)?;
                 // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks,
                 // `recv` lies in a region of all ranks, and the caller vouches for the operands.
                 call.fatal(unsafe {
@@ -47,6 +55,7 @@ impl P2pComm {
                 })?;
             }
             (Algorithm::Steps, Some(found)) => {
+                call.still_there(&found, recv)?;
                 let (kernels, peers) = (&channels.kernels, &found.peers);
                 // SAFETY: as above.
                 call.fatal(unsafe {
@@ -54,6 +63,7 @@ impl P2pComm {
                 })?;
             }
             (Algorithm::Spread, Some(found)) => {
+                call.still_there(&found, recv)?;
                 let (kernels, peers) = (&channels.kernels, &found.peers);
                 // SAFETY: as above.
                 call.fatal(unsafe {
@@ -65,6 +75,7 @@ impl P2pComm {
                 self.stage_all_gather(&call, channels, (send, recv), &parts, stream)?;
             }
             _ => {
+                self.share_a_buffer(&call, &link, stream)?;
                 // SAFETY: as above.
                 call.fatal(unsafe {
                     channels.kernels.all_gather_packets(&link, (send, recv), part, shape, stream)
@@ -100,6 +111,7 @@ impl P2pComm {
         let link = call.link(&channels.packet);
         match (plan.algorithm, found) {
             (Algorithm::Direct, Some(found)) => {
+                call.still_there(&found, recv)?;
                 let peers = found.peers;
                 // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks,
                 // `recv` lies in a region of all ranks, and the caller vouches for the operands.

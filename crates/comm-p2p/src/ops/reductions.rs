@@ -34,7 +34,7 @@ impl P2pComm {
             format!("{count} {dtype} {op}{}", self.place(recv, count * dtype.size()))
         })?;
         let bytes = checked?;
-        let call = self.begin(KIND)?;
+        let mut call = self.begin(KIND)?;
         let Some(channels) = self.channels(bytes) else {
             return self.local(call, send, recv, bytes, stream);
         };
@@ -45,11 +45,19 @@ impl P2pComm {
         }
         let limits = self.limits();
         let found = call.owned.table.find(recv, bytes);
+        if found.is_none()
+            // SAFETY: the caller vouches for the operands.
+            && unsafe { self.capture_all_reduce(&mut call, channels, (send, recv), count, dtype, stream) }?
+        {
+            call.finish(Algorithm::Captured);
+            return Ok(());
+        }
         let Plan { algorithm, shape, units, .. } = limits.all_reduce(bytes, found.is_some());
         let kernels = &channels.kernels;
         match (algorithm, found) {
             (Algorithm::OneShot, _) => {
                 let link = call.link(&channels.packet);
+                self.share_a_buffer(&call, &link, stream)?;
                 // SAFETY: here and below, the channels are live while the communicator is open, the plan is the same
                 // on all ranks, and the caller vouches for the operands.
                 call.fatal(unsafe {
@@ -57,6 +65,7 @@ impl P2pComm {
                 })?;
             }
             (Algorithm::Cells, Some(found)) => {
+                call.still_there(&found, recv)?;
                 let link = call.link(&channels.cells);
                 // SAFETY: see above; `recv` lies in a region of all ranks.
                 call.fatal(unsafe {
@@ -64,6 +73,7 @@ impl P2pComm {
                 })?;
             }
             (Algorithm::Steps, Some(found)) => {
+                call.still_there(&found, recv)?;
                 let link = call.link(&channels.cells);
                 let link = (&link, limits.cell_ctas);
                 // SAFETY: see above; `recv` lies in a region of all ranks.
@@ -76,6 +86,7 @@ impl P2pComm {
             }
             _ => {
                 let link = call.link(&channels.lamport);
+                self.share_a_buffer(&call, &link, stream)?;
                 // SAFETY: see above.
                 call.fatal(unsafe {
                     kernels.all_reduce_two_shot(&link, (send, recv), count, dtype, shape, stream)
@@ -195,6 +206,9 @@ impl P2pComm {
         }
         let cells = (plan.algorithm == Algorithm::Cells).then_some(plan.units);
         let link = call.link(if cells.is_some() { &channels.cells } else { &channels.lamport });
+        if cells.is_none() {
+            self.share_a_buffer(&call, &link, stream)?;
+        }
         // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks, and the
         // caller vouches for the operands.
         call.fatal(unsafe {

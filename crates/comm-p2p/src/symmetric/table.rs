@@ -25,7 +25,6 @@ pub(crate) struct Region<H> {
     /// Where each rank's range starts, as mapped here; or why it cannot be reached, and operands are staged.
     pub(crate) peers: Result<Peers, String>,
     /// Keeps mappings alive.
-    #[allow(dead_code, reason = "held, not read")]
     pub(crate) hold: H,
 }
 
@@ -84,6 +83,11 @@ impl<H> Table<H> {
             *peer = peer.offset(offset);
         }
         Some(Found { id, offset, peers })
+    }
+
+    /// What the region holds.
+    pub(crate) fn hold(&self, id: Id) -> Option<&H> {
+        self.regions.get(&id).map(|region| &region.hold)
     }
 
     /// The id of the allocation that starts at `addr`.

@@ -1,0 +1,295 @@
+//! Every interleaving of the ranks, with stores that land late and out of order; checked by stateright.
+//!
+//! A rank's stores wait in a buffer and land one by one in any order, except that those to one word keep theirs, and a release
+//! or a fence comes between what is before and what is after it. A rank sees its own stores at once.
+
+use stateright::{Checker, HasDiscoveries, Model, Property};
+
+use super::memory::{Instr, Mem, Order, Outcome, Protocol, Value, Word, step};
+use super::programs::{self, Mutant};
+
+/// A store on its way.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+struct Pending {
+    at: Word,
+    value: Value,
+    /// Lands after all of smaller epochs.
+    epoch: u8,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
+struct Rank {
+    at: u16,
+    pending: Vec<Pending>,
+    epoch: u8,
+    crashed: bool,
+    gave_up: bool,
+    wrong: bool,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+struct State {
+    memory: Vec<Value>,
+    ranks: Vec<Rank>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Action {
+    Step(usize),
+    Land(usize, usize),
+    GiveUp(usize),
+    Crash(usize),
+}
+
+/// Memory as one rank reaches it.
+struct View<'a> {
+    memory: &'a [Value],
+    rank: &'a mut Rank,
+}
+
+impl View<'_> {
+    fn push(&mut self, at: Word, value: Value) {
+        let epoch = self.rank.epoch;
+        self.rank.pending.push(Pending { at, value, epoch });
+    }
+}
+
+impl Mem for View<'_> {
+    fn store(&mut self, at: Word, value: Value, order: Order) {
+        if order == Order::Synchronising {
+            self.fence();
+        }
+        self.push(at, value);
+    }
+
+    fn load(&mut self, at: Word, _: Order) -> Value {
+        let own = self.rank.pending.iter().rev().find(|store| store.at == at);
+        own.map_or(self.memory[usize::from(at)], |store| store.value)
+    }
+
+    fn fence(&mut self) {
+        if self.rank.pending.iter().any(|store| store.epoch == self.rank.epoch) {
+            self.rank.epoch += 1;
+        }
+    }
+
+    fn drained(&mut self) -> bool {
+        self.rank.pending.is_empty()
+    }
+}
+
+/// What may go wrong with the ranks themselves.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Trouble {
+    Nothing,
+    /// One rank may stop anywhere.
+    Crash,
+    /// One rank may give up a wait for ranks that are only late.
+    Impatience,
+}
+
+struct Checked {
+    protocol: Protocol,
+    trouble: Trouble,
+}
+
+impl Checked {
+    fn instr(&self, state: &State, rank: usize) -> Option<&Instr> {
+        self.protocol.ranks[rank].get(usize::from(state.ranks[rank].at))
+    }
+
+    fn ended(&self, state: &State, rank: usize) -> bool {
+        state.ranks[rank].crashed || self.instr(state, rank).is_none()
+    }
+
+    fn try_step(&self, state: &mut State, index: usize) -> Outcome {
+        let Some(instr) = self.instr(state, index) else { return Outcome::Waits };
+        let (instr, memory) = (instr.clone(), &state.memory);
+        let rank = &mut state.ranks[index];
+        let silent = rank.gave_up;
+        step(&instr, &mut View { memory, rank }, silent, self.protocol.garbage_goes_out)
+    }
+
+    /// Takes the steps that nobody else can notice: a store only enters the rank's buffer.
+    fn run_ahead(&self, state: &mut State, index: usize) {
+        while let Some(Instr::Store { .. } | Instr::Fence) = self.instr(state, index) {
+            let outcome = self.try_step(state, index);
+            debug_assert_eq!(outcome, Outcome::Done);
+            state.ranks[index].at += 1;
+        }
+        let rank = &mut state.ranks[index];
+        // Only differences of epochs matter.
+        let least = rank.pending.iter().map(|store| store.epoch).min().unwrap_or(rank.epoch);
+        rank.epoch -= least;
+        rank.pending.iter_mut().for_each(|store| store.epoch -= least);
+    }
+}
+
+impl Model for Checked {
+    type State = State;
+    type Action = Action;
+
+    fn init_states(&self) -> Vec<State> {
+        let mut state = State {
+            memory: self.protocol.memory.clone(),
+            ranks: vec![Rank::default(); self.protocol.ranks.len()],
+        };
+        (0..state.ranks.len()).for_each(|rank| self.run_ahead(&mut state, rank));
+        vec![state]
+    }
+
+    fn actions(&self, state: &State, actions: &mut Vec<Action>) {
+        let unwell = state.ranks.iter().any(|rank| rank.crashed || rank.gave_up);
+        for (index, rank) in state.ranks.iter().enumerate() {
+            for (number, store) in rank.pending.iter().enumerate() {
+                let first_there = !rank.pending[..number].iter().any(|earlier| earlier.at == store.at);
+                if store.epoch == 0 && first_there {
+                    actions.push(Action::Land(index, number));
+                }
+            }
+            if self.ended(state, index) {
+                continue;
+            }
+            let outcome = self.try_step(&mut state.clone(), index);
+            if outcome != Outcome::Waits {
+                actions.push(Action::Step(index));
+            } else if matches!(self.instr(state, index), Some(Instr::Await { .. }))
+                && (unwell || self.trouble == Trouble::Impatience)
+            {
+                actions.push(Action::GiveUp(index));
+            }
+            if self.trouble == Trouble::Crash && !unwell {
+                actions.push(Action::Crash(index));
+            }
+        }
+    }
+
+    fn next_state(&self, last: &State, action: Action) -> Option<State> {
+        let mut state = last.clone();
+        match action {
+            Action::Step(index) => {
+                let outcome = self.try_step(&mut state, index);
+                state.ranks[index].wrong |= outcome == Outcome::Wrong;
+                state.ranks[index].at += 1;
+                self.run_ahead(&mut state, index);
+            }
+            Action::Land(index, number) => {
+                let store = state.ranks[index].pending.remove(number);
+                state.memory[usize::from(store.at)] = store.value;
+                self.run_ahead(&mut state, index);
+            }
+            Action::GiveUp(index) => {
+                state.ranks[index].gave_up = true;
+                state.ranks[index].at += 1;
+                self.run_ahead(&mut state, index);
+            }
+            Action::Crash(index) => state.ranks[index].crashed = true,
+        }
+        Some(state)
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        vec![
+            Property::always("nobody takes a wrong value", |_, state: &State| {
+                !state.ranks.iter().any(|rank| rank.wrong)
+            }),
+            Property::always("nobody is stuck", |model: &Self, state: &State| {
+                let mut actions = Vec::new();
+                model.actions(state, &mut actions);
+                !actions.is_empty() || (0..state.ranks.len()).all(|rank| model.ended(state, rank))
+            }),
+        ]
+    }
+}
+
+/// The properties that do not hold, and the number of states that were visited.
+fn check(protocol: Protocol, trouble: Trouble) -> (Vec<&'static str>, usize) {
+    let checker = Checked { protocol, trouble }.checker().finish_when(HasDiscoveries::Any).spawn_dfs().join();
+    (checker.discoveries().into_keys().collect(), checker.unique_state_count())
+}
+
+/// Rounds begin where they wrap soon.
+const FIRST: u8 = 253;
+
+#[track_caller]
+fn holds(protocol: Protocol, trouble: Trouble) {
+    let (broken, states) = check(protocol, trouble);
+    assert_eq!(broken, Vec::<&str>::new(), "after {states} states");
+    eprintln!("{states} states with {trouble:?}");
+}
+
+#[track_caller]
+fn is_caught(protocol: Protocol, trouble: Trouble) {
+    let (broken, states) = check(protocol, trouble);
+    assert!(!broken.is_empty(), "not caught in {states} states");
+    eprintln!("caught: {broken:?} after {states} states");
+}
+
+const ALL: [Trouble; 3] = [Trouble::Nothing, Trouble::Crash, Trouble::Impatience];
+
+#[test]
+fn direct_stores() {
+    for trouble in ALL {
+        holds(programs::direct(3, 2, FIRST, Mutant::None), trouble);
+    }
+    holds(programs::direct(4, 1, FIRST, Mutant::None), Trouble::Nothing);
+    for mutant in [Mutant::RelaxedRelease, Mutant::NoEntry, Mutant::NoExit] {
+        is_caught(programs::direct(3, 2, FIRST, mutant), Trouble::Nothing);
+    }
+    is_caught(programs::direct(3, 5, FIRST, Mutant::WrapIgnored), Trouble::Nothing);
+    is_caught(programs::direct(3, 2, FIRST, Mutant::GarbageGoesOut), Trouble::Impatience);
+}
+
+#[test]
+fn packets() {
+    // The thread has no pack in the last round of the first kernel.
+    let kernels = [(3, 2), (2, 2)];
+    for trouble in ALL {
+        holds(programs::packets(3, &kernels, FIRST, Mutant::None), trouble);
+    }
+    holds(programs::packets(4, &[(2, 2)], FIRST, Mutant::None), Trouble::Nothing);
+    is_caught(programs::packets(3, &[(4, 4)], FIRST, Mutant::OneBufferFewer), Trouble::Nothing);
+    is_caught(programs::packets(3, &[(3, 2), (3, 3)], FIRST, Mutant::EarlySecondPush), Trouble::Nothing);
+}
+
+#[test]
+fn lamport_two_shot() {
+    holds(programs::two_shot(2, 2, &[3, 2], FIRST, Mutant::None), Trouble::Nothing);
+    holds(programs::two_shot(3, 1, &[1], FIRST, Mutant::None), Trouble::Impatience);
+    for mutant in [Mutant::OneBufferFewer, Mutant::NoFence, Mutant::NoRestore] {
+        is_caught(programs::two_shot(2, 1, &[6], FIRST, mutant), Trouble::Nothing);
+    }
+    is_caught(programs::two_shot(3, 1, &[1], FIRST, Mutant::GarbageGoesOut), Trouble::Impatience);
+}
+
+#[test]
+fn cells() {
+    for trouble in ALL {
+        holds(programs::cells(2, &[4, 2], FIRST, Mutant::None), trouble);
+    }
+    holds(programs::cells(3, &[2], FIRST, Mutant::None), Trouble::Nothing);
+    for mutant in [Mutant::RelaxedRelease, Mutant::OneBufferFewer, Mutant::NoExit] {
+        is_caught(programs::cells(2, &[4, 2], FIRST, mutant), Trouble::Nothing);
+    }
+    is_caught(programs::cells(3, &[1], FIRST, Mutant::GarbageGoesOut), Trouble::Impatience);
+}
+
+#[test]
+fn broadcast_tokens() {
+    for trouble in ALL {
+        holds(programs::broadcast(3, 2, FIRST, Mutant::None), trouble);
+    }
+    holds(programs::broadcast(3, 6, FIRST, Mutant::None), Trouble::Nothing);
+    is_caught(programs::broadcast(3, 6, FIRST, Mutant::NoToken), Trouble::Nothing);
+    is_caught(programs::broadcast(3, 1, FIRST, Mutant::GarbageGoesOut), Trouble::Impatience);
+}
+
+#[test]
+fn pairs() {
+    for trouble in ALL {
+        holds(programs::pair(6, FIRST, Mutant::None), trouble);
+    }
+    for mutant in [Mutant::RelaxedRelease, Mutant::NoAwaitFree] {
+        is_caught(programs::pair(6, FIRST, mutant), Trouble::Nothing);
+    }
+}

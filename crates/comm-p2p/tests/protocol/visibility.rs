@@ -1,0 +1,90 @@
+//! Two ranks as threads on loom's memory, whose loads may see anything that acquires and releases allow.
+//!
+//! loom performs stores in program order; what a load sees is what it explores. `reordering` is its complement.
+
+use loom::sync::Arc;
+use loom::sync::atomic::{AtomicU16, Ordering, fence};
+
+use super::memory::{Mem, Order, Outcome, Protocol, Value, Word, step};
+use super::programs::{self, Mutant};
+
+struct Shared(Arc<Vec<AtomicU16>>);
+
+impl Mem for Shared {
+    fn store(&mut self, at: Word, value: Value, order: Order) {
+        let order = if order == Order::Synchronising { Ordering::Release } else { Ordering::Relaxed };
+        self.0[usize::from(at)].store(value, order);
+    }
+
+    fn load(&mut self, at: Word, order: Order) -> Value {
+        let order = if order == Order::Synchronising { Ordering::Acquire } else { Ordering::Relaxed };
+        self.0[usize::from(at)].load(order)
+    }
+
+    fn fence(&mut self) {
+        fence(Ordering::AcqRel);
+    }
+
+    fn drained(&mut self) -> bool {
+        // The end of a kernel and the beginning of the next order everything of their stream.
+        fence(Ordering::SeqCst);
+        true
+    }
+}
+
+/// Runs both ranks in every way that loom knows; panics at the first wrong value.
+fn explore(protocol: Protocol) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = Some(2);
+    builder.check(move || {
+        let words: Vec<_> = protocol.memory.iter().map(|&value| AtomicU16::new(value)).collect();
+        let words = Arc::new(words);
+        let threads: Vec<_> = protocol
+            .ranks
+            .iter()
+            .cloned()
+            .map(|program| {
+                let mut memory = Shared(Arc::clone(&words));
+                loom::thread::spawn(move || {
+                    for instr in program {
+                        loop {
+                            match step(&instr, &mut memory, false, false) {
+                                Outcome::Done => break,
+                                Outcome::Waits => loom::thread::yield_now(),
+                                Outcome::Wrong => panic!("a wrong value at {instr:?}"),
+                            }
+                        }
+                    }
+                })
+            })
+            .collect();
+        for thread in threads {
+            thread.join().unwrap();
+        }
+    });
+}
+
+const FIRST: u8 = 255;
+
+#[test]
+fn two_epochs_hold() {
+    explore(programs::direct(2, 2, FIRST, Mutant::None));
+    explore(programs::packets(2, &[(2, 2)], FIRST, Mutant::None));
+    explore(programs::cells(2, &[2], FIRST, Mutant::None));
+    explore(programs::two_shot(2, 1, &[2], FIRST, Mutant::None));
+    explore(programs::broadcast(2, 2, FIRST, Mutant::None));
+    explore(programs::pair(2, FIRST, Mutant::None));
+}
+
+fn is_caught(protocol: Protocol) -> bool {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| explore(protocol))).is_err()
+}
+
+#[test]
+fn weakened_orders_are_caught() {
+    for mutant in [Mutant::RelaxedAcquire, Mutant::RelaxedRelease] {
+        assert!(is_caught(programs::direct(2, 2, FIRST, mutant)), "direct stores, {mutant:?}");
+        assert!(is_caught(programs::cells(2, &[2], FIRST, mutant)), "cells, {mutant:?}");
+        assert!(is_caught(programs::pair(2, FIRST, mutant)), "pairs, {mutant:?}");
+    }
+}
