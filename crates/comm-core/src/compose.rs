@@ -4,9 +4,9 @@ use crate::addr::DeviceAddr;
 use crate::addr::StreamHandle;
 use crate::check;
 use crate::device_comm::DeviceComm;
-use crate::dtype::ReduceOp;
+use crate::dtype::{DType, ReduceOp};
 use crate::error::{CommError, Result};
-use crate::fused::{RmsNormArgs, TwoGroupNormArgs};
+use crate::fused::{NormQuantScale, NormQuantization, RmsNormArgs, TwoGroupNormArgs};
 
 /// The two-group fused norm as a reduce-scatter V in `reduce`, `local_norm` on the rows that this rank then owns, and an
 /// all-gather V in `gather`, all in place in `hidden_states`.
@@ -27,6 +27,72 @@ pub unsafe fn two_group_norm(
     mut local_norm: impl FnMut(&RmsNormArgs) -> Result<()>,
 ) -> Result<()> {
     let own_row = check::two_group_norm(reduce.info(), gather.info(), args)?;
+    // SAFETY: as the caller vouches.
+    unsafe { two_group(reduce, gather, args, None, own_row, stream, |rows, _| local_norm(rows)) }
+}
+
+/// The same with an fp8 result: what is gathered is that, its scales, and the unquantised result where it is kept.
+///
+/// # Errors
+/// As [`two_group_norm`].
+///
+/// # Safety
+/// As for [`DeviceComm::all_reduce_rmsnorm_two_group_quantized`], with `local_norm` ordered on `stream`.
+pub unsafe fn two_group_norm_quantized(
+    reduce: &dyn DeviceComm,
+    gather: &dyn DeviceComm,
+    args: &TwoGroupNormArgs<'_>,
+    quantized: &NormQuantization,
+    stream: StreamHandle,
+    mut local_norm: impl FnMut(&RmsNormArgs, &NormQuantization) -> Result<()>,
+) -> Result<()> {
+    let own_row = check::two_group_norm_quantized(reduce.info(), gather.info(), args, quantized)?;
+    let local = |rows: &RmsNormArgs, quantized: Option<NormQuantization>| match quantized {
+        Some(quantized) => local_norm(rows, &quantized),
+        None => Ok(()),
+    };
+    // SAFETY: as the caller vouches.
+    unsafe { two_group(reduce, gather, args, Some(quantized), own_row, stream, local) }
+}
+
+/// Gathers the fp8 result of a two-group norm and its scales, in place; this rank's rows begin at `own_row`.
+///
+/// # Errors
+/// [`CommError::InvalidArgument`], and what the operation returns.
+///
+/// # Safety
+/// As for [`DeviceComm::all_reduce_rmsnorm_two_group_quantized`].
+pub unsafe fn gather_quantized(
+    gather: &dyn DeviceComm,
+    args: &TwoGroupNormArgs<'_>,
+    quantized: &NormQuantization,
+    own_row: usize,
+    stream: StreamHandle,
+) -> Result<()> {
+    let (own, first) =
+        (quantized.from_row(own_row, args.hidden), quantized.from_row(args.gather_first_row, args.hidden));
+    let counts: Vec<usize> = args.gather_tokens.iter().map(|tokens| tokens * args.hidden).collect();
+    // SAFETY: the caller vouches for all rows of the gather group; this rank's part is where in-place operation wants it.
+    unsafe {
+        gather.all_gather_v(own.output, first.output, &counts, DType::F8E4M3, stream)?;
+        if let (NormQuantScale::PerToken(own), NormQuantScale::PerToken(first)) = (own.scale, first.scale) {
+            gather.all_gather_v(own, first, args.gather_tokens, DType::F32, stream)?;
+        }
+    }
+    Ok(())
+}
+
+/// # Safety
+/// As for the two forms above, with checked arguments.
+unsafe fn two_group(
+    reduce: &dyn DeviceComm,
+    gather: &dyn DeviceComm,
+    args: &TwoGroupNormArgs<'_>,
+    quantized: Option<&NormQuantization>,
+    own_row: usize,
+    stream: StreamHandle,
+    mut local_norm: impl FnMut(&RmsNormArgs, Option<NormQuantization>) -> Result<()>,
+) -> Result<()> {
     let TwoGroupNormArgs { hidden, dtype, .. } = *args;
     let row = |row: usize| -> Result<DeviceAddr> {
         let elements = row.checked_mul(hidden).ok_or_else(|| CommError::invalid("hidden", "too large"))?;
@@ -50,7 +116,7 @@ pub unsafe fn two_group_norm(
         reduce.reduce_scatter_v(first, own, &reduce_counts, dtype, ReduceOp::Sum, stream)?;
     }
     if own_tokens > 0 {
-        local_norm(&RmsNormArgs {
+        let rows = RmsNormArgs {
             input: own,
             residual: args.residual,
             residual_out: args.residual,
@@ -62,8 +128,17 @@ pub unsafe fn two_group_norm(
             dtype,
             eps: args.eps,
             weight_offset: args.weight_offset,
-        })?;
+        };
+        local_norm(&rows, quantized.map(|quantized| quantized.from_row(own_row, hidden)))?;
     }
     // SAFETY: as above.
-    unsafe { gather.all_gather_v(own, row(args.gather_first_row)?, &gather_counts, dtype, stream) }
+    unsafe {
+        if let Some(quantized) = quantized {
+            gather_quantized(gather, args, quantized, own_row, stream)?;
+            if !quantized.keep_unquantized {
+                return Ok(());
+            }
+        }
+        gather.all_gather_v(own, row(args.gather_first_row)?, &gather_counts, dtype, stream)
+    }
 }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::addr::{DeviceAddr, StreamHandle};
 use crate::dtype::{DType, ReduceOp};
 use crate::error::{CommError, Result};
-use crate::fused::{Block2d, RmsNormArgs, TwoGroupNormArgs};
+use crate::fused::{Block2d, NormQuantization, RmsNormArgs, TwoGroupNormArgs};
 use crate::memory::MemoryKind;
 use crate::op::{OpKind, OpQuery, Support};
 
@@ -215,6 +215,22 @@ pub unsafe trait DeviceComm: Send + Sync {
         Err(lacks(self.info(), OpKind::AllReduce))
     }
 
+    /// A sum all-reduce whose operands travel as fp8, with a scale for each group of elements: about half the bytes of
+    /// one in 16 bits, for an error that [`quantize`](crate::quantize) bounds and defines to the last bit. `dtype` is
+    /// `f32`, `f16` or `bf16`. Nothing chooses it in place of [`all_reduce`](Self::all_reduce): who calls it has decided
+    /// that the model bears the error.
+    unsafe fn all_reduce_quantized(
+        &self,
+        send: DeviceAddr,
+        recv: DeviceAddr,
+        count: usize,
+        dtype: DType,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let _ = (send, recv, count, dtype, stream);
+        Err(lacks(self.info(), OpKind::AllReduceQuantized))
+    }
+
     /// `recv[r * count + i] = send of rank r [i]`, for `i < count`, on every rank. `count` is the elements each rank
     /// sends.
     unsafe fn all_gather(
@@ -385,7 +401,35 @@ pub unsafe trait DeviceComm: Send + Sync {
         Err(lacks(self.info(), OpKind::AllReduceRmsNormTwoGroup))
     }
 
+    /// [`all_reduce_rmsnorm`](Self::all_reduce_rmsnorm) with an fp8 result; see [`NormQuantization`].
+    unsafe fn all_reduce_rmsnorm_quantized(
+        &self,
+        args: &RmsNormArgs,
+        quantized: &NormQuantization,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let _ = (args, quantized, stream);
+        Err(lacks(self.info(), OpKind::AllReduceRmsNormQuantized))
+    }
+
+    /// [`all_reduce_rmsnorm_two_group`](Self::all_reduce_rmsnorm_two_group) with an fp8 result, of which the gather
+    /// group's rows are written, and their scales with it; see [`NormQuantization`]. Where the unquantised result is not
+    /// kept, half the bytes are gathered.
+    unsafe fn all_reduce_rmsnorm_two_group_quantized(
+        &self,
+        gather: &dyn DeviceComm,
+        args: &TwoGroupNormArgs<'_>,
+        quantized: &NormQuantization,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let _ = (gather, args, quantized, stream);
+        Err(lacks(self.info(), OpKind::AllReduceRmsNormTwoGroupQuantized))
+    }
+
     /// The failure known so far, if any. Never blocks.
+    ///
+    /// What an operation received counts only if this, asked after the operation has completed, finds nothing wrong: a
+    /// failure may end operations early.
     fn poll(&self) -> Result<()>;
 
     /// Ends every wait of this communicator, on this rank and (as soon as they notice) on the others. Never blocks; may

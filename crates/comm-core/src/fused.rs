@@ -77,6 +77,66 @@ pub struct TwoGroupNormArgs<'a> {
     pub weight_offset: f32,
 }
 
+/// An fp8 result of a fused norm, besides the one in the operands' type or instead of it.
+///
+/// With `y` the result in the operands' type, rounded to it, and `e4m3` as [`quantize`](crate::quantize) defines it:
+///
+/// ```text
+/// PerTensor:  q[t, h] = e4m3(y[t, h] * (1 / scale))
+/// PerToken:   scale[t] = a / 448,  q[t, h] = e4m3(y[t, h] * (448 / a)),  a = max(max_h |y[t, h]|, 2^-100)
+/// ```
+///
+/// with every operation in `f32`, rounded to nearest. So `q * scale` is what the next layer's fp8 GEMM stands for, and the
+/// fp8 result is the same whether the unquantised one is kept or not.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct NormQuantization {
+    /// `e4m3` elements, row-major and dense, written: `[tokens, hidden]`, or in the two-group form a matrix with the rows
+    /// of `hidden_states`. Overlaps no other operand.
+    pub output: DeviceAddr,
+    /// Where the scale is, or goes.
+    pub scale: NormQuantScale,
+    /// Whether the unquantised result is wanted too. If not, the operand where it would be (`output`, or `hidden_states`)
+    /// is scratch memory: as large as ever, undefined afterwards; `output` may still be `input`.
+    pub keep_unquantized: bool,
+}
+
+/// The scale of a norm's fp8 result.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum NormQuantScale {
+    /// One `f32`, read: finite, positive, and equal on all ranks.
+    PerTensor(DeviceAddr),
+    /// `f32` scales, written: one for each row of the fp8 result.
+    PerToken(DeviceAddr),
+}
+
+impl NormQuantScale {
+    /// The address of the scale, or of the first one.
+    #[must_use]
+    pub const fn addr(self) -> DeviceAddr {
+        match self {
+            Self::PerTensor(addr) | Self::PerToken(addr) => addr,
+        }
+    }
+
+    /// Whether every row has a scale of its own.
+    #[must_use]
+    pub const fn is_per_token(self) -> bool {
+        matches!(self, Self::PerToken(_))
+    }
+}
+
+impl NormQuantization {
+    /// The same for the rows from `row` on, of `hidden` elements each.
+    #[must_use]
+    pub const fn from_row(self, row: usize, hidden: usize) -> Self {
+        let scale = match self.scale {
+            NormQuantScale::PerTensor(addr) => NormQuantScale::PerTensor(addr),
+            NormQuantScale::PerToken(addr) => NormQuantScale::PerToken(addr.offset(row as u64 * 4)),
+        };
+        Self { output: self.output.offset((row * hidden) as u64), scale, ..self }
+    }
+}
+
 /// Shape of an [`all_gather_2d`](crate::DeviceComm::all_gather_2d): every rank contributes a block of `height` rows of
 /// `width` elements, and all ranks end with all blocks.
 ///

@@ -21,17 +21,19 @@ mod host_comm;
 mod memory;
 pub mod norm;
 mod op;
+pub mod quantize;
 mod registry;
 mod tiered;
 pub mod topology;
 pub mod tuning;
 mod typed;
+mod usage;
 
 pub use addr::{DeviceAddr, StreamHandle};
 pub use device_comm::{AlgorithmUsage, CommInfo, DeviceComm, P2pOp, Registration};
 pub use dtype::{DType, Element, F8E4M3, F8E5M2, ReduceOp};
 pub use error::{CallSite, CommError, Result};
-pub use fused::{Block2d, RmsNormArgs, TwoGroupNormArgs};
+pub use fused::{Block2d, NormQuantScale, NormQuantization, RmsNormArgs, TwoGroupNormArgs};
 #[cfg(feature = "host-backend")]
 pub use host_backend::{HostBackend, HostFactory};
 pub use host_comm::{
@@ -45,3 +47,4 @@ pub use tiered::{SkippedTier, TieredComm};
 #[cfg(feature = "cudarc")]
 pub use typed::{CudaSliceExt, CudaTransfer};
 pub use typed::{HostSliceExt, HostTransfer, NormScale, TwoGroupRows};
+pub use usage::{CountedAlgorithm, UsageTable};

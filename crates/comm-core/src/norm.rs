@@ -5,7 +5,8 @@ use half::{bf16, f16};
 use crate::check;
 use crate::dtype::DType;
 use crate::error::{CommError, Result};
-use crate::fused::RmsNormArgs;
+use crate::fused::{NormQuantScale, NormQuantization, RmsNormArgs};
+use crate::quantize;
 
 /// One row of residual + bias + RMSNorm in `f32`, as [`RmsNormArgs`] defines it.
 ///
@@ -91,12 +92,34 @@ pub unsafe fn rmsnorm_host(args: &RmsNormArgs) -> Result<()> {
     if check::rmsnorm(args)? == 0 {
         return Ok(());
     }
+    // SAFETY: as the caller vouches.
+    unsafe { of_type(args, None) }
+}
+
+/// The same with an fp8 result, as [`NormQuantization`] defines it.
+///
+/// # Errors
+/// [`CommError::InvalidArgument`].
+///
+/// # Safety
+/// As [`rmsnorm_host`]; the fp8 result and its scales too are valid, and used by nobody else.
+pub unsafe fn rmsnorm_host_quantized(args: &RmsNormArgs, quantized: &NormQuantization) -> Result<()> {
+    if check::rmsnorm_quantized(args, quantized)? == 0 {
+        return Ok(());
+    }
+    // SAFETY: as the caller vouches.
+    unsafe { of_type(args, Some(quantized)) }
+}
+
+/// # Safety
+/// As the two above, with checked arguments.
+unsafe fn of_type(args: &RmsNormArgs, quantized: Option<&NormQuantization>) -> Result<()> {
     // SAFETY: as the caller vouches; each arm's type is the dtype's.
     unsafe {
         match args.dtype {
-            DType::F32 => rows::<f32>(args),
-            DType::F16 => rows::<f16>(args),
-            DType::BF16 => rows::<bf16>(args),
+            DType::F32 => rows::<f32>(args, quantized),
+            DType::F16 => rows::<f16>(args, quantized),
+            DType::BF16 => rows::<bf16>(args, quantized),
             other => return Err(CommError::invalid("dtype", format!("RMSNorm takes no {other}"))),
         }
     }
@@ -105,7 +128,7 @@ pub unsafe fn rmsnorm_host(args: &RmsNormArgs) -> Result<()> {
 
 /// # Safety
 /// As [`rmsnorm_host`], with checked arguments and `T` of their dtype.
-unsafe fn rows<T: Rounded>(args: &RmsNormArgs) {
+unsafe fn rows<T: Rounded>(args: &RmsNormArgs, quantized: Option<&NormQuantization>) {
     let hidden = args.hidden;
     let vector = |addr: u64| -> Vec<f32> {
         // SAFETY: the caller vouches for `hidden` elements at each of these; they overlap nothing that is written.
@@ -127,8 +150,37 @@ unsafe fn rows<T: Rounded>(args: &RmsNormArgs) {
         // SAFETY: as above.
         unsafe {
             store::<T>(&residual, args.residual_out.0, token);
-            store::<T>(&row, args.output.0, token);
+            if quantized.is_none_or(|quantized| quantized.keep_unquantized) {
+                store::<T>(&row, args.output.0, token);
+            }
         }
+        if let Some(quantized) = quantized {
+            row.iter_mut().for_each(|value| *value = round(*value));
+            // SAFETY: as above.
+            unsafe { store_quantized(&row, quantized, token) };
+        }
+    }
+}
+
+/// # Safety
+/// Row `token` of the fp8 result is valid for writes, and so is its scale, or the scale of all for reads.
+unsafe fn store_quantized(row: &[f32], quantized: &NormQuantization, token: usize) {
+    let inverse = match quantized.scale {
+        // SAFETY: as the caller vouches.
+        NormQuantScale::PerTensor(addr) => 1.0 / unsafe { *(addr.0 as *const f32) },
+        NormQuantScale::PerToken(addr) => {
+            let (scale, inverse) = quantize::scale(quantize::amax(row));
+            // SAFETY: as above.
+            unsafe { *(addr.0 as *mut f32).add(token) = scale };
+            inverse
+        }
+    };
+    // SAFETY: as above.
+    let to = unsafe {
+        std::slice::from_raw_parts_mut((quantized.output.0 as *mut u8).add(token * row.len()), row.len())
+    };
+    for (byte, value) in to.iter_mut().zip(row) {
+        *byte = quantize::to_e4m3(*value * inverse).to_bits();
     }
 }
 

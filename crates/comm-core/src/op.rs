@@ -26,6 +26,9 @@ pub enum OpKind {
     AllGather2d,
     AllReduceRmsNorm,
     AllReduceRmsNormTwoGroup,
+    AllReduceQuantized,
+    AllReduceRmsNormQuantized,
+    AllReduceRmsNormTwoGroupQuantized,
     Create,
     Split,
     Allocate,
@@ -44,7 +47,7 @@ pub enum OpKind {
 
 impl OpKind {
     /// The operations that move or combine data on a device: what a conformance suite or a benchmark runs.
-    pub const COLLECTIVES: [Self; 15] = [
+    pub const COLLECTIVES: [Self; 18] = [
         Self::AllReduce,
         Self::AllGather,
         Self::AllGatherV,
@@ -60,6 +63,9 @@ impl OpKind {
         Self::AllGather2d,
         Self::AllReduceRmsNorm,
         Self::AllReduceRmsNormTwoGroup,
+        Self::AllReduceQuantized,
+        Self::AllReduceRmsNormQuantized,
+        Self::AllReduceRmsNormTwoGroupQuantized,
     ];
 
     /// The name used on command lines, in tables and in errors.
@@ -81,6 +87,9 @@ impl OpKind {
             Self::AllGather2d => "all_gather_2d",
             Self::AllReduceRmsNorm => "all_reduce_rmsnorm",
             Self::AllReduceRmsNormTwoGroup => "all_reduce_rmsnorm_two_group",
+            Self::AllReduceQuantized => "all_reduce_quantized",
+            Self::AllReduceRmsNormQuantized => "all_reduce_rmsnorm_quantized",
+            Self::AllReduceRmsNormTwoGroupQuantized => "all_reduce_rmsnorm_two_group_quantized",
             Self::Create => "create",
             Self::Split => "split",
             Self::Allocate => "allocate",
@@ -96,6 +105,18 @@ impl OpKind {
             Self::HostAllReduce => "host_all_reduce",
             Self::HostExchangeFds => "host_exchange_fds",
         }
+    }
+
+    /// Whether the operation ends in a fused norm.
+    #[must_use]
+    pub const fn norms(self) -> bool {
+        matches!(
+            self,
+            Self::AllReduceRmsNorm
+                | Self::AllReduceRmsNormTwoGroup
+                | Self::AllReduceRmsNormQuantized
+                | Self::AllReduceRmsNormTwoGroupQuantized
+        )
     }
 
     /// Whether the operation combines elements and so takes a [`ReduceOp`].

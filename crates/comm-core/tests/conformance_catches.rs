@@ -74,6 +74,8 @@ catches! {
     open_after_close: StaysOpenAfterClose in Close;
     large_counts: CorruptsLargeCounts in AllReduce;
     supports_by_rank: AnswersSupportsByRank in Reduce;
+    unquantized_slice: KeepsItsSliceOfTheSumUnquantized in AllReduceQuantized;
+    scale_of_the_first_row: ScalesAllRowsAlike in AllReduceRmsNormQuantized;
     panic_on_one_rank: PanicsOnOneRank in AllGather;
 }
 

@@ -13,7 +13,7 @@
 
 mod common;
 
-use comm_core::{DType, RmsNormArgs};
+use comm_core::{DType, NormQuantScale, NormQuantization, RmsNormArgs, quantize};
 use comm_kernels::pattern;
 use half::{bf16, f16};
 
@@ -87,6 +87,11 @@ fn check(device: &common::Device, case: Case) {
     };
     unsafe { device.kernels.rmsnorm(&args, device.stream()) }.unwrap();
     let (residual_out, output) = (residual_out_at.content(), output_at.content());
+    if !case.in_place {
+        for per_token in [false, true] {
+            check_fp8(device, case, args, per_token, &output);
+        }
+    }
 
     let tolerance = match dtype {
         DType::F32 => 4e-6,
@@ -115,6 +120,43 @@ fn check(device: &common::Device, case: Case) {
                 error <= tolerance * wanted.abs() + 1e-6,
                 "row {row} column {h}: {got}, not {wanted}: {case:?}"
             );
+        }
+    }
+}
+
+/// The fp8 results, with the unquantised one and without: what quantising `output` gives, bit by bit.
+fn check_fp8(device: &common::Device, case: Case, args: RmsNormArgs, per_token: bool, output: &[u8]) {
+    let Case { dtype, tokens, hidden, .. } = case;
+    let scale = 0.01_f32;
+    let scales_at = match per_token {
+        true => device.buffer(4 * tokens, 4 * case.offset),
+        false => device.filled(&scale.to_ne_bytes(), 4 * case.offset),
+    };
+    let fp8_at = device.buffer(tokens * hidden, case.offset);
+    for keep_unquantized in [true, false] {
+        let quantized = NormQuantization {
+            output: fp8_at.addr(),
+            scale: match per_token {
+                true => NormQuantScale::PerToken(scales_at.addr()),
+                false => NormQuantScale::PerTensor(scales_at.addr()),
+            },
+            keep_unquantized,
+        };
+        unsafe { device.kernels.rmsnorm_quantized(&args, &quantized, device.stream()) }.unwrap();
+        let (found, scales) = (fp8_at.content(), scales_at.content());
+        for row in 0..tokens {
+            let values: Vec<f32> = (row * hidden..(row + 1) * hidden)
+                .map(|i| decode(dtype, &output[i * dtype.size()..][..dtype.size()]))
+                .collect();
+            let (wanted, inverse) = match per_token {
+                true => quantize::scale(quantize::amax(&values)),
+                false => (scale, 1.0 / scale),
+            };
+            if per_token {
+                assert!(scales[4 * row..4 * row + 4] == wanted.to_ne_bytes(), "scale of row {row}: {case:?}");
+            }
+            let wanted: Vec<u8> = values.iter().map(|x| quantize::to_e4m3(x * inverse).to_bits()).collect();
+            assert!(found[row * hidden..(row + 1) * hidden] == wanted, "fp8 of row {row}: {case:?}");
         }
     }
 }

@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use comm_core::topology::Topology;
 use comm_core::{
-    AlgorithmUsage, Block2d, CommError, CommInfo, DType, Deadline, DeviceAddr, DeviceComm, OpKind, OpQuery,
-    P2pOp, ReduceOp, Registration, Result, RmsNormArgs, StreamHandle, Support, TwoGroupNormArgs,
+    AlgorithmUsage, Block2d, CommError, CommInfo, DType, Deadline, DeviceAddr, DeviceComm, NormQuantization,
+    OpKind, OpQuery, P2pOp, ReduceOp, Registration, Result, RmsNormArgs, StreamHandle, Support,
+    TwoGroupNormArgs,
 };
 
 use crate::create::{self, sibling};
@@ -27,7 +28,7 @@ pub struct P2pComm {
     shared: Arc<Shared>,
 }
 
-/// How much longer than its timeout a close may take: it waits for the device, and then for the ranks.
+/// How much longer than its timeout a close may take: it waits for the ranks, and then for the device.
 const CLOSE_MARGIN: Duration = Duration::from_secs(1);
 
 impl P2pComm {
@@ -134,9 +135,19 @@ unsafe impl DeviceComm for P2pComm {
     }
 
     fn supports(&self, query: &OpQuery) -> Support {
-        let norm = matches!(query.kind, OpKind::AllReduceRmsNorm | OpKind::AllReduceRmsNormTwoGroup);
-        if norm && !matches!(query.dtype, DType::F32 | DType::F16 | DType::BF16) {
+        if query.kind.norms() && !matches!(query.dtype, DType::F32 | DType::F16 | DType::BF16) {
             return Support::no(format!("RMSNorm takes f32, f16 and bf16, not {}", query.dtype));
+        }
+        if query.kind == OpKind::AllReduceQuantized
+            && !matches!(query.dtype, DType::F32 | DType::F16 | DType::BF16)
+        {
+            return Support::no(format!(
+                "a quantised all-reduce takes f32, f16 and bf16, not {}",
+                query.dtype
+            ));
+        }
+        if query.kind == OpKind::AllReduceQuantized && self.shared.keeps_to_neighbours() {
+            return Support::no(QUANTIZED_NEEDS_ALL);
         }
         Support::Yes
     }
@@ -156,6 +167,18 @@ unsafe impl DeviceComm for P2pComm {
     ) -> Result<()> {
         // SAFETY: here and below, the caller vouches for the same.
         unsafe { self.do_all_reduce((send, recv), count, dtype, op, stream) }
+    }
+
+    unsafe fn all_reduce_quantized(
+        &self,
+        send: DeviceAddr,
+        recv: DeviceAddr,
+        count: usize,
+        dtype: DType,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        // SAFETY: see above.
+        unsafe { self.do_all_reduce_quantized((send, recv), count, dtype, stream) }
     }
 
     unsafe fn all_gather(
@@ -294,7 +317,7 @@ unsafe impl DeviceComm for P2pComm {
 
     unsafe fn all_reduce_rmsnorm(&self, args: &RmsNormArgs, stream: StreamHandle) -> Result<()> {
         // SAFETY: see above.
-        unsafe { self.do_norm(args, stream) }
+        unsafe { self.do_norm(args, None, stream) }
     }
 
     unsafe fn all_reduce_rmsnorm_two_group(
@@ -304,7 +327,28 @@ unsafe impl DeviceComm for P2pComm {
         stream: StreamHandle,
     ) -> Result<()> {
         // SAFETY: see above.
-        unsafe { self.do_two_group_norm(gather, args, stream) }
+        unsafe { self.do_two_group_norm(gather, args, None, stream) }
+    }
+
+    unsafe fn all_reduce_rmsnorm_quantized(
+        &self,
+        args: &RmsNormArgs,
+        quantized: &NormQuantization,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        // SAFETY: see above.
+        unsafe { self.do_norm(args, Some(quantized), stream) }
+    }
+
+    unsafe fn all_reduce_rmsnorm_two_group_quantized(
+        &self,
+        gather: &dyn DeviceComm,
+        args: &TwoGroupNormArgs<'_>,
+        quantized: &NormQuantization,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        // SAFETY: see above.
+        unsafe { self.do_two_group_norm(gather, args, Some(quantized), stream) }
     }
 
     fn poll(&self) -> Result<()> {

@@ -5,13 +5,15 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockRead
 use std::time::Duration;
 
 use comm_core::topology::Topology;
-use comm_core::{CallSite, CommError, CommInfo, Deadline, DeviceAddr, HostComm, OpKind, Result};
+use comm_core::{CallSite, CommError, CommInfo, DType, Deadline, DeviceAddr, HostComm, OpKind, Result};
 use comm_kernels::Kernels;
 use comm_kernels::p2p::{ErrorRecord, Link, P2pKernels, Peers};
 use comm_kernels::raw::Current;
 use cudarc::driver::CudaContext;
 
 use crate::captured::Captured;
+use crate::ledger::{Ledger, Note, mix};
+use crate::mesh::Mesh;
 use crate::options::Options;
 use crate::stream::Sentinel;
 use crate::symmetric::ipc;
@@ -19,6 +21,7 @@ use crate::symmetric::table::{Found, Table};
 use crate::symmetric::words::Words;
 use crate::symmetric::{Block, Hold};
 use crate::tables::InUse;
+use crate::topology::Place;
 use crate::topology::links::Links;
 use crate::usage::{Algorithm, Usage};
 
@@ -27,7 +30,9 @@ const CLOSING: u8 = 1;
 const FAILED: u8 = 2;
 
 /// Bits of a kernel's number that say which operation it belongs to.
-pub(crate) const CALL_KIND_BITS: u32 = 4;
+pub(crate) const CALL_KIND_BITS: u32 = 5;
+const _: () = assert!(OpKind::COLLECTIVES.len() < UNKNOWN_KIND);
+const UNKNOWN_KIND: usize = (1 << CALL_KIND_BITS) - 1;
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What these protect is set by single assignments, so a panic cannot leave it half-changed.
@@ -59,6 +64,7 @@ pub(crate) struct Device {
     pub(crate) uuid: String,
     pub(crate) driver: String,
     pub(crate) links: Links,
+    pub(crate) place: Place,
 }
 
 /// The channels of a communicator of at least two ranks, and the kernels that use them.
@@ -75,6 +81,9 @@ pub(crate) struct Channels {
     pub(crate) half: usize,
     pub(crate) pair_slots: Peers,
     pub(crate) pair_bytes: usize,
+    /// If ranks may touch their neighbours' memory alone. Copies and mailboxes for others lie behind the staging memory
+    /// and the slots, and the other ranks' addresses are null.
+    pub(crate) mesh: Option<Mesh>,
 }
 
 /// What is given back at the end, in this order.
@@ -82,6 +91,8 @@ pub(crate) struct Owned {
     pub(crate) table: Table<Hold>,
     /// With the option `p2p.graph_registration`, between at least two ranks.
     pub(crate) captured: Option<Captured>,
+    /// Of the calls that have been written into the ledger.
+    pub(crate) chain: u64,
     #[allow(dead_code, reason = "held, not read")]
     pub(crate) scratch: Option<Block>,
     pub(crate) words: Option<Arc<Words>>,
@@ -106,6 +117,8 @@ pub(crate) struct Shared {
     /// `None` with one rank.
     pub(crate) channels: Option<Channels>,
     pub(crate) usage: Usage,
+    /// Between at least two ranks.
+    pub(crate) ledger: Option<Ledger>,
     pub(crate) owned: Mutex<Owned>,
     words: Mutex<Option<Arc<Words>>>,
     pub(crate) host: Mutex<Option<Hosts>>,
@@ -130,6 +143,7 @@ impl Shared {
         topology: Topology,
         tables: InUse,
         channels: Option<Channels>,
+        ledger: Option<Ledger>,
         owned: Owned,
         hosts: Hosts,
     ) -> Self {
@@ -140,6 +154,7 @@ impl Shared {
             tables: RwLock::new(tables),
             channels,
             usage: Usage::default(),
+            ledger,
             words: Mutex::new(owned.words.clone()),
             owned: Mutex::new(owned),
             host: Mutex::new(Some(hosts)),
@@ -159,12 +174,33 @@ impl Shared {
         CommError::Closed { comm: self.info.name.clone() }
     }
 
+    /// Whether the ranks are a mesh with gaps, in which only neighbours' memory is mapped.
+    pub(crate) fn keeps_to_neighbours(&self) -> bool {
+        self.channels.as_ref().is_some_and(|channels| channels.mesh.is_some())
+    }
+
     pub(crate) fn control(&self) -> Result<Arc<dyn HostComm>> {
         lock(&self.host).as_ref().map(|hosts| Arc::clone(&hosts.control)).ok_or_else(|| self.closed())
     }
 
     pub(crate) fn deadline(&self) -> Deadline {
         Deadline::after(self.base.timeout)
+    }
+
+    /// The ranks whose memory this rank may touch, bit by bit.
+    pub(crate) fn reach(&self) -> u32 {
+        self.mesh().map_or(u32::MAX, |mesh| mesh.barrier.neighbours | 1 << self.info.rank)
+    }
+
+    /// Why ranks cannot reach all others' buffers, if they cannot.
+    pub(crate) fn unreached(&self) -> Option<String> {
+        self.mesh().map(|_| {
+            format!("the GPUs are a mesh with gaps ({}); data crosses in scratch memory", self.topology)
+        })
+    }
+
+    fn mesh(&self) -> Option<&Mesh> {
+        self.channels.as_ref()?.mesh.as_ref()
     }
 
     /// The error that every call returns from now on, if there is one.
@@ -230,8 +266,13 @@ impl Shared {
         }
     }
 
-    /// What the other ranks' host sides and this rank's kernels have to say. Never blocks.
+    /// What the other ranks' host sides and this rank's kernels have to say, and their calls. Never blocks.
     pub(crate) fn observe(&self) -> Result<()> {
+        // Calls that differ are behind whatever else is found: waits that end, ranks that leave for it.
+        self.observe_ends().map_err(|found| self.calls_are_alike().err().unwrap_or(found))
+    }
+
+    fn observe_ends(&self) -> Result<()> {
         let record = lock(&self.words).as_ref().and_then(|words| words.error());
         let op = record.map_or(OpKind::Poll, |record| self.kernel(&record).op);
         // Held while polling, so that the last reference cannot end up being dropped by the watchdog: a host
@@ -257,7 +298,7 @@ impl Shared {
 
     /// The call that a record's kernel belongs to.
     fn kernel(&self, record: &ErrorRecord) -> CallSite {
-        let kind = OpKind::COLLECTIVES.get((record.op & ((1 << CALL_KIND_BITS) - 1)) as usize);
+        let kind = OpKind::COLLECTIVES.get((record.op & UNKNOWN_KIND as u32) as usize);
         let seq = u64::from(record.op >> CALL_KIND_BITS);
         CallSite::new(&self.info.name, kind.copied().unwrap_or(OpKind::Poll), seq)
     }
@@ -272,6 +313,16 @@ impl Shared {
         }
         let missing = (0..self.info.size).filter(|&rank| record.missing >> rank & 1 == 1).collect();
         CommError::Timeout { at, missing, waited: Duration::from_nanos(record.waited_ns) }
+    }
+
+    /// Whether the ranks' calls are alike, as far as they have come. Never blocks.
+    pub(crate) fn calls_are_alike(&self) -> Result<()> {
+        let Some(found) = self.ledger.as_ref().and_then(Ledger::compare) else { return Ok(()) };
+        let at = || CallSite::new(&self.info.name, OpKind::Poll, found.number);
+        let (expected, other) = (found.own.clone(), found.other.clone());
+        let cause = CommError::Mismatch { at: at(), rank: found.rank, expected, found: other };
+        // What differs has been carried out, or waits: unlike in checked mode, the communicator is lost.
+        Err(CommError::PeerFailed { at: at(), rank: found.rank, cause: Box::new(cause) })
     }
 
     /// What this rank's kernels have to say, whatever became of the other ranks.
@@ -299,7 +350,7 @@ impl Shared {
             return Err(self.fail(cause));
         }
         let seq = self.seq.fetch_add(1, Ordering::Relaxed);
-        Ok(Call { shared: self, owned, kind, seq, _current: current })
+        Ok(Call { shared: self, owned, kind, seq, alike: (None, 0, 0), _current: current })
     }
 
     /// The words are given up, so that nobody touches them any more.
@@ -317,14 +368,17 @@ pub(crate) struct Call<'a> {
     pub(crate) owned: MutexGuard<'a, Owned>,
     kind: OpKind,
     seq: u64,
+    /// What all ranks must pass alike: type, count, and a mixture of the rest.
+    alike: (Option<DType>, usize, u64),
     _current: Current,
 }
 
 impl Call<'_> {
     /// A channel, marked with this call for the error record.
     pub(crate) fn link(&self, channel: &Link) -> Link {
-        let kind = OpKind::COLLECTIVES.iter().position(|&kind| kind == self.kind).unwrap_or(15) as u32;
-        // The number is for people to read; that it wraps after 2^28 calls does no harm.
+        let kind =
+            OpKind::COLLECTIVES.iter().position(|&kind| kind == self.kind).unwrap_or(UNKNOWN_KIND) as u32;
+        // The number is for people to read; that it wraps after 2^27 calls does no harm.
         Link { op: (self.seq as u32) << CALL_KIND_BITS | kind, ..*channel }
     }
 
@@ -333,9 +387,11 @@ impl Call<'_> {
         result.map_err(|error| self.shared.fail(error))
     }
 
-    /// Refuses a registered operand whose memory is no longer what was registered. Nothing has been enqueued yet, so
-    /// the communicator is unharmed here; the other ranks wait for the call until their timeout.
-    pub(crate) fn still_there(&self, found: &Found, addr: DeviceAddr) -> Result<()> {
+    /// For a call that stores into the ranks' operands where this rank's lies. Their place is among what all pass alike.
+    /// Refuses a registered operand whose memory is no longer what was registered: nothing has been enqueued yet, so the
+    /// communicator is unharmed here; the other ranks wait for the call until their timeout.
+    pub(crate) fn reaches(&mut self, found: &Found, addr: DeviceAddr) -> Result<()> {
+        self.alike.2 = mix(mix(self.alike.2, found.id + 1), found.offset);
         let Some(Hold::Opened(_, Some(registered))) = self.owned.table.hold(found.id) else { return Ok(()) };
         let now = ipc::allocation_id(addr);
         if now.as_ref().is_ok_and(|now| now == registered) {
@@ -350,8 +406,22 @@ impl Call<'_> {
         })
     }
 
+    /// What all ranks must pass alike, for the ledger.
+    pub(crate) fn passes(&mut self, dtype: DType, count: usize, rest: &[u64]) {
+        let more = rest.iter().fold(0, |state, &value| mix(state, value));
+        self.alike = (Some(dtype), count, more);
+    }
+
     /// Ends the call; it counts as used.
-    pub(crate) fn finish(self, algorithm: Algorithm) {
+    pub(crate) fn finish(mut self, algorithm: Algorithm) {
+        let transfers = matches!(self.kind, OpKind::Send | OpKind::Recv | OpKind::Group);
+        if let Some(ledger) = &self.shared.ledger
+            && !transfers
+        {
+            let (dtype, count, more) = self.alike;
+            let note = Note { kind: self.kind, algorithm, dtype, count, more };
+            self.owned.chain = ledger.add(self.owned.chain, &note);
+        }
         self.shared.usage.count(self.kind, algorithm);
     }
 }

@@ -1,8 +1,6 @@
 //! How often each algorithm was used.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
-use comm_core::{AlgorithmUsage, OpKind};
+use comm_core::{CountedAlgorithm, UsageTable};
 
 /// How an operation is carried out.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -15,6 +13,10 @@ pub(crate) enum Algorithm {
     Cells,
     /// For the largest buffers, summed or gathered: all ranks store to one peer at a time, in step.
     Steps,
+    /// In a hybrid cube mesh: packets, passed on by neighbours.
+    CubeMesh,
+    /// Everyone reads everyone's copy and sums everything: a reference for the others.
+    Pull,
     /// Packets through scratch memory.
     Packets,
     /// Packets over relays.
@@ -36,11 +38,13 @@ pub(crate) enum Algorithm {
 }
 
 impl Algorithm {
-    const ALL: [Self; 13] = [
+    const ALL: [Self; 15] = [
         Self::OneShot,
         Self::TwoShot,
         Self::Cells,
         Self::Steps,
+        Self::CubeMesh,
+        Self::Pull,
         Self::Packets,
         Self::Relayed,
         Self::Direct,
@@ -58,6 +62,8 @@ impl Algorithm {
             Self::TwoShot => "two_shot",
             Self::Cells => "cells",
             Self::Steps => "steps",
+            Self::CubeMesh => "cube_mesh",
+            Self::Pull => "pull",
             Self::Packets => "packets",
             Self::Relayed => "relayed",
             Self::Direct => "direct",
@@ -70,6 +76,11 @@ impl Algorithm {
         }
     }
 
+    /// The algorithm of that place in the declaration.
+    pub(crate) fn by_number(number: usize) -> Option<Self> {
+        Self::ALL.get(number).copied()
+    }
+
     pub(crate) fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|algorithm| algorithm.name() == name)
     }
@@ -80,34 +91,24 @@ impl Algorithm {
 }
 
 /// Calls by operation and algorithm.
-#[derive(Default)]
-pub(crate) struct Usage {
-    calls: [[AtomicU64; Algorithm::ALL.len()]; OpKind::COLLECTIVES.len()],
-}
+pub(crate) type Usage = UsageTable<Algorithm>;
 
-impl Usage {
-    pub(crate) fn count(&self, op: OpKind, algorithm: Algorithm) {
-        if let Some(row) = OpKind::COLLECTIVES.iter().position(|&kind| kind == op) {
-            self.calls[row][algorithm as usize].fetch_add(1, Ordering::Relaxed);
-        }
+impl CountedAlgorithm for Algorithm {
+    const ALGORITHMS: &'static [Self] = &Self::ALL;
+
+    fn index(self) -> usize {
+        self as usize
     }
 
-    pub(crate) fn snapshot(&self) -> Vec<AlgorithmUsage> {
-        let mut used = Vec::new();
-        for (op, row) in OpKind::COLLECTIVES.into_iter().zip(&self.calls) {
-            for (algorithm, calls) in Algorithm::ALL.into_iter().zip(row) {
-                let calls = calls.load(Ordering::Relaxed);
-                if calls > 0 {
-                    used.push(AlgorithmUsage { op, algorithm: algorithm.name().into(), calls });
-                }
-            }
-        }
-        used
+    fn label(self) -> &'static str {
+        self.name()
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use comm_core::OpKind;
+
     use super::*;
 
     #[test]

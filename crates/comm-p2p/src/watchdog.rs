@@ -68,7 +68,11 @@ fn watch(shared: &Shared) -> Result<()> {
         // A failed communicator keeps its memory until it is closed or dropped: a graph may still be replayed, whose
         // kernels then leave at once.
         if !shared.has_failed() {
-            let seen = shared.observe().and_then(|()| device_is_fit(shared)).and_then(|()| take_back(shared));
+            let seen = shared
+                .observe()
+                .and_then(|()| shared.calls_are_alike())
+                .and_then(|()| device_is_fit(shared))
+                .and_then(|()| take_back(shared));
             if let Err(error) = seen {
                 shared.fail(error);
             }
@@ -83,14 +87,15 @@ fn device_is_fit(shared: &Shared) -> Result<()> {
 }
 
 /// Declares an error of the device's that the watchdog has not seen yet, while the other ranks can still be told: once
-/// the handle has been dropped they would take this rank for one that left. Waits for nothing.
+/// the handle has been dropped they would take this rank for one that left. Waits for nothing. What became of the other
+/// ranks is not asked: those that have dropped theirs before must not end work that is still under way here.
 pub(crate) fn report_last(shared: &Shared) {
     if shared.healthy().is_err() {
         return;
     }
     let _relaxed = RelaxedCapture::new();
     let seen = Current::enter(&shared.base.context)
-        .and_then(|_current| shared.observe().and_then(|()| device_is_fit(shared)));
+        .and_then(|_current| shared.record().map_or(Ok(()), Err).and_then(|()| device_is_fit(shared)));
     if let Err(error) = seen {
         shared.fail(error);
     }
@@ -105,16 +110,14 @@ pub(crate) fn report_last(shared: &Shared) {
 /// to do in this rank's buffers (the arguments above the kernels), and its own memory every rank keeps by its mapping.
 fn end(shared: &Shared, collective: bool) -> Result<()> {
     let deadline = shared.deadline();
-    if !shared.has_failed()
-        && let Err(error) = shared.observe()
-    {
-        shared.fail(error);
-    }
-    if collective
-        && !shared.has_failed()
-        && let Err(error) = shared.control().and_then(|control| control.barrier(deadline))
-    {
-        shared.fail(shared.relocate(error, OpKind::Close));
+    if collective && !shared.has_failed() {
+        let meet = || {
+            let control = shared.control()?;
+            control.barrier(deadline).map_err(|error| shared.relocate(error, OpKind::Close))
+        };
+        if let Err(error) = shared.observe().and_then(|()| meet()) {
+            shared.fail(error);
+        }
     }
     let mut idle = drain(deadline);
     // What has been enqueued may have failed while it was waited for. The other ranks may have left by now.
@@ -166,6 +169,7 @@ fn take(shared: &Shared) -> crate::state::Owned {
     crate::state::Owned {
         table: std::mem::replace(&mut owned.table, Table::new(0)),
         captured: owned.captured.take(),
+        chain: 0,
         scratch: owned.scratch.take(),
         words: owned.words.take(),
         sentinel: owned.sentinel.take(),

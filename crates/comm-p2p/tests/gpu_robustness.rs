@@ -5,7 +5,8 @@
 
 mod common;
 
-use std::sync::{Arc, Barrier};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use comm_core::{
@@ -201,14 +202,23 @@ fn two_threads_on_one_communicator_are_serialised() {
 #[test]
 fn two_jobs_on_the_same_devices_do_not_see_each_other() {
     let Some(size) = world_size() else { return };
-    let together = Barrier::new(2 * size);
+    let arrived = AtomicUsize::new(0);
+    // All ranks of both jobs meet, within a bound: one that has failed does not come.
+    let meet = |times: usize| {
+        arrived.fetch_add(1, Ordering::SeqCst);
+        let deadline = Deadline::after(PATIENT);
+        while arrived.load(Ordering::SeqCst) < times * 2 * size {
+            assert!(!deadline.has_passed(), "a rank of a job is missing");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
     let job = |seed: usize| {
         world(size, PATIENT, &[], |rank| {
             let most = 20_000;
             let at = rank.buffer(most, 0.0);
             // What waits for a whole device, as allocating and freeing do, stays clear of the other job's calls: their
             // kernels wait for each other across devices.
-            together.wait();
+            meet(1);
             for turn in 0..300 {
                 // Kernels of both jobs must be resident at once for the same reason, so none may fill a device.
                 let count = (turn * 7919 + seed * 31) % most + 1;
@@ -217,7 +227,7 @@ fn two_jobs_on_the_same_devices_do_not_see_each_other() {
                 let expected = rank.triangle() + ((seed * 1000 + turn) * size) as f32;
                 assert_eq!(rank.get(at, count), vec![expected; count], "job {seed}, turn {turn}");
             }
-            together.wait();
+            meet(2);
             rank.comm.close().unwrap();
         });
     };
@@ -331,4 +341,75 @@ fn a_communicator_over_all_devices_is_made_within_two_seconds() {
         println!("communicator {turn} over {size} GPUs: {slowest:?} on the slowest rank");
         assert!(slowest < Duration::from_secs(2), "{slowest:?}");
     }
+}
+
+#[test]
+fn calls_that_differ_are_noticed_though_their_traffic_is_alike() {
+    let Some(size) = world_size() else { return };
+    let last = size - 1;
+    // What the last rank calls instead of a sum of 1000 f16: of the same length, so that its packs fit the others'.
+    type Calls = fn(&Rank, comm_core::DeviceAddr, bool) -> comm_core::Result<()>;
+    let differing: [(&str, Calls); 3] = [
+        ("bf16", |rank, at, last| {
+            let dtype = if last { DType::BF16 } else { DType::F16 };
+            // SAFETY: the buffer holds 4000 bytes and is freed with the memory.
+            unsafe { rank.comm.all_reduce(at, at, 1000, dtype, ReduceOp::Sum, rank.stream()) }
+        }),
+        ("another reduction", |rank, at, last| {
+            let op = if last { ReduceOp::Min } else { ReduceOp::Max };
+            // SAFETY: as above.
+            unsafe { rank.comm.all_reduce(at, at, 1000, DType::F32, op, rank.stream()) }
+        }),
+        ("all_gather", |rank, at, last| {
+            let part = 1000 / rank.size * 4;
+            let from = at.offset((rank.rank * part) as u64);
+            let (dtype, count) = if last { (DType::U8, part) } else { (DType::F32, part / 4) };
+            // SAFETY: as above.
+            unsafe { rank.comm.all_gather(from, at, count, dtype, rank.stream()) }
+        }),
+    ];
+    for (what, call) in differing {
+        world(size, PATIENT, &[], |rank| {
+            let at = rank.buffer(1000, 1.0);
+            rank.sum(at, at, 1000).unwrap();
+            // Captured calls are compared as they are captured, and enqueued ones however far the ranks are apart.
+            (0..200).for_each(|_| rank.sum(at, at, 8).unwrap());
+            rank.memory.synchronize().unwrap();
+            rank.host.barrier(Deadline::after(PATIENT)).unwrap();
+            rank.comm.poll().unwrap();
+            let start = Instant::now();
+            call(&rank, at, rank.rank == last).unwrap();
+            let error = rank.await_failure(PROMPT);
+            println!("{what}: rank {} after {:?}: {error}", rank.rank, start.elapsed());
+            let expected = if rank.rank == last { 0 } else { last };
+            let CommError::PeerFailed { rank: other, cause, .. } = &error else { panic!("{error}") };
+            assert_eq!(*other, expected, "{error}");
+            let CommError::Mismatch { found, .. } = &**cause else { panic!("{error}") };
+            assert!(rank.rank == last || found.contains(what), "{error}");
+            assert!(error.is_fatal());
+            assert_eq!(rank.comm.close().unwrap_err(), error);
+        });
+    }
+}
+
+#[test]
+fn operands_at_different_places_of_an_allocation_are_noticed() {
+    let Some(size) = world_size() else { return };
+    world(size, PATIENT, &[], |rank| {
+        let count = 4 << 20;
+        let send = rank.buffer(count, 1.0);
+        let allocated = rank.comm.allocate(count * 4 + 256).unwrap();
+        // Small results may lie anywhere in it, large ones must lie alike.
+        let small = allocated.offset(16 * rank.rank as u64);
+        rank.sum(send, small, 4).unwrap();
+        assert_eq!(rank.get(small, 4), vec![size as f32; 4]);
+        rank.host.barrier(Deadline::after(PATIENT)).unwrap();
+        rank.sum(send, small, count).unwrap();
+        let error = rank.await_failure(PROMPT);
+        let CommError::PeerFailed { cause, .. } = &error else { panic!("{error}") };
+        assert!(matches!(**cause, CommError::Mismatch { .. }), "{error}");
+        assert!(error.to_string().contains("place of an operand"), "{error}");
+        let _ = rank.memory.synchronize();
+        assert_eq!(rank.comm.close().unwrap_err(), error);
+    });
 }

@@ -15,6 +15,7 @@ use crate::bench::data::{Segment, pattern};
 use crate::bench::norm;
 use crate::bench::operands::{Operands, ROOT, query};
 use crate::bench::plan::{BenchJob, Case};
+use crate::bench::quantized;
 use crate::bench::row::{Row, Timing};
 use crate::bench::sizes::human;
 use crate::bench::stats::{median, percentile};
@@ -75,6 +76,10 @@ impl Bench<'_> {
         }
         if case.norm.is_some() {
             norm::measure(self, number, &case, &mut row)?;
+            return Ok(row);
+        }
+        if case.op == OpKind::AllReduceQuantized {
+            quantized::measure(self, number, &case, &mut row)?;
             return Ok(row);
         }
         let redop = if case.op.reduces() { self.job.redop } else { ReduceOp::Sum };

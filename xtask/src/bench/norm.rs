@@ -1,7 +1,9 @@
 //! The fused all-reduce + residual + bias + RMSNorm as a benchmark row, compared with a reference in f64.
 
 use anyhow::{Result, ensure};
-use comm_core::{DType, DeviceAddr, OpKind, RmsNormArgs, TwoGroupNormArgs};
+use comm_core::{
+    DType, DeviceAddr, F8E4M3, NormQuantScale, NormQuantization, OpKind, RmsNormArgs, TwoGroupNormArgs,
+};
 
 use crate::bench::data::{self, Content, Segment, encode, pattern, read};
 use crate::bench::measure::{Bench, Buffer};
@@ -56,7 +58,7 @@ pub fn measure(bench: &Bench<'_>, number: u64, case: &Case, row: &mut Row) -> Re
     }
     let expected = values.expected(&sums);
 
-    if case.op == OpKind::AllReduceRmsNorm {
+    if matches!(case.op, OpKind::AllReduceRmsNorm | OpKind::AllReduceRmsNormQuantized) {
         let args = RmsNormArgs {
             input: input.addr,
             residual: residual.addr,
@@ -70,12 +72,31 @@ pub fn measure(bench: &Bench<'_>, number: u64, case: &Case, row: &mut Row) -> Re
             eps: EPS,
             weight_offset: WEIGHT_OFFSET,
         };
+        let (fp8, scales) = (Buffer::new(memory, tokens * hidden)?, Buffer::new(memory, tokens * 4)?);
+        // What an fp8 layer asks for: the fp8 result alone.
+        let quantized = (case.op == OpKind::AllReduceRmsNormQuantized).then_some(NormQuantization {
+            output: fp8.addr,
+            scale: NormQuantScale::PerToken(scales.addr),
+            keep_unquantized: false,
+        });
         // SAFETY: all operands have the sizes that the arguments say and outlive the work, which is waited for below.
-        let mut issue = || unsafe { bench.comm.all_reduce_rmsnorm(&args, memory.stream()) };
+        let mut issue = || unsafe {
+            match &quantized {
+                Some(quantized) => bench.comm.all_reduce_rmsnorm_quantized(&args, quantized, memory.stream()),
+                None => bench.comm.all_reduce_rmsnorm(&args, memory.stream()),
+            }
+        };
         let samples = bench.device.time(&*bench.context.host, &bench.job.effort, case.bytes, &mut issue)?;
         // The timed operations are what is verified: out of place, each gives the same result.
-        let wrong = values.wrong(&download(bench, output.addr, matrix)?, &expected.1, 2)
-            + values.wrong(&download(bench, residual_out.addr, matrix)?, &expected.0, 0);
+        let outputs = match quantized {
+            Some(_) => values.wrong_fp8(
+                &download(bench, fp8.addr, tokens * hidden)?,
+                &download(bench, scales.addr, tokens * 4)?,
+                &expected.1,
+            ),
+            None => values.wrong(&download(bench, output.addr, matrix)?, &expected.1, 2),
+        };
+        let wrong = outputs + values.wrong(&download(bench, residual_out.addr, matrix)?, &expected.0, 0);
         row.out_of_place = Some(bench.timing(case, &samples.means, &samples.singles, wrong)?);
     } else {
         let counts = uneven(tokens, bench.comm.size());
@@ -159,6 +180,21 @@ impl Values {
         (residual, output)
     }
 
+    /// Counts the fp8 elements that stand for something further from what they should than rounding explains: half a unit
+    /// of their type, and what the unquantised result may be off.
+    fn wrong_fp8(&self, bytes: &[u8], scales: &[u8], expected: &[f64]) -> u64 {
+        let mut wrong = 0;
+        let rows = bytes.chunks(self.hidden).zip(scales.chunks_exact(4)).zip(expected.chunks(self.hidden));
+        for ((row, scale), expected) in rows {
+            let scale = read(DType::F32, scale);
+            for (byte, expected) in row.iter().zip(expected) {
+                let off = (f64::from(F8E4M3::from_bits(*byte).to_f32()) * scale - expected).abs();
+                wrong += u64::from(off.is_nan() || off > expected.abs() / 12.0 + scale / 512.0);
+            }
+        }
+        wrong
+    }
+
     /// Counts the elements further than `ulps` units in the last place from what they should be.
     fn wrong(&self, bytes: &[u8], expected: &[f64], ulps: u32) -> u64 {
         let ulp = match self.dtype {
@@ -195,6 +231,11 @@ mod tests {
         );
         let mut bytes = encode(DType::BF16, output.iter().copied());
         assert_eq!(values.wrong(&bytes, &output, 2), 0);
+        let fp8: Vec<u8> = output.iter().map(|x| F8E4M3::from_f32((x * 32.0) as f32).to_bits()).collect();
+        let scales = [1_f32 / 32.0, 1.0 / 32.0].map(f32::to_le_bytes).concat();
+        assert_eq!(values.wrong_fp8(&fp8, &scales, &output), 0);
+        let other = [1_f32 / 32.0, 1.0 / 16.0].map(f32::to_le_bytes).concat();
+        assert_eq!(values.wrong_fp8(&fp8, &other, &output), 8);
         bytes[7] ^= 0x40;
         assert_eq!(values.wrong(&bytes, &output, 2), 1);
         bytes[6..8].copy_from_slice(&half::bf16::NAN.to_le_bytes());

@@ -78,7 +78,7 @@ impl BenchJob {
         let element = self.dtype.size() as u64;
         match op {
             OpKind::Barrier => vec![Case { op, count: 0, bytes: 0, norm: None }],
-            OpKind::AllReduceRmsNorm | OpKind::AllReduceRmsNormTwoGroup => (self.tokens.iter())
+            op if op.norms() => (self.tokens.iter())
                 .map(|&tokens| {
                     let count = tokens * self.hidden;
                     let norm = Some(NormShape { tokens, hidden: self.hidden });

@@ -72,7 +72,7 @@ impl Timing {
 pub fn bus_factor(op: OpKind, world: usize) -> f64 {
     let n = world as f64;
     match op {
-        OpKind::AllReduce | OpKind::AllReduceRmsNorm | OpKind::AllReduceRmsNormTwoGroup => {
+        op if matches!(op, OpKind::AllReduce | OpKind::AllReduceQuantized) || op.norms() => {
             2.0 * (n - 1.0) / n
         }
         OpKind::AllGather

@@ -21,8 +21,8 @@ pub fn sanitizer(given: Option<&Path>) -> Result<PathBuf, String> {
     }
     candidates().into_iter().find(|path| path.is_file() && answers(path)).ok_or_else(|| {
         format!(
-            "no {NAME} on the PATH, in CUDA_HOME or in /usr/local/cuda*; it comes with the CUDA toolkit, or by \
-             `pip install nvidia-cuda-sanitizer-api`; --sanitizer names it"
+            "no {NAME} on the PATH, in CUDA_HOME or in /usr/local/cuda*; it comes with the CUDA toolkit; --sanitizer \
+             names one elsewhere"
         )
     })
 }

@@ -43,6 +43,8 @@ pub enum Tool {
     Synccheck,
     /// Races on shared memory.
     Racecheck,
+    /// None: the same kernels by themselves, to see that their results are right.
+    Plain,
 }
 
 impl Tool {
@@ -52,6 +54,7 @@ impl Tool {
             Self::Initcheck => "initcheck",
             Self::Synccheck => "synccheck",
             Self::Racecheck => "racecheck",
+            Self::Plain => "plain",
         }
     }
 }
@@ -109,10 +112,12 @@ fn run_tools(args: &SanitizeArgs, tally: &mut Tally) -> Result<()> {
         }
     };
     kernels::ensure()?;
-    println!("{} over {} ranks", sanitizer.display(), args.world);
     for &tool in &args.tool {
         let start = Instant::now();
-        let result = one(args, tool, &sanitizer, &gpus)?;
+        let result = match one(args, tool, sanitizer.as_deref(), &gpus)? {
+            CaseResult::Skipped(why) if args.require_gpus.is_some() => CaseResult::Failed(why),
+            result => result,
+        };
         if signal::interrupted() {
             bail!("interrupted");
         }
@@ -121,14 +126,15 @@ fn run_tools(args: &SanitizeArgs, tally: &mut Tally) -> Result<()> {
     Ok(())
 }
 
-/// The program and the GPUs, or why there is nothing to run with.
-fn ready(args: &SanitizeArgs) -> Result<(PathBuf, Vec<String>), String> {
+/// compute-sanitizer, if a tool of it is wanted, and the GPUs; or why there is nothing to run with.
+fn ready(args: &SanitizeArgs) -> Result<(Option<PathBuf>, Vec<String>), String> {
     let gpus = gpus::visible()?;
     let needed = args.require_gpus.unwrap_or(0).max(args.world);
     if gpus.len() < needed {
         return Err(format!("{needed} GPUs are needed; {} are usable", gpus.len()));
     }
-    let sanitizer = find::sanitizer(args.sanitizer.as_deref())?;
+    let wanted = args.tool.iter().any(|&tool| tool != Tool::Plain);
+    let sanitizer = wanted.then(|| find::sanitizer(args.sanitizer.as_deref())).transpose()?;
     Ok((sanitizer, gpus))
 }
 
@@ -160,7 +166,7 @@ fn words(tool: Tool, runner: &Path) -> Vec<std::ffi::OsString> {
     words
 }
 
-fn one(args: &SanitizeArgs, tool: Tool, sanitizer: &Path, gpus: &[String]) -> Result<CaseResult> {
+fn one(args: &SanitizeArgs, tool: Tool, sanitizer: Option<&Path>, gpus: &[String]) -> Result<CaseResult> {
     eprintln!("running {} ...", tool.name());
     let spec = job::spec(args.world, Mode::Processes, Duration::from_secs(args.timeout), COMM_TIMEOUT)?;
     let spec = spec.with_gpus(gpus, true)?;
@@ -174,8 +180,12 @@ fn one(args: &SanitizeArgs, tool: Tool, sanitizer: &Path, gpus: &[String]) -> Re
             lines.lock().unwrap_or_else(PoisonError::into_inner).push(line.to_owned());
         })
     };
-    let mut spec =
-        LaunchSpec { args: words(tool, &spec.program), program: sanitizer.to_owned(), output, ..spec };
+    let mut spec = LaunchSpec { output, ..spec };
+    let watched = sanitizer.filter(|_| tool != Tool::Plain);
+    if let Some(sanitizer) = watched {
+        println!("{} --tool {}", sanitizer.display(), tool.name());
+        spec = LaunchSpec { args: words(tool, &spec.program), program: sanitizer.to_owned(), ..spec };
+    }
     // The check of the GPUs' links is no kernel of its own, and its verdict would be kept.
     spec.env.push(("COMM_P2P_CHECK".to_owned(), "skip".into()));
     let (mut passed, mut failed) = (0, Vec::new());
@@ -191,7 +201,7 @@ fn one(args: &SanitizeArgs, tool: Tool, sanitizer: &Path, gpus: &[String]) -> Re
         }
     })?;
     let lines = lines.lock().unwrap_or_else(PoisonError::into_inner);
-    let result = verdict(&outcome, &lines, args.world, passed, &failed);
+    let result = verdict(&outcome, &lines, watched.map(|_| args.world), passed, &failed);
     if matches!(result, CaseResult::Failed(_)) {
         for line in lines.iter().filter(|line| summary::is_of_tool(line)).take(SHOWN) {
             println!("    {line}");
@@ -205,11 +215,11 @@ fn one(args: &SanitizeArgs, tool: Tool, sanitizer: &Path, gpus: &[String]) -> Re
 }
 
 /// All ranks must have reached their end, with every result right, and the tool must have said on each that it found
-/// nothing.
+/// nothing: on each of `watched`.
 fn verdict(
     outcome: &LaunchReport,
     lines: &[String],
-    world: usize,
+    watched: Option<usize>,
     passed: usize,
     failed: &[String],
 ) -> CaseResult {
@@ -222,7 +232,7 @@ fn verdict(
     if errors > 0 {
         problems.push(format!("{errors} errors"));
     }
-    if found.len() < world {
+    if let Some(world) = watched.filter(|&world| found.len() < world) {
         problems.push(format!("{} of {world} ranks have a summary", found.len()));
     }
     problems.extend(outcome.problem());
@@ -252,19 +262,20 @@ mod tests {
     fn only_a_clean_summary_of_every_rank_passes() {
         let clean = |rank| format!("[{rank}] ========= ERROR SUMMARY: 0 errors");
         let lines = [clean(0), clean(1)];
-        assert_eq!(verdict(&outcome(0), &lines, 2, 5, &[]), CaseResult::Passed);
+        assert_eq!(verdict(&outcome(0), &lines, Some(2), 5, &[]), CaseResult::Passed);
         for bad in [
-            verdict(&outcome(0), &lines[..1], 2, 5, &[]),
-            verdict(&outcome(FOUND), &lines, 2, 5, &[]),
-            verdict(&outcome(0), &lines, 2, 0, &[]),
-            verdict(&outcome(0), &lines, 2, 5, &["rank 0: wrong".into()]),
-            verdict(&outcome(0), &[clean(0), "========= ERROR SUMMARY: 1 error".into()], 2, 5, &[]),
+            verdict(&outcome(0), &lines[..1], Some(2), 5, &[]),
+            verdict(&outcome(FOUND), &lines, Some(2), 5, &[]),
+            verdict(&outcome(0), &lines, Some(2), 0, &[]),
+            verdict(&outcome(0), &lines, Some(2), 5, &["rank 0: wrong".into()]),
+            verdict(&outcome(0), &[clean(0), "========= ERROR SUMMARY: 1 error".into()], Some(2), 5, &[]),
         ] {
             assert!(matches!(bad, CaseResult::Failed(_)), "{bad:?}");
         }
+        assert_eq!(verdict(&outcome(0), &[], None, 5, &[]), CaseResult::Passed);
         let unsupported =
             ["[0] ========= Error: Device not supported. Please refer to the manual".to_owned()];
-        assert!(matches!(verdict(&outcome(1), &unsupported, 2, 0, &[]), CaseResult::Skipped(_)));
+        assert!(matches!(verdict(&outcome(1), &unsupported, Some(2), 0, &[]), CaseResult::Skipped(_)));
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! kernel or library never sees it. Each function returns the sizes it computed.
 
 mod norm;
+mod quantized;
 #[cfg(test)]
 mod tests;
 
@@ -17,6 +18,7 @@ use crate::error::{CommError, Result};
 use crate::fused::Block2d;
 
 pub use norm::{rmsnorm, two_group_norm};
+pub use quantized::{rmsnorm_quantized, two_group_norm_quantized};
 
 /// Bytes of `count` elements.
 ///
@@ -110,6 +112,20 @@ pub fn same_size(send: DeviceAddr, recv: DeviceAddr, count: usize, dtype: DType)
     let to = span("recv", recv, count, dtype)?;
     apart_or_in_place(&from, &to, from.start == to.start)?;
     bytes(count, dtype)
+}
+
+/// Checks a quantised all-reduce. Returns the bytes of each operand.
+///
+/// # Errors
+/// [`CommError::InvalidArgument`].
+pub fn all_reduce_quantized(send: DeviceAddr, recv: DeviceAddr, count: usize, dtype: DType) -> Result<usize> {
+    if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
+        return Err(CommError::invalid(
+            "dtype",
+            format!("a quantised all-reduce takes f32, f16 and bf16, not {dtype}"),
+        ));
+    }
+    same_size(send, recv, count, dtype)
 }
 
 /// Checks a broadcast. Returns the bytes of the buffer.

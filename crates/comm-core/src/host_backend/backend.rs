@@ -12,13 +12,13 @@ use super::layout::Layout;
 use super::scatter::Scatter;
 use super::usage::Algorithm;
 use super::wait::Waiting;
-use super::{create, memory, norm, p2p};
+use super::{create, memory, norm, p2p, quantized};
 use crate::addr::{DeviceAddr, StreamHandle};
 use crate::check;
 use crate::device_comm::{AlgorithmUsage, CommInfo, DeviceComm, P2pOp, Registration};
 use crate::dtype::{DType, ReduceOp};
 use crate::error::{CommError, Result};
-use crate::fused::{Block2d, RmsNormArgs, TwoGroupNormArgs};
+use crate::fused::{Block2d, NormQuantization, RmsNormArgs, TwoGroupNormArgs};
 use crate::host_comm::Deadline;
 use crate::op::{OpKind, OpQuery, Support};
 
@@ -156,10 +156,11 @@ unsafe impl DeviceComm for HostBackend {
     fn supports(&self, query: &OpQuery) -> Support {
         use OpKind as K;
         match query.kind {
-            K::AllReduceRmsNorm | K::AllReduceRmsNormTwoGroup
-                if !matches!(query.dtype, DType::F32 | DType::F16 | DType::BF16) =>
-            {
+            kind if kind.norms() && !matches!(query.dtype, DType::F32 | DType::F16 | DType::BF16) => {
                 Support::no(format!("RMSNorm takes f32, f16 and bf16, not {}", query.dtype))
+            }
+            K::AllReduceQuantized if !matches!(query.dtype, DType::F32 | DType::F16 | DType::BF16) => {
+                Support::no(format!("a quantised all-reduce takes f32, f16 and bf16, not {}", query.dtype))
             }
             K::Register | K::Deregister if !self.core.direct => Support::no(NO_REGISTRATION),
             K::Split | K::Allocate | K::Free | K::Register | K::Deregister | K::Poll | K::Close => {
@@ -171,7 +172,7 @@ unsafe impl DeviceComm for HostBackend {
     }
 
     fn usage(&self) -> Vec<AlgorithmUsage> {
-        self.core.usage.list()
+        self.core.usage.snapshot()
     }
 
     unsafe fn all_reduce(
@@ -189,6 +190,20 @@ unsafe impl DeviceComm for HostBackend {
         let reduction = Reduction { call, send, recv, bytes, dtype, how: op, root: None };
         // SAFETY: the caller vouches for the operands, and they were checked.
         self.core.run(&self.state, OpKind::AllReduce, |op| unsafe { reduction.run(op) })
+    }
+
+    unsafe fn all_reduce_quantized(
+        &self,
+        send: DeviceAddr,
+        recv: DeviceAddr,
+        count: usize,
+        dtype: DType,
+        _stream: StreamHandle,
+    ) -> Result<()> {
+        check::all_reduce_quantized(send, recv, count, dtype)?;
+        let kind = OpKind::AllReduceQuantized;
+        // SAFETY: the caller vouches for the operands, and they were checked.
+        self.core.run(&self.state, kind, |op| unsafe { quantized::sum(op, (send, recv), count, dtype) })
     }
 
     unsafe fn reduce(
@@ -384,7 +399,8 @@ unsafe impl DeviceComm for HostBackend {
     unsafe fn all_reduce_rmsnorm(&self, args: &RmsNormArgs, _stream: StreamHandle) -> Result<()> {
         let count = check::rmsnorm(args)?;
         // SAFETY: the caller vouches for the operands, and they were checked.
-        self.core.run(&self.state, OpKind::AllReduceRmsNorm, |op| unsafe { norm::fused(op, args, count) })
+        self.core
+            .run(&self.state, OpKind::AllReduceRmsNorm, |op| unsafe { norm::fused(op, args, None, count) })
     }
 
     unsafe fn all_reduce_rmsnorm_two_group(
@@ -396,7 +412,32 @@ unsafe impl DeviceComm for HostBackend {
         check::two_group_norm(self.info(), gather.info(), args)?;
         self.core.usage.count(OpKind::AllReduceRmsNormTwoGroup, Algorithm::Composed);
         // SAFETY: the caller vouches for the operands, and they were checked.
-        unsafe { norm::two_group(self, self.core.checked, gather, args, stream) }
+        unsafe { norm::two_group(self, self.core.checked, gather, args, None, stream) }
+    }
+
+    unsafe fn all_reduce_rmsnorm_quantized(
+        &self,
+        args: &RmsNormArgs,
+        quantized: &NormQuantization,
+        _stream: StreamHandle,
+    ) -> Result<()> {
+        const KIND: OpKind = OpKind::AllReduceRmsNormQuantized;
+        let count = check::rmsnorm_quantized(args, quantized)?;
+        // SAFETY: the caller vouches for the operands, and they were checked.
+        self.core.run(&self.state, KIND, |op| unsafe { norm::fused(op, args, Some(quantized), count) })
+    }
+
+    unsafe fn all_reduce_rmsnorm_two_group_quantized(
+        &self,
+        gather: &dyn DeviceComm,
+        args: &TwoGroupNormArgs<'_>,
+        quantized: &NormQuantization,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        check::two_group_norm_quantized(self.info(), gather.info(), args, quantized)?;
+        self.core.usage.count(OpKind::AllReduceRmsNormTwoGroupQuantized, Algorithm::Composed);
+        // SAFETY: the caller vouches for the operands, and they were checked.
+        unsafe { norm::two_group(self, self.core.checked, gather, args, Some(quantized), stream) }
     }
 
     fn poll(&self) -> Result<()> {

@@ -218,7 +218,7 @@ impl Op<'_> {
 
     /// Counts the algorithm of an operation that is not made of others.
     pub(super) fn count(&self, algorithm: Algorithm) {
-        if !matches!(self.waiting.op, OpKind::AllReduceRmsNorm | OpKind::AllReduceRmsNormTwoGroup) {
+        if !self.waiting.op.norms() {
             self.core.usage.count(self.waiting.op, algorithm);
         }
     }

@@ -20,6 +20,7 @@ mod layout;
 mod memory;
 mod norm;
 mod p2p;
+mod quantized;
 mod reduce;
 mod remote;
 mod scatter;

@@ -2,16 +2,45 @@
 
 use std::sync::Arc;
 
-use super::TieredComm;
+use super::{SkippedTier, TieredComm};
 use crate::addr::{DeviceAddr, StreamHandle};
 use crate::device_comm::{AlgorithmUsage, CommInfo, DeviceComm, P2pOp, Registration};
 use crate::dtype::{DType, ReduceOp};
 use crate::error::{CommError, Result};
-use crate::fused::{Block2d, RmsNormArgs, TwoGroupNormArgs};
+use crate::fused::{Block2d, NormQuantization, RmsNormArgs, TwoGroupNormArgs};
 use crate::op::{OpKind, OpQuery, Support};
 
 fn largest(counts: &[usize]) -> usize {
     counts.iter().copied().max().unwrap_or(0)
+}
+
+impl TieredComm {
+    /// The first tier that carries out a two-group norm of this kind and has a backend in common with `gather`, and that
+    /// one's part of it.
+    fn partners<'a>(
+        &'a self,
+        kind: OpKind,
+        gather: &'a dyn DeviceComm,
+        args: &TwoGroupNormArgs<'_>,
+    ) -> Result<(&'a dyn DeviceComm, &'a dyn DeviceComm)> {
+        let query = OpQuery::new(kind, args.dtype, args.hidden);
+        self.tier(&query)?;
+        for tier in self.tiers.iter().filter(|tier| tier.supports(&query).is_supported()) {
+            let same_backend = |other: &&dyn DeviceComm| other.info().backend == tier.info().backend;
+            let partner = if gather.tiers().is_empty() {
+                Some(gather).filter(same_backend)
+            } else {
+                gather.tiers().iter().map(|other| &**other).find(same_backend)
+            };
+            if let Some(partner) = partner {
+                return Ok((&**tier, partner));
+            }
+        }
+        Err(CommError::invalid(
+            "gather",
+            "has no backend in common with the reduce group's that supports this",
+        ))
+    }
 }
 
 // SAFETY: every operation is a tier's own, with the caller's arguments unchanged; `supports` combines answers that are
@@ -30,11 +59,25 @@ unsafe impl DeviceComm for TieredComm {
         self.tier(&query)?;
         let agreement = self.memory.agreement().split(color, key)?;
         let mut children = Vec::with_capacity(self.tiers.len());
+        let mut skipped = self.skipped.clone();
+        let mut refusal = None;
         for tier in self.tiers.iter().filter(|tier| tier.supports(&query).is_supported()) {
-            children.extend(tier.split(color, key)?);
+            match tier.split(color, key) {
+                Ok(child) => children.extend(child),
+                // Some groups may be beyond a backend, all of whose ranks say so: the others are left.
+                Err(error @ CommError::Unsupported { .. }) => {
+                    let backend = tier.info().backend.to_string();
+                    skipped.push(SkippedTier { backend, reason: error.clone() });
+                    refusal = Some(error);
+                }
+                Err(error) => return Err(error),
+            }
         }
         let Some(agreement) = agreement else { return Ok(None) };
-        Ok(Some(Arc::new(Self::over(agreement, children, self.skipped.clone())?)))
+        if let Some(error) = refusal.filter(|_| children.is_empty()) {
+            return Err(error);
+        }
+        Ok(Some(Arc::new(Self::over(agreement, children, skipped)?)))
     }
 
     fn allocate(&self, bytes: usize) -> Result<DeviceAddr> {
@@ -76,7 +119,7 @@ unsafe impl DeviceComm for TieredComm {
 
     fn usage(&self) -> Vec<AlgorithmUsage> {
         let of_tier = |tier: &Arc<dyn DeviceComm>| {
-            let backend = tier.info().backend.clone();
+            let backend = tier.info().backend.to_string();
             let named = move |usage: AlgorithmUsage| AlgorithmUsage {
                 algorithm: format!("{backend}:{}", usage.algorithm).into(),
                 ..usage
@@ -98,6 +141,19 @@ unsafe impl DeviceComm for TieredComm {
         let tier = self.tier(&OpQuery::new(OpKind::AllReduce, dtype, count).with_reduce(op))?;
         // SAFETY: the caller's promise is the callee's.
         unsafe { tier.all_reduce(send, recv, count, dtype, op, stream) }
+    }
+
+    unsafe fn all_reduce_quantized(
+        &self,
+        send: DeviceAddr,
+        recv: DeviceAddr,
+        count: usize,
+        dtype: DType,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let tier = self.tier(&OpQuery::new(OpKind::AllReduceQuantized, dtype, count))?;
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { tier.all_reduce_quantized(send, recv, count, dtype, stream) }
     }
 
     unsafe fn all_gather(
@@ -261,24 +317,33 @@ unsafe impl DeviceComm for TieredComm {
         args: &TwoGroupNormArgs<'_>,
         stream: StreamHandle,
     ) -> Result<()> {
-        let query = OpQuery::new(OpKind::AllReduceRmsNormTwoGroup, args.dtype, args.hidden);
-        self.tier(&query)?;
-        for tier in self.tiers.iter().filter(|tier| tier.supports(&query).is_supported()) {
-            let same_backend = |other: &&dyn DeviceComm| other.info().backend == tier.info().backend;
-            let partner = if gather.tiers().is_empty() {
-                Some(gather).filter(same_backend)
-            } else {
-                gather.tiers().iter().map(|other| &**other).find(same_backend)
-            };
-            if let Some(partner) = partner {
-                // SAFETY: the caller's promise is the callee's.
-                return unsafe { tier.all_reduce_rmsnorm_two_group(partner, args, stream) };
-            }
-        }
-        Err(CommError::invalid(
-            "gather",
-            "has no backend in common with the reduce group's that supports this",
-        ))
+        let (tier, partner) = self.partners(OpKind::AllReduceRmsNormTwoGroup, gather, args)?;
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { tier.all_reduce_rmsnorm_two_group(partner, args, stream) }
+    }
+
+    unsafe fn all_reduce_rmsnorm_quantized(
+        &self,
+        args: &RmsNormArgs,
+        quantized: &NormQuantization,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let count = args.tokens.saturating_mul(args.hidden);
+        let tier = self.tier(&OpQuery::new(OpKind::AllReduceRmsNormQuantized, args.dtype, count))?;
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { tier.all_reduce_rmsnorm_quantized(args, quantized, stream) }
+    }
+
+    unsafe fn all_reduce_rmsnorm_two_group_quantized(
+        &self,
+        gather: &dyn DeviceComm,
+        args: &TwoGroupNormArgs<'_>,
+        quantized: &NormQuantization,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let (tier, partner) = self.partners(OpKind::AllReduceRmsNormTwoGroupQuantized, gather, args)?;
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { tier.all_reduce_rmsnorm_two_group_quantized(partner, args, quantized, stream) }
     }
 
     fn poll(&self) -> Result<()> {

@@ -3,6 +3,16 @@
 use comm_core::{DType, F8E4M3, F8E5M2, ReduceOp};
 use half::{bf16, f16};
 
+/// Elements of a type that norms take, in `f32`.
+pub(crate) fn widen(dtype: DType, bytes: &[u8]) -> Vec<f32> {
+    let element = |bytes: &[u8]| match (dtype, bytes) {
+        (DType::F16, &[a, b]) => f16::from_ne_bytes([a, b]).to_f32(),
+        (DType::BF16, &[a, b]) => bf16::from_ne_bytes([a, b]).to_f32(),
+        (_, bytes) => f32::from_ne_bytes(bytes.try_into().unwrap()),
+    };
+    bytes.chunks(dtype.size()).map(element).collect()
+}
+
 pub(crate) fn reduce(dtype: DType, op: ReduceOp, parts: &[&[u8]]) -> Vec<u8> {
     macro_rules! int {
         ($ty:ty) => {

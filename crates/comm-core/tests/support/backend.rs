@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use comm_core::{
     AlgorithmUsage, Block2d, CommError, CommInfo, DType, Deadline, DeviceAddr, DeviceComm, DeviceMemory,
-    HostComm, HostMemory, MemoryKind, OpKind, OpQuery, P2pOp, ReduceOp, Registration, Result, RmsNormArgs,
-    StreamHandle, Support, TwoGroupNormArgs, check,
+    HostComm, HostMemory, MemoryKind, NormQuantScale, NormQuantization, OpKind, OpQuery, P2pOp, ReduceOp,
+    Registration, Result, RmsNormArgs, StreamHandle, Support, TwoGroupNormArgs, check, quantize,
 };
 
 use super::arithmetic::{norm_row, reduce};
@@ -46,6 +46,34 @@ unsafe fn write(addr: DeviceAddr, bytes: &[u8]) {
     unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), addr.0 as *mut u8, bytes.len()) };
 }
 
+/// # Safety
+/// The rows are readable; the fp8 result is writable, and its scale readable or writable.
+unsafe fn quantize_rows(
+    rows: DeviceAddr,
+    tokens: usize,
+    hidden: usize,
+    dtype: DType,
+    quantized: &NormQuantization,
+) {
+    // SAFETY: the caller's promise, for all reads and writes here.
+    unsafe {
+        let values = super::arithmetic::widen(dtype, &read(rows, tokens * hidden * dtype.size()));
+        for (token, row) in values.chunks(hidden).enumerate() {
+            let to = quantized.from_row(token, hidden);
+            let inverse = match to.scale {
+                NormQuantScale::PerTensor(addr) => 1.0 / *(addr.0 as *const f32),
+                NormQuantScale::PerToken(addr) => {
+                    let (scale, inverse) = quantize::scale(quantize::amax(row));
+                    write(addr, &scale.to_ne_bytes());
+                    inverse
+                }
+            };
+            let bytes: Vec<u8> = row.iter().map(|x| quantize::to_e4m3(x * inverse).to_bits()).collect();
+            write(to.output, &bytes);
+        }
+    }
+}
+
 impl GatherBackend {
     pub(crate) fn new(name: &'static str, host: Arc<dyn HostComm>, timeout: Duration) -> Self {
         let info = CommInfo {
@@ -79,6 +107,13 @@ impl GatherBackend {
         let all = self.host.all_gather_bytes(bytes, Deadline::after(self.timeout))?;
         *self.usage.lock().unwrap().entry(kind).or_default() += 1;
         Ok(all)
+    }
+
+    /// An operation that was made of another counts as what it is.
+    fn rename(&self, from: OpKind, to: OpKind) {
+        let mut usage = self.usage.lock().unwrap();
+        *usage.entry(from).or_default() -= 1;
+        *usage.entry(to).or_default() += 1;
     }
 
     fn reduced(&self, kind: OpKind, bytes: &[u8], dtype: DType, op: ReduceOp) -> Result<Vec<u8>> {
@@ -128,11 +163,13 @@ unsafe impl DeviceComm for GatherBackend {
     }
 
     fn supports(&self, query: &OpQuery) -> Support {
-        let norm = matches!(query.kind, OpKind::AllReduceRmsNorm | OpKind::AllReduceRmsNormTwoGroup);
+        let norm = query.kind.norms();
         let plain = matches!(query.kind, OpKind::Send | OpKind::Recv);
+        let quantized = query.kind == OpKind::AllReduceQuantized;
         match query.dtype {
-            DType::F32 | DType::F16 | DType::BF16 if norm => Support::Yes,
+            DType::F32 | DType::F16 | DType::BF16 if norm || quantized => Support::Yes,
             _ if norm => Support::no("norms are for f32, f16 and bf16"),
+            _ if quantized => Support::no("quantised sums are for f32, f16 and bf16"),
             _ if plain => Support::no("only in groups"),
             _ => Support::Yes,
         }
@@ -158,6 +195,29 @@ unsafe impl DeviceComm for GatherBackend {
         let result = self.reduced(OpKind::AllReduce, &unsafe { read(send, bytes) }, dtype, op)?;
         // SAFETY: the caller's promise.
         unsafe { write(recv, &result) };
+        Ok(())
+    }
+
+    unsafe fn all_reduce_quantized(
+        &self,
+        send: DeviceAddr,
+        recv: DeviceAddr,
+        count: usize,
+        dtype: DType,
+        _: StreamHandle,
+    ) -> Result<()> {
+        self.open()?;
+        let bytes = check::all_reduce_quantized(send, recv, count, dtype)?;
+        // SAFETY: the caller's promise.
+        let all = self.gather(OpKind::AllReduceQuantized, &unsafe { read(send, bytes) })?;
+        let sources: Vec<*const u8> = all.iter().map(|bytes| bytes.as_ptr()).collect();
+        let mut sum = all[0].clone();
+        if all.len() > 1 {
+            // SAFETY: all hold `count` elements.
+            unsafe { quantize::sum_host(sum.as_mut_ptr(), &sources, count, dtype) }?;
+        }
+        // SAFETY: the caller's promise.
+        unsafe { write(recv, &sum) };
         Ok(())
     }
 
@@ -428,6 +488,46 @@ unsafe impl DeviceComm for GatherBackend {
             let counts = elements(args.gather_tokens);
             gather.all_gather_v(at(own_row), at(args.gather_first_row), &counts, args.dtype, stream)
         }
+    }
+
+    unsafe fn all_reduce_rmsnorm_quantized(
+        &self,
+        args: &RmsNormArgs,
+        quantized: &NormQuantization,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        self.open()?;
+        let count = check::rmsnorm_quantized(args, quantized)?;
+        // SAFETY: the caller's promise.
+        unsafe { self.all_reduce_rmsnorm(args, stream) }?;
+        self.rename(OpKind::AllReduceRmsNorm, OpKind::AllReduceRmsNormQuantized);
+        if count > 0 {
+            // SAFETY: the caller's promise.
+            unsafe { quantize_rows(args.output, args.tokens, args.hidden, args.dtype, quantized) };
+        }
+        Ok(())
+    }
+
+    unsafe fn all_reduce_rmsnorm_two_group_quantized(
+        &self,
+        gather: &dyn DeviceComm,
+        args: &TwoGroupNormArgs<'_>,
+        quantized: &NormQuantization,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        self.open()?;
+        check::two_group_norm_quantized(&self.info, gather.info(), args, quantized)?;
+        // SAFETY: the caller's promise.
+        unsafe { self.all_reduce_rmsnorm_two_group(gather, args, stream) }?;
+        self.rename(OpKind::AllReduceRmsNormTwoGroup, OpKind::AllReduceRmsNormTwoGroupQuantized);
+        let (first, rows) = (args.gather_first_row, args.gather_tokens.iter().sum());
+        let states = args.hidden_states.offset((first * args.hidden * args.dtype.size()) as u64);
+        if rows > 0 {
+            let part = quantized.from_row(first, args.hidden);
+            // SAFETY: the caller's promise; every rank has all rows of the gather group.
+            unsafe { quantize_rows(states, rows, args.hidden, args.dtype, &part) };
+        }
+        Ok(())
     }
 
     fn poll(&self) -> Result<()> {

@@ -5,8 +5,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use comm_core::{
-    AlgorithmUsage, Block2d, CommError, CommInfo, DType, DeviceAddr, DeviceComm, OpKind, OpQuery, P2pOp,
-    ReduceOp, Registration, Result, RmsNormArgs, StreamHandle, Support, TwoGroupNormArgs,
+    AlgorithmUsage, Block2d, CommError, CommInfo, DType, DeviceAddr, DeviceComm, NormQuantScale,
+    NormQuantization, OpKind, OpQuery, P2pOp, ReduceOp, Registration, Result, RmsNormArgs, StreamHandle,
+    Support, TwoGroupNormArgs, quantize,
 };
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -47,6 +48,8 @@ pub(crate) enum Bug {
     HangsOnOneRank,
     CorruptsReceives,
     ReducesToTheWrongRoot,
+    KeepsItsSliceOfTheSumUnquantized,
+    ScalesAllRowsAlike,
 }
 
 pub(crate) struct Wrong {
@@ -192,6 +195,41 @@ unsafe impl DeviceComm for Wrong {
         if self.is(Bug::CorruptsLargeCounts) && count > 200_000 {
             // SAFETY: the caller's promise.
             unsafe { spoil(recv, count * size - size, 0x10) };
+        }
+        Ok(())
+    }
+
+    unsafe fn all_reduce_quantized(
+        &self,
+        send: DeviceAddr,
+        recv: DeviceAddr,
+        count: usize,
+        dtype: DType,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let world = self.size();
+        let tried = dtype == DType::F32 && count > 128 * world && count < 1 << 20 && send.is_aligned_to(4);
+        if !(self.is(Bug::KeepsItsSliceOfTheSumUnquantized) && tried) {
+            // SAFETY: the caller's promise.
+            return unsafe { self.inner.all_reduce_quantized(send, recv, count, dtype, stream) };
+        }
+        let mut all = vec![0_f32; count * world];
+        let at = DeviceAddr::of_slice_mut(&mut all);
+        // SAFETY: the caller's promise; `all` holds every rank's elements.
+        unsafe { self.inner.all_gather(send, at, count, dtype, stream) }?;
+        // SAFETY: as above.
+        unsafe { self.inner.all_reduce_quantized(send, recv, count, dtype, stream) }?;
+        let own = self.rank() * 128..(self.rank() + 1) * 128;
+        let mut sum = vec![0_f32; 128];
+        for part in all.chunks_mut(count) {
+            let part = &mut part[own.clone()];
+            quantize::through_fp8(part);
+            sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += *part);
+        }
+        // SAFETY: the caller's promise; the vector has a group for every rank.
+        let recv = unsafe { bytes(recv.offset(own.start as u64 * 4), 128 * 4) };
+        for (bytes, sum) in recv.chunks_mut(4).zip(sum) {
+            bytes.copy_from_slice(&sum.to_ne_bytes());
         }
         Ok(())
     }
@@ -458,6 +496,35 @@ unsafe impl DeviceComm for Wrong {
         }
         // SAFETY: the caller's promise.
         unsafe { self.inner.all_reduce_rmsnorm_two_group(gather, &args, stream) }
+    }
+
+    unsafe fn all_reduce_rmsnorm_quantized(
+        &self,
+        args: &RmsNormArgs,
+        quantized: &NormQuantization,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.inner.all_reduce_rmsnorm_quantized(args, quantized, stream) }?;
+        if let (Bug::ScalesAllRowsAlike, NormQuantScale::PerToken(scales)) = (self.bug, quantized.scale) {
+            // SAFETY: the caller's promise.
+            let scales = unsafe { bytes(scales, 4 * args.tokens) };
+            if let Some((first, others)) = scales.split_at_mut_checked(4) {
+                others.chunks_mut(4).for_each(|scale| scale.copy_from_slice(first));
+            }
+        }
+        Ok(())
+    }
+
+    unsafe fn all_reduce_rmsnorm_two_group_quantized(
+        &self,
+        gather: &dyn DeviceComm,
+        args: &TwoGroupNormArgs<'_>,
+        quantized: &NormQuantization,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.inner.all_reduce_rmsnorm_two_group_quantized(gather, args, quantized, stream) }
     }
 
     fn poll(&self) -> Result<()> {

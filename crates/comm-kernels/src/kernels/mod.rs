@@ -39,6 +39,7 @@ pub struct Kernels {
     mark: Function,
     reduce: PerType,
     rmsnorm: rmsnorm::Variants,
+    rmsnorm_fp8: rmsnorm::Variants,
 }
 
 impl fmt::Debug for Kernels {
@@ -85,6 +86,7 @@ impl Kernels {
             mark: Module::load(context, "mark")?.function("mark")?,
             reduce: per_type!(reduce, "reduce"),
             rmsnorm: rmsnorm::Variants::load(&Module::load(context, "rmsnorm")?)?,
+            rmsnorm_fp8: rmsnorm::Variants::load_fp8(&Module::load(context, "rmsnorm_fp8")?)?,
             context: Arc::clone(context),
         }))
     }

@@ -3,6 +3,7 @@
 use comm_core::{CommError, DType, Result};
 
 use super::link::MAX_RANKS;
+use super::mesh::MeshFunctions;
 use crate::module::{Function, Module};
 
 /// One entry point each for bf16, f16 and f32.
@@ -54,8 +55,12 @@ pub(super) struct Functions {
     pub(super) reduce_scatter_cells: [PerFloat; 2],
     pub(super) all_reduce_steps: PerFloat,
     pub(super) reduce_scatter_steps: PerFloat,
+    pub(super) quantized: PerFloat,
     pub(super) norm_one_shot: PerFloat,
     pub(super) norm_two_shot: PerFloat,
+    /// With an fp8 result.
+    pub(super) norm_one_shot_fp8: PerFloat,
+    pub(super) norm_two_shot_fp8: PerFloat,
     pub(super) all_gather_packets: Function,
     pub(super) all_gather_direct: Function,
     pub(super) all_gather_steps: Function,
@@ -65,6 +70,7 @@ pub(super) struct Functions {
     pub(super) broadcast_direct: Function,
     pub(super) barrier: Function,
     pub(super) pair: Function,
+    pub(super) mesh: MeshFunctions,
 }
 
 impl Functions {
@@ -80,6 +86,8 @@ impl Functions {
         let steps = Module::load(context, "p2p_steps")?;
         let gather = Module::load(context, "p2p_gather")?;
         let norm = Module::load(context, "p2p_norm")?;
+        let norm_fp8 = Module::load(context, "p2p_norm_fp8")?;
+        let quantized = Module::load(context, "p2p_quantized")?;
         let meet = Module::load(context, "p2p_meet")?;
         Ok(Self {
             one_shot: per_float!(reduce, world, "p2p_ar1"),
@@ -92,8 +100,11 @@ impl Functions {
             ],
             all_reduce_steps: per_float!(steps, world, "p2p_ars"),
             reduce_scatter_steps: per_float!(steps, world, "p2p_rss"),
+            quantized: per_float!(quantized, world, "p2p_arq"),
             norm_one_shot: per_float!(norm, world, "p2p_norm1"),
             norm_two_shot: per_float!(norm, world, "p2p_norm2"),
+            norm_one_shot_fp8: per_float!(norm_fp8, world, "p2p_norm1_fp8"),
+            norm_two_shot_fp8: per_float!(norm_fp8, world, "p2p_norm2_fp8"),
             all_gather_packets: gather.function(by_world!(world, "p2p_ag_packet"))?,
             all_gather_direct: gather.function(by_world!(world, "p2p_ag_direct"))?,
             all_gather_steps: steps.function(by_world!(world, "p2p_ag_steps"))?,
@@ -103,6 +114,7 @@ impl Functions {
             broadcast_direct: gather.function(by_world!(world, "p2p_bc_direct"))?,
             barrier: meet.function(by_world!(world, "p2p_barrier"))?,
             pair: meet.function("p2p_pair")?,
+            mesh: MeshFunctions::load(context)?,
         })
     }
 }

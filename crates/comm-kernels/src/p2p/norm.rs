@@ -1,10 +1,13 @@
 //! Launchers of the fused all-reduce + residual + bias + RMSNorm.
 
-use comm_core::{CommError, DeviceAddr, Result, RmsNormArgs, StreamHandle};
+use std::ffi::c_void;
+
+use comm_core::{CommError, DeviceAddr, NormQuantization, Result, RmsNormArgs, StreamHandle};
 
 use super::functions::float_index;
 use super::{Link, P2pKernels, Shape, check_shape};
 use crate::kernels::parameters;
+use crate::module::Function;
 
 /// `NormArgs` of `norm.cuh`; pointers are alike for all element types.
 #[repr(C)]
@@ -24,7 +27,7 @@ struct NormArgs {
 }
 
 impl NormArgs {
-    fn new(args: &RmsNormArgs) -> Result<Self> {
+    fn new(args: &RmsNormArgs, quantized: Option<&NormQuantization>) -> Result<Self> {
         let hidden =
             u32::try_from(args.hidden).map_err(|_| CommError::invalid("hidden", "exceeds 32 bits"))?;
         Ok(Self {
@@ -33,7 +36,10 @@ impl NormArgs {
             residual_out: args.residual_out,
             bias: args.bias.unwrap_or(DeviceAddr::NULL),
             weight: args.weight,
-            output: args.output,
+            output: match quantized {
+                Some(quantized) if !quantized.keep_unquantized => DeviceAddr::NULL,
+                _ => args.output,
+            },
             tokens: args.tokens as u64,
             hidden,
             eps: args.eps,
@@ -43,9 +49,30 @@ impl NormArgs {
     }
 }
 
+/// `NormQuantized` of `norm.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Quantized {
+    output: DeviceAddr,
+    scale: DeviceAddr,
+    per_token: u32,
+    padding: u32,
+}
+
+impl Quantized {
+    fn new(quantized: &NormQuantization) -> Self {
+        Self {
+            output: quantized.output,
+            scale: quantized.scale.addr(),
+            per_token: u32::from(quantized.scale.is_per_token()),
+            padding: 0,
+        }
+    }
+}
+
 #[allow(clippy::missing_safety_doc, reason = "as for the other launchers")]
 impl P2pKernels {
-    /// The fused norm in one hop: a cluster of `cluster` (1, 2, 4 or 8) blocks of `block` threads a row. `link` is the
+    /// The fused norm, with an fp8 result if `quantized` asks for one, in one hop: a cluster of `cluster` (1, 2, 4 or 8) blocks of `block` threads a row. `link` is the
     /// packet channel's; `tokens * cluster * block` is at most its `slot_packs`, and `cluster * block` at least the
     /// 12-byte packs of a row.
     ///
@@ -55,6 +82,7 @@ impl P2pKernels {
         &self,
         link: &Link,
         args: &RmsNormArgs,
+        quantized: Option<&NormQuantization>,
         (cluster, block): (u32, u32),
         stream: StreamHandle,
     ) -> Result<()> {
@@ -68,16 +96,21 @@ impl P2pKernels {
                 format!("{packs} packs a row, {cluster} x {block} threads"),
             ));
         }
-        let function = &self.functions.norm_one_shot[float_index(args.dtype)?];
-        let args = NormArgs::new(args)?;
-        let mut parameters = parameters![*link, args];
-        // SAFETY: these are the kernel's parameters; the caller vouches for what they name.
-        unsafe {
-            function.launch_ahead(&self.context, shape.grid, shape.block, cluster, stream, &mut parameters)
+        let index = float_index(args.dtype)?;
+        let args = NormArgs::new(args, quantized)?;
+        let launch = |function: &Function, parameters: &mut [*mut c_void]| {
+            // SAFETY: these are the kernel's parameters; the caller vouches for what they name.
+            unsafe {
+                function.launch_ahead(&self.context, shape.grid, shape.block, cluster, stream, parameters)
+            }
+        };
+        match quantized.map(Quantized::new) {
+            Some(to) => launch(&self.functions.norm_one_shot_fp8[index], &mut parameters![*link, args, to]),
+            None => launch(&self.functions.norm_one_shot[index], &mut parameters![*link, args]),
         }
     }
 
-    /// The fused norm in two hops. `link` is the Lamport channel's; `shape.block` is a multiple of 32 and at least the
+    /// The same in two hops. `link` is the Lamport channel's; `shape.block` is a multiple of 32 and at least the
     /// 16-byte packs of a rank's share of a row.
     ///
     /// # Errors
@@ -86,6 +119,7 @@ impl P2pKernels {
         &self,
         link: &Link,
         args: &RmsNormArgs,
+        quantized: Option<&NormQuantization>,
         shape: Shape,
         stream: StreamHandle,
     ) -> Result<()> {
@@ -97,9 +131,15 @@ impl P2pKernels {
                 format!("{packs} packs a slice, {} threads", shape.block),
             ));
         }
-        let function = &self.functions.norm_two_shot[float_index(args.dtype)?];
-        let args = NormArgs::new(args)?;
+        let index = float_index(args.dtype)?;
+        let args = NormArgs::new(args, quantized)?;
         // SAFETY: as above.
-        unsafe { self.launch(function, shape, stream, &mut parameters![*link, args]) }
+        let launch = |function: &Function, parameters: &mut [*mut c_void]| unsafe {
+            self.launch(function, shape, stream, parameters)
+        };
+        match quantized.map(Quantized::new) {
+            Some(to) => launch(&self.functions.norm_two_shot_fp8[index], &mut parameters![*link, args, to]),
+            None => launch(&self.functions.norm_two_shot[index], &mut parameters![*link, args]),
+        }
     }
 }

@@ -4,8 +4,9 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use comm_core::{
-    AlgorithmUsage, Block2d, CommError, CommInfo, DType, Deadline, DeviceAddr, DeviceComm, OpKind, OpQuery,
-    P2pOp, ReduceOp, Registration, Result, RmsNormArgs, StreamHandle, Support, TwoGroupNormArgs,
+    AlgorithmUsage, Block2d, CommError, CommInfo, DType, Deadline, DeviceAddr, DeviceComm, NormQuantization,
+    OpKind, OpQuery, P2pOp, ReduceOp, Registration, Result, RmsNormArgs, StreamHandle, Support,
+    TwoGroupNormArgs,
 };
 
 use super::state::{Shared, lock};
@@ -281,7 +282,7 @@ unsafe impl DeviceComm for NcclComm {
 
     unsafe fn all_reduce_rmsnorm(&self, args: &RmsNormArgs, stream: StreamHandle) -> Result<()> {
         // SAFETY: the caller vouches for the same.
-        unsafe { self.fused_norm(args, stream) }
+        unsafe { self.fused_norm(args, None, stream) }
     }
 
     unsafe fn all_reduce_rmsnorm_two_group(
@@ -291,7 +292,28 @@ unsafe impl DeviceComm for NcclComm {
         stream: StreamHandle,
     ) -> Result<()> {
         // SAFETY: the caller vouches for the same.
-        unsafe { self.fused_norm_two_group(gather, args, stream) }
+        unsafe { self.fused_norm_two_group(gather, args, None, stream) }
+    }
+
+    unsafe fn all_reduce_rmsnorm_quantized(
+        &self,
+        args: &RmsNormArgs,
+        quantized: &NormQuantization,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        // SAFETY: the caller vouches for the same.
+        unsafe { self.fused_norm(args, Some(quantized), stream) }
+    }
+
+    unsafe fn all_reduce_rmsnorm_two_group_quantized(
+        &self,
+        gather: &dyn DeviceComm,
+        args: &TwoGroupNormArgs<'_>,
+        quantized: &NormQuantization,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        // SAFETY: the caller vouches for the same.
+        unsafe { self.fused_norm_two_group(gather, args, Some(quantized), stream) }
     }
 
     fn poll(&self) -> Result<()> {

@@ -141,13 +141,14 @@ impl Limits {
                 }
                 Support::Yes
             }
-            OpKind::AllReduceRmsNorm | OpKind::AllReduceRmsNormTwoGroup => match &self.norm {
+            kind if kind.norms() => match &self.norm {
                 _ if !matches!(query.dtype, DType::F32 | DType::F16 | DType::BF16) => {
                     Support::no(format!("RMSNorm takes f32, f16 and bf16, not {}", query.dtype))
                 }
                 Some(reason) => Support::no(reason.clone()),
                 None => Support::Yes,
             },
+            OpKind::AllReduceQuantized => Support::no("NCCL sums no quantised operands"),
             kind if OpKind::COLLECTIVES.contains(&kind) => Support::Yes,
             OpKind::Split
             | OpKind::Allocate

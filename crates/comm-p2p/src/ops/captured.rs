@@ -13,15 +13,6 @@ use crate::usage::Algorithm;
 
 #[allow(clippy::missing_safety_doc, reason = "`DeviceComm`'s contract holds for every method")]
 impl P2pComm {
-    /// The graph that an unregistered result is being captured into, if it is to be registered afterwards.
-    unsafe fn registers_later(call: &Call<'_>, stream: StreamHandle) -> Result<Option<CapturingGraph>> {
-        match &call.owned.captured {
-            // SAFETY: the caller of the operation vouches for the stream.
-            Some(_) => call.fatal(unsafe { capturing_graph(stream) }),
-            None => Ok(None),
-        }
-    }
-
     /// The entry for the result, and the kernels that take it.
     fn entry(
         call: &mut Call<'_>,
@@ -47,19 +38,17 @@ impl P2pComm {
         dtype: DType,
         stream: StreamHandle,
     ) -> Result<bool> {
-        // SAFETY: the caller vouches for the stream.
-        let Some(graph) = (unsafe { Self::registers_later(call, stream) })? else { return Ok(false) };
-        let bytes = count * dtype.size();
-        let mut limits = self.limits();
-        // Steps have no captured form: cells are the next best.
-        if limits.all_reduce(bytes, true).algorithm == Algorithm::Steps {
-            limits.forced = Some(Algorithm::Cells);
+        if call.owned.captured.is_none() {
+            return Ok(false);
         }
-        let Plan { algorithm, shape, units, .. } = limits.all_reduce(bytes, true);
+        let bytes = count * dtype.size();
+        let Plan { algorithm, shape, units, .. } = self.limits().all_reduce(bytes, true);
         let fits = shape.threads() <= channels.lamport.slot_packs.into();
         if algorithm != Algorithm::Cells || !fits {
             return Ok(false);
         }
+        // SAFETY: the caller vouches for the stream.
+        let Some(graph) = call.fatal(unsafe { capturing_graph(stream) })? else { return Ok(false) };
         let Some(entry) = Self::entry(call, graph, recv, bytes)? else { return Ok(false) };
         let Some(captured) = &call.owned.captured else { return Ok(false) };
         let links = (&call.link(&channels.cells), &call.link(&channels.lamport));
@@ -80,19 +69,21 @@ impl P2pComm {
         part: usize,
         stream: StreamHandle,
     ) -> Result<bool> {
-        // SAFETY: the caller vouches for the stream.
-        let Some(graph) = (unsafe { Self::registers_later(call, stream) })? else { return Ok(false) };
-        let mut limits = self.limits();
-        if matches!(limits.all_gather(part, true).algorithm, Algorithm::Steps | Algorithm::Spread) {
-            limits.forced = Some(Algorithm::Direct);
-        }
-        let Plan { algorithm, mut shape, chunk, .. } = limits.all_gather(part, true);
-        // Where the packets have fewer slots than the direct stores would have threads, blocks of whole warps that fit.
-        let most = channels.packet.slot_packs / shape.grid / 32 * 32;
-        shape.block = shape.block.min(most);
-        if algorithm != Algorithm::Direct || shape.block == 0 {
+        if call.owned.captured.is_none() {
             return Ok(false);
         }
+        let Plan { algorithm, mut shape, chunk, .. } = self.limits().all_gather(part, true);
+        if algorithm != Algorithm::Direct {
+            return Ok(false);
+        }
+        // Where the packets have fewer slots than the direct stores would have threads, blocks of whole warps that fit.
+        let most = channels.packet.slot_packs / shape.grid.max(1) / 32 * 32;
+        shape.block = shape.block.min(most);
+        if shape.block == 0 {
+            return Ok(false);
+        }
+        // SAFETY: as above.
+        let Some(graph) = call.fatal(unsafe { capturing_graph(stream) })? else { return Ok(false) };
         let bytes = part * self.shared().info.size;
         let Some(entry) = Self::entry(call, graph, recv, bytes)? else { return Ok(false) };
         let Some(captured) = &call.owned.captured else { return Ok(false) };

@@ -25,6 +25,7 @@ impl P2pComm {
         })?;
         let part = checked?;
         let mut call = self.begin(KIND)?;
+        call.passes(dtype, count, &[]);
         let Some(channels) = self.channels(part) else {
             return self.local(call, send, recv, part, stream);
         };
@@ -40,7 +41,7 @@ impl P2pComm {
         let link = call.link(&channels.packet);
         match (algorithm, found) {
             (Algorithm::Direct, Some(found)) => {
-                call.still_there(&found, recv)?;
+                call.reaches(&found, recv)?;
                 // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks,
                 // `recv` lies in a region of all ranks, and the caller vouches for the operands.
                 call.fatal(unsafe {
@@ -55,7 +56,7 @@ impl P2pComm {
                 })?;
             }
             (Algorithm::Steps, Some(found)) => {
-                call.still_there(&found, recv)?;
+                call.reaches(&found, recv)?;
                 let (kernels, peers) = (&channels.kernels, &found.peers);
                 // SAFETY: as above.
                 call.fatal(unsafe {
@@ -63,7 +64,7 @@ impl P2pComm {
                 })?;
             }
             (Algorithm::Spread, Some(found)) => {
-                call.still_there(&found, recv)?;
+                call.reaches(&found, recv)?;
                 let (kernels, peers) = (&channels.kernels, &found.peers);
                 // SAFETY: as above.
                 call.fatal(unsafe {
@@ -73,6 +74,9 @@ impl P2pComm {
             (Algorithm::Staged, _) => {
                 let parts = vec![part; info.size];
                 self.stage_all_gather(&call, channels, (send, recv), &parts, stream)?;
+            }
+            (Algorithm::CubeMesh, _) => {
+                self.cube_all_gather(&call, channels, (send, recv), part, shape, stream)?;
             }
             _ => {
                 self.share_a_buffer(&call, &link, stream)?;
@@ -101,7 +105,8 @@ impl P2pComm {
             format!("{count} {dtype} from {root}{}", self.place(recv, count * dtype.size()))
         })?;
         let bytes = checked?;
-        let call = self.begin(KIND)?;
+        let mut call = self.begin(KIND)?;
+        call.passes(dtype, count, &[root as u64]);
         let Some(channels) = self.channels(bytes) else {
             return self.local(call, send, recv, bytes, stream);
         };
@@ -111,7 +116,7 @@ impl P2pComm {
         let link = call.link(&channels.packet);
         match (plan.algorithm, found) {
             (Algorithm::Direct, Some(found)) => {
-                call.still_there(&found, recv)?;
+                call.reaches(&found, recv)?;
                 let peers = found.peers;
                 // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks,
                 // `recv` lies in a region of all ranks, and the caller vouches for the operands.
@@ -134,6 +139,7 @@ impl P2pComm {
                 while done < bytes {
                     let part = most.min(bytes - done);
                     let offset = done as u64;
+                    staging.uses(part);
                     staging.exchange(
                         |staging, own| match info.rank == root {
                             true => staging.copy(send.offset(offset), own, part),
@@ -178,12 +184,14 @@ impl P2pComm {
         let checked = check::all_to_all(info, send, recv, count, dtype);
         self.compare(KIND, &checked, || format!("{count} {dtype}"))?;
         let part = checked?;
-        let call = self.begin(KIND)?;
+        let mut call = self.begin(KIND)?;
+        call.passes(dtype, count, &[]);
         let Some(channels) = self.channels(part) else {
             return self.local(call, send, recv, part, stream);
         };
         let mut staging = Staging::new(&call, channels, stream);
-        let room = staging.room(info.size, 1);
+        let room = staging.room(info.size, 1).min(part.next_multiple_of(16));
+        staging.uses(info.size * room);
         let mut done = 0;
         while done < part {
             let length = room.min(part - done);

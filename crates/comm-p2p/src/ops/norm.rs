@@ -1,8 +1,8 @@
 //! The fused norms.
 
 use comm_core::{
-    CommError, DeviceComm, OpKind, ReduceOp, Result, RmsNormArgs, StreamHandle, TwoGroupNormArgs, check,
-    compose,
+    CommError, DeviceComm, NormQuantization, OpKind, ReduceOp, Result, RmsNormArgs, StreamHandle,
+    TwoGroupNormArgs, check, compose,
 };
 
 use crate::comm::P2pComm;
@@ -11,24 +11,49 @@ use crate::usage::Algorithm;
 
 #[allow(clippy::missing_safety_doc, reason = "`DeviceComm`'s contract holds for every method")]
 impl P2pComm {
-    pub(crate) unsafe fn do_norm(&self, args: &RmsNormArgs, stream: StreamHandle) -> Result<()> {
-        const KIND: OpKind = OpKind::AllReduceRmsNorm;
-        let checked = check::rmsnorm(args);
-        self.compare(KIND, &checked, || {
+    /// The norm of a communicator of one rank, or of sums that are known.
+    unsafe fn local_norm(
+        &self,
+        args: &RmsNormArgs,
+        quantized: Option<&NormQuantization>,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let kernels = &self.shared().base.kernels;
+        // SAFETY: the caller vouches for the operands.
+        unsafe {
+            match quantized {
+                Some(quantized) => kernels.rmsnorm_quantized(args, quantized, stream),
+                None => kernels.rmsnorm(args, stream),
+            }
+        }
+    }
+
+    pub(crate) unsafe fn do_norm(
+        &self,
+        args: &RmsNormArgs,
+        quantized: Option<&NormQuantization>,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let (kind, checked) = match quantized {
+            Some(quantized) => (OpKind::AllReduceRmsNormQuantized, check::rmsnorm_quantized(args, quantized)),
+            None => (OpKind::AllReduceRmsNorm, check::rmsnorm(args)),
+        };
+        self.compare(kind, &checked, || {
             let RmsNormArgs { tokens, hidden, dtype, eps, weight_offset, bias, .. } = args;
             format!(
-                "{tokens} x {hidden} {dtype}, eps {eps}, weight offset {weight_offset}, {} bias",
-                if bias.is_some() { "with" } else { "no" }
+                "{tokens} x {hidden} {dtype}, eps {eps}, weight offset {weight_offset}, {} bias{}",
+                if bias.is_some() { "with" } else { "no" },
+                describe(quantized)
             )
         })?;
         if checked? == 0 {
-            self.begin(KIND)?.finish(Algorithm::Local);
+            self.begin(kind)?.finish(Algorithm::Local);
             return Ok(());
         }
         let Some(channels) = &self.shared().channels else {
-            let call = self.begin(KIND)?;
+            let call = self.begin(kind)?;
             // SAFETY: the operands have been checked and the caller vouches for them. One rank's sum is its input.
-            call.fatal(unsafe { self.shared().base.kernels.rmsnorm(args, stream) })?;
+            call.fatal(unsafe { self.local_norm(args, quantized, stream) })?;
             call.finish(Algorithm::Local);
             return Ok(());
         };
@@ -39,23 +64,24 @@ impl P2pComm {
             // SAFETY: as above; the sums go to `output`, which is `input` only if the caller said so, and the norm is
             // ordered behind them by the stream.
             unsafe { self.do_all_reduce((args.input, args.output), count, dtype, ReduceOp::Sum, stream) }?;
-            let call = self.begin(KIND)?;
+            let call = self.begin(kind)?;
             let summed = RmsNormArgs { input: args.output, ..*args };
             // SAFETY: as above.
-            call.fatal(unsafe { self.shared().base.kernels.rmsnorm(&summed, stream) })?;
+            call.fatal(unsafe { self.local_norm(&summed, quantized, stream) })?;
             call.finish(algorithm);
             return Ok(());
         }
-        let call = self.begin(KIND)?;
+        let mut call = self.begin(kind)?;
+        call.passes(args.dtype, args.tokens * args.hidden, &[args.hidden as u64, args.eps.to_bits().into()]);
         // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks, and the
         // caller vouches for the operands.
         call.fatal(unsafe {
             if algorithm == Algorithm::OneShot {
                 let link = call.link(&channels.packet);
-                channels.kernels.norm_one_shot(&link, args, (chunk, shape.block), stream)
+                channels.kernels.norm_one_shot(&link, args, quantized, (chunk, shape.block), stream)
             } else {
                 let link = call.link(&channels.lamport);
-                channels.kernels.norm_two_shot(&link, args, shape, stream)
+                channels.kernels.norm_two_shot(&link, args, quantized, shape, stream)
             }
         })?;
         call.finish(algorithm);
@@ -66,11 +92,20 @@ impl P2pComm {
         &self,
         gather: &dyn DeviceComm,
         args: &TwoGroupNormArgs<'_>,
+        quantized: Option<&NormQuantization>,
         stream: StreamHandle,
     ) -> Result<()> {
-        const KIND: OpKind = OpKind::AllReduceRmsNormTwoGroup;
         let (shared, other) = (self.shared(), gather.info());
-        check::two_group_norm(&shared.info, other, args)?;
+        let kind = match quantized {
+            Some(quantized) => {
+                check::two_group_norm_quantized(&shared.info, other, args, quantized)?;
+                OpKind::AllReduceRmsNormTwoGroupQuantized
+            }
+            None => {
+                check::two_group_norm(&shared.info, other, args)?;
+                OpKind::AllReduceRmsNormTwoGroup
+            }
+        };
         if other.backend != shared.info.backend || other.memory != shared.info.memory {
             return Err(CommError::invalid(
                 "gather",
@@ -81,14 +116,31 @@ impl P2pComm {
             ));
         }
         shared.healthy()?;
-        let local = |rows: &RmsNormArgs| {
-            let call = self.begin(KIND)?;
+        let local = |rows: &RmsNormArgs, quantized: Option<&NormQuantization>| {
+            let call = self.begin(kind)?;
             // SAFETY: the operands have been checked and the caller vouches for them.
-            call.fatal(unsafe { shared.base.kernels.rmsnorm(rows, stream) })
+            call.fatal(unsafe { self.local_norm(rows, quantized, stream) })
         };
         // SAFETY: the caller vouches for the operands, and `local` is ordered on the stream.
-        unsafe { compose::two_group_norm(self, gather, args, stream, local) }?;
-        shared.usage.count(KIND, Algorithm::Composed);
+        unsafe {
+            match quantized {
+                None => compose::two_group_norm(self, gather, args, stream, |rows| local(rows, None)),
+                Some(quantized) => {
+                    let local = |rows: &RmsNormArgs, part: &NormQuantization| local(rows, Some(part));
+                    compose::two_group_norm_quantized(self, gather, args, quantized, stream, local)
+                }
+            }
+        }?;
+        shared.usage.count(kind, Algorithm::Composed);
         Ok(())
     }
+}
+
+/// What the ranks must agree on about an fp8 result.
+fn describe(quantized: Option<&NormQuantization>) -> String {
+    quantized.map_or_else(String::new, |quantized| {
+        let scale = if quantized.scale.is_per_token() { "token" } else { "tensor" };
+        let kept = if quantized.keep_unquantized { " and unquantised" } else { "" };
+        format!(", to fp8 with a scale per {scale}{kept}")
+    })
 }

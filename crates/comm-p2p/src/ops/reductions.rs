@@ -3,7 +3,7 @@
 use comm_core::{DType, DeviceAddr, OpKind, ReduceOp, Result, StreamHandle, check};
 
 use super::is_fast;
-use super::staged::{Staging, copy};
+use super::staged::{Staging, barrier, copy};
 use crate::comm::P2pComm;
 use crate::select::Plan;
 use crate::state::{Call, Channels};
@@ -35,6 +35,7 @@ impl P2pComm {
         })?;
         let bytes = checked?;
         let mut call = self.begin(KIND)?;
+        call.passes(dtype, count, &[op as u64]);
         let Some(channels) = self.channels(bytes) else {
             return self.local(call, send, recv, bytes, stream);
         };
@@ -65,7 +66,7 @@ impl P2pComm {
                 })?;
             }
             (Algorithm::Cells, Some(found)) => {
-                call.still_there(&found, recv)?;
+                call.reaches(&found, recv)?;
                 let link = call.link(&channels.cells);
                 // SAFETY: see above; `recv` lies in a region of all ranks.
                 call.fatal(unsafe {
@@ -73,7 +74,7 @@ impl P2pComm {
                 })?;
             }
             (Algorithm::Steps, Some(found)) => {
-                call.still_there(&found, recv)?;
+                call.reaches(&found, recv)?;
                 let link = call.link(&channels.cells);
                 let link = (&link, limits.cell_ctas);
                 // SAFETY: see above; `recv` lies in a region of all ranks.
@@ -83,6 +84,12 @@ impl P2pComm {
             }
             (Algorithm::Staged, _) => {
                 self.stage_reduce(&call, channels, (send, recv), count, (dtype, op), None, stream)?;
+            }
+            (Algorithm::CubeMesh, _) => {
+                self.cube_all_reduce(&call, channels, (send, recv), count, dtype, stream)?;
+            }
+            (Algorithm::Pull, _) => {
+                self.pull_all_reduce(&call, channels, (send, recv), count, dtype, shape, stream)?;
             }
             _ => {
                 let link = call.link(&channels.lamport);
@@ -109,7 +116,8 @@ impl P2pComm {
         let checked = check::reduce(&self.shared().info, send, recv, count, dtype, root);
         self.compare(KIND, &checked, || format!("{count} {dtype} {op} to {root}"))?;
         let bytes = checked?;
-        let call = self.begin(KIND)?;
+        let mut call = self.begin(KIND)?;
+        call.passes(dtype, count, &[op as u64, root as u64]);
         let Some(channels) = self.channels(bytes) else {
             return self.local(call, send, recv, bytes, stream);
         };
@@ -135,6 +143,7 @@ impl P2pComm {
         let world = self.shared().info.size;
         while done < count {
             let part = most.min(count - done);
+            staging.uses(part * size);
             let fill = |staging: &Staging<'_>, own| staging.copy(at(send, done, size), own, part * size);
             let to = at(recv, done, size);
             if root.is_some() || part * size < SLICED {
@@ -181,7 +190,8 @@ impl P2pComm {
         let checked = check::reduce_scatter(info, send, recv, count, dtype);
         self.compare(KIND, &checked, || format!("{count} {dtype} {op}"))?;
         let part = checked?;
-        let call = self.begin(KIND)?;
+        let mut call = self.begin(KIND)?;
+        call.passes(dtype, count, &[op as u64]);
         let Some(channels) = self.channels(part) else {
             return self.local(call, send, recv, part, stream);
         };
@@ -230,9 +240,10 @@ impl P2pComm {
     ) -> Result<()> {
         let (size, rank) = (reduction.0.size(), self.shared().info.rank);
         let mut staging = Staging::new(call, channels, stream);
-        let room = staging.room(counts.len(), size);
-        let most = room / size;
         let longest = counts.iter().copied().max().unwrap_or(0);
+        let room = staging.room(counts.len(), size).min((longest * size).next_multiple_of(16));
+        let most = room / size;
+        staging.uses(counts.len() * room);
         let mut done = 0;
         while done < longest {
             let left = |to: usize| counts[to].saturating_sub(done).min(most);
@@ -264,9 +275,7 @@ impl P2pComm {
             call.finish(Algorithm::Local);
             return Ok(());
         };
-        let link = call.link(&channels.barrier);
-        // SAFETY: the channel is live while the communicator is open; the caller vouches for the stream.
-        call.fatal(unsafe { channels.kernels.barrier(&link, stream) })?;
+        barrier(&call, channels, stream)?;
         call.finish(Algorithm::Flags);
         Ok(())
     }

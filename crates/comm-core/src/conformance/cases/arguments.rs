@@ -2,13 +2,13 @@
 
 use super::super::case::Case;
 use super::super::runner::Runner;
-use super::issue::{COUNT, Operands, query};
+use super::issue::{COUNT, Operands, quantized, query};
 use super::{moves, reductions};
 use crate::addr::{DeviceAddr, StreamHandle};
 use crate::device_comm::{DeviceComm, P2pOp};
 use crate::dtype::{DType, ReduceOp};
 use crate::error::Result;
-use crate::fused::{Block2d, RmsNormArgs, TwoGroupNormArgs};
+use crate::fused::{Block2d, NormQuantScale, NormQuantization, RmsNormArgs, TwoGroupNormArgs};
 use crate::op::OpKind;
 
 const TYPE: DType = DType::F32;
@@ -83,6 +83,9 @@ impl Bad<'_, '_, '_> {
         unsafe {
             match self.kind {
                 OpKind::AllReduce => self.operands(at, &|c, x, y, n, s| c.all_reduce(x, y, n, TYPE, sum, s)),
+                OpKind::AllReduceQuantized => {
+                    self.operands(at, &|c, x, y, n, s| c.all_reduce_quantized(x, y, n, TYPE, s))
+                }
                 OpKind::AllGather => self.operands(at, &|c, x, y, n, s| c.all_gather(x, y, n, TYPE, s)),
                 OpKind::ReduceScatter => {
                     // The mirror image: the longer operand is `send`.
@@ -134,7 +137,7 @@ impl Bad<'_, '_, '_> {
                     self.refuse("overlapping transfers", &|c, s| c.group(&overlapping, s))
                 }
                 OpKind::AllGather2d => self.blocks(at),
-                OpKind::AllReduceRmsNorm => self.norms(at),
+                OpKind::AllReduceRmsNorm | OpKind::AllReduceRmsNormQuantized => self.norms(at),
                 _ => self.two_group_norms(at),
             }
         }
@@ -167,7 +170,8 @@ impl Bad<'_, '_, '_> {
         self.refuse("a null send", &|c, s| unsafe { c.all_gather_2d(NULL, b, &right, s) })
     }
 
-    fn norms(&mut self, Operands { a, b }: Operands) -> Result<()> {
+    fn norms(&mut self, at: Operands) -> Result<()> {
+        let (Operands { a, b }, kind) = (at, self.kind);
         let right = RmsNormArgs {
             input: a,
             residual: a.offset(512),
@@ -192,12 +196,38 @@ impl Bad<'_, '_, '_> {
             ("a shape that overflows", RmsNormArgs { tokens: HUGE, ..right }),
         ] {
             // SAFETY: the arguments are refused before anything is touched.
-            self.refuse(what, &|c, s| unsafe { c.all_reduce_rmsnorm(&args, s) })?;
+            self.refuse(what, &|c, s| unsafe {
+                match kind {
+                    OpKind::AllReduceRmsNorm => c.all_reduce_rmsnorm(&args, s),
+                    _ => c.all_reduce_rmsnorm_quantized(&args, &quantized(at), s),
+                }
+            })?;
+        }
+        if kind == OpKind::AllReduceRmsNorm {
+            return Ok(());
+        }
+        let to = quantized(at);
+        for (what, to) in [
+            ("a null fp8 output", NormQuantization { output: NULL, ..to }),
+            ("an fp8 output that overlaps the output", NormQuantization { output: b.offset(1), ..to }),
+            (
+                "a misaligned scale",
+                NormQuantization { scale: NormQuantScale::PerTensor(a.offset(1026)), ..to },
+            ),
+            ("a null scale", NormQuantization { scale: NormQuantScale::PerToken(NULL), ..to }),
+            (
+                "scales over the weight",
+                NormQuantization { scale: NormQuantScale::PerToken(right.weight), ..to },
+            ),
+        ] {
+            // SAFETY: as above.
+            self.refuse(what, &|c, s| unsafe { c.all_reduce_rmsnorm_quantized(&right, &to, s) })?;
         }
         Ok(())
     }
 
-    fn two_group_norms(&mut self, Operands { a, .. }: Operands) -> Result<()> {
+    fn two_group_norms(&mut self, at: Operands) -> Result<()> {
+        let (a, kind) = (at.a, self.kind);
         let world = self.case.world;
         let tokens: Vec<usize> = (0..world).map(|rank| usize::from(rank == 0)).collect();
         let many = vec![0; world + 1];
@@ -222,7 +252,12 @@ impl Bad<'_, '_, '_> {
             ("too many token counts", TwoGroupNormArgs { reduce_tokens: &many, ..right }),
         ] {
             // SAFETY: the arguments are refused before anything is touched.
-            self.refuse(what, &|c, s| unsafe { c.all_reduce_rmsnorm_two_group(c, &args, s) })?;
+            self.refuse(what, &|c, s| unsafe {
+                match kind {
+                    OpKind::AllReduceRmsNormTwoGroup => c.all_reduce_rmsnorm_two_group(c, &args, s),
+                    _ => c.all_reduce_rmsnorm_two_group_quantized(c, &args, &quantized(at), s),
+                }
+            })?;
         }
         Ok(())
     }

@@ -5,7 +5,7 @@ use crate::addr::{DeviceAddr, StreamHandle};
 use crate::device_comm::{DeviceComm, P2pOp};
 use crate::dtype::{DType, ReduceOp};
 use crate::error::Result;
-use crate::fused::{Block2d, RmsNormArgs, TwoGroupNormArgs};
+use crate::fused::{Block2d, NormQuantScale, NormQuantization, RmsNormArgs, TwoGroupNormArgs};
 use crate::op::{OpKind, OpQuery};
 
 /// Elements per rank of each call.
@@ -55,6 +55,7 @@ pub(super) fn issue(
     unsafe {
         match kind {
             OpKind::AllReduce => comm.all_reduce(a, b, COUNT, dtype, sum, stream),
+            OpKind::AllReduceQuantized => comm.all_reduce_quantized(a, b, COUNT, dtype, stream),
             OpKind::AllGather => comm.all_gather(a, b, COUNT, dtype, stream),
             OpKind::AllGatherV => comm.all_gather_v(a, b, &counts, dtype, stream),
             OpKind::ReduceScatter => comm.reduce_scatter(a, b, COUNT, dtype, sum, stream),
@@ -85,7 +86,7 @@ pub(super) fn issue(
                 };
                 comm.all_gather_2d(a, b, &block, stream)
             }
-            OpKind::AllReduceRmsNorm => {
+            OpKind::AllReduceRmsNorm | OpKind::AllReduceRmsNormQuantized => {
                 let args = RmsNormArgs {
                     input: a,
                     residual: c,
@@ -99,7 +100,10 @@ pub(super) fn issue(
                     eps: 1e-5,
                     weight_offset: 0.0,
                 };
-                comm.all_reduce_rmsnorm(&args, stream)
+                match kind {
+                    OpKind::AllReduceRmsNorm => comm.all_reduce_rmsnorm(&args, stream),
+                    _ => comm.all_reduce_rmsnorm_quantized(&args, &quantized(at), stream),
+                }
             }
             _ => {
                 let tokens: Vec<usize> = (0..world).map(|rank| usize::from(rank == 0)).collect();
@@ -117,9 +121,23 @@ pub(super) fn issue(
                     eps: 1e-5,
                     weight_offset: 0.0,
                 };
-                comm.all_reduce_rmsnorm_two_group(comm, &args, stream)
+                match kind {
+                    OpKind::AllReduceRmsNormTwoGroup => {
+                        comm.all_reduce_rmsnorm_two_group(comm, &args, stream)
+                    }
+                    _ => comm.all_reduce_rmsnorm_two_group_quantized(comm, &args, &quantized(at), stream),
+                }
             }
         }
+    }
+}
+
+/// Room for the fp8 result of the norms above, and their scales.
+pub(super) const fn quantized(at: Operands) -> NormQuantization {
+    NormQuantization {
+        output: at.b.offset(512),
+        scale: NormQuantScale::PerToken(at.b.offset(1024)),
+        keep_unquantized: true,
     }
 }
 

@@ -71,8 +71,8 @@ fn supports(case: &mut Case<'_, '_>, kind: OpKind) -> Result<()> {
     for dtype in refused {
         case.at = format!("{kind} of {dtype}, which supports refuses");
         let result = issue(case.comm, kind, dtype, operands, case.stream());
-        let norm = matches!(kind, OpKind::AllReduceRmsNorm | OpKind::AllReduceRmsNormTwoGroup);
-        let never = norm && !matches!(dtype, DType::F32 | DType::F16 | DType::BF16);
+        let floats = kind.norms() || kind == OpKind::AllReduceQuantized;
+        let never = floats && !matches!(dtype, DType::F32 | DType::F16 | DType::BF16);
         case.expect_error("the call", "Unsupported", result, |error| {
             // A type that the operation does not take at all may be called an invalid argument as well.
             matches!(error, CommError::Unsupported { .. })

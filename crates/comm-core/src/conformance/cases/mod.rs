@@ -10,6 +10,8 @@ mod mismatch;
 mod moves;
 mod norm;
 mod p2p;
+mod quantized;
+mod quantized_norm;
 mod reductions;
 mod two_group;
 
@@ -19,6 +21,7 @@ use crate::dtype::DType;
 pub(super) fn run_all(runner: &mut Runner<'_>) {
     life::before(runner);
     reductions::run(runner);
+    quantized::run(runner);
     moves::run(runner);
     p2p::run(runner);
     block2d::run(runner);

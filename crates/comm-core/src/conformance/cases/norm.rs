@@ -4,6 +4,7 @@ use super::super::case::Case;
 use super::super::data;
 use super::super::reference::Equality;
 use super::super::runner::Runner;
+use super::quantized_norm::Fp8;
 use crate::addr::DeviceAddr;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -83,36 +84,38 @@ pub(super) fn run(runner: &mut Runner<'_>) {
     let tokens: &[usize] = if quick { &[0, 1, 3] } else { &[0, 1, 3, 17] };
     for dtype in TYPES {
         for &hidden in hiddens {
-            runner.case(OpKind::AllReduceRmsNorm, &format!("all_reduce_rmsnorm/{dtype}/{hidden}"), |case| {
-                for (turn, &tokens) in tokens.iter().enumerate() {
-                    for variant in 0..4 {
-                        let flags = variant * 5 + turn * 3;
-                        let shape = Shape {
-                            tokens,
-                            hidden,
-                            bias: variant % 2 == 0,
-                            weight_offset: f32::from(u8::from(variant / 2 == 1)),
-                            residual_in_place: flags & 1 == 0,
-                            output_is_input: (flags >> 1) & 1 == 0,
-                            misaligned: turn % 2 == 1,
-                        };
-                        one(case, dtype, shape)?;
+            for kind in [OpKind::AllReduceRmsNorm, OpKind::AllReduceRmsNormQuantized] {
+                runner.case(kind, &format!("{kind}/{dtype}/{hidden}"), |case| {
+                    for (turn, &tokens) in tokens.iter().enumerate() {
+                        for variant in 0..4 {
+                            let flags = variant * 5 + turn * 3;
+                            let shape = Shape {
+                                tokens,
+                                hidden,
+                                bias: variant % 2 == 0,
+                                weight_offset: f32::from(u8::from(variant / 2 == 1)),
+                                residual_in_place: flags & 1 == 0,
+                                output_is_input: (flags >> 1) & 1 == 0,
+                                misaligned: turn % 2 == 1,
+                            };
+                            one(case, kind, dtype, shape)?;
+                        }
                     }
-                }
-                Ok(())
-            });
+                    Ok(())
+                });
+            }
         }
     }
 }
 
-fn one(case: &mut Case<'_, '_>, dtype: DType, shape: Shape) -> Result<()> {
+fn one(case: &mut Case<'_, '_>, kind: OpKind, dtype: DType, shape: Shape) -> Result<()> {
     let Shape { tokens, hidden, .. } = shape;
     let count = tokens * hidden;
-    if !case.supported(&OpQuery::new(OpKind::AllReduceRmsNorm, dtype, count)) {
+    if !case.supported(&OpQuery::new(kind, dtype, count)) {
         return Ok(());
     }
     let (seed, world, size) = (case.next_seed(), case.world, dtype.size());
-    case.at = format!("all_reduce_rmsnorm {dtype} {shape:?}");
+    case.at = format!("{kind} {dtype} {shape:?}");
     case.calls += 1;
     let own = case.rank;
     let input = encode(dtype, (0..count).map(|i| partial(dtype, world, seed, own, i)));
@@ -147,8 +150,20 @@ fn one(case: &mut Case<'_, '_>, dtype: DType, shape: Shape) -> Result<()> {
         weight_offset: shape.weight_offset,
     };
     let (comm, stream): (_, _) = (case.comm, case.stream());
+    let fp8 = match kind {
+        OpKind::AllReduceRmsNorm => None,
+        // With either scale, at every number of tokens.
+        _ => {
+            Some(Fp8::lay(case, shape.bias == (shape.weight_offset == 0.0), (tokens, hidden), off(3) / size)?)
+        }
+    };
     // SAFETY: every operand holds the elements that the arguments say, in live memory that only this call uses.
-    unsafe { comm.all_reduce_rmsnorm(&args, stream) }?;
+    unsafe {
+        match &fp8 {
+            Some(fp8) => comm.all_reduce_rmsnorm_quantized(&args, &fp8.args(true), stream),
+            None => comm.all_reduce_rmsnorm(&args, stream),
+        }
+    }?;
 
     let weight_values: Vec<f64> = (0..hidden).map(|i| weight(dtype, seed, i).0).collect();
     let (mut sums, mut outputs) = (Vec::new(), Vec::new());
@@ -173,6 +188,24 @@ fn one(case: &mut Case<'_, '_>, dtype: DType, shape: Shape) -> Result<()> {
     case.note_equal(&got_residual);
     case.note_equal(&got);
     case.at = at;
+    if let Some(fp8) = fp8 {
+        let quantised = fp8.fetch(case)?;
+        fp8.check(case, dtype, &got, &quantised, 0..tokens);
+        quantised.iter().for_each(|bytes| case.note_equal(bytes));
+        // The same without the unquantised result.
+        fp8.poison(case)?;
+        case.arena.put(&in_, &input)?;
+        case.arena.put(&res, &before)?;
+        case.calls += 1;
+        // SAFETY: as above.
+        unsafe { comm.all_reduce_rmsnorm_quantized(&args, &fp8.args(false), stream) }?;
+        if fp8.fetch(case)? != quantised {
+            case.fail("the fp8 result differs where the unquantised one is not kept");
+        }
+        if case.fetch(&res_out, "residual_out")? != got_residual {
+            case.fail("residual_out differs where the unquantised result is not kept");
+        }
+    }
     let mut untouched = vec![(weight_at, "weight", weights), (bias_at, "bias", biases)];
     if !shape.output_is_input {
         untouched.push((in_, "input", input));

@@ -7,13 +7,14 @@ use super::super::data;
 use super::super::reference::Equality;
 use super::super::runner::Runner;
 use super::norm::{EPS, TYPES, bias, encode, normalise, or_null, partial, residual, tolerance, weight};
+use super::quantized_norm::Fp8;
 use crate::device_comm::DeviceComm;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::fused::TwoGroupNormArgs;
 use crate::op::{OpKind, OpQuery};
 
-const KIND: OpKind = OpKind::AllReduceRmsNormTwoGroup;
+const KINDS: [OpKind; 2] = [OpKind::AllReduceRmsNormTwoGroup, OpKind::AllReduceRmsNormTwoGroupQuantized];
 
 pub(super) fn run(runner: &mut Runner<'_>) {
     let hiddens: &[usize] = if runner.config.quick { &[7, 1024] } else { &[7, 1000, 2880] };
@@ -21,38 +22,41 @@ pub(super) fn run(runner: &mut Runner<'_>) {
         for (name, reduce_parts, gather_parts) in
             [("whole_whole", 1, 1), ("half_whole", 2, 1), ("whole_half", 1, 2)]
         {
-            runner.case(KIND, &format!("{KIND}/{dtype}/{name}"), |case| {
-                if reduce_parts * gather_parts > 1 && !case.world.is_multiple_of(2) {
-                    case.skipped = Some("halves need an even number of ranks".into());
-                    return Ok(());
-                }
-                if !case.supported(&OpQuery::new(KIND, dtype, hiddens[0])) {
-                    return Ok(());
-                }
-                if reduce_parts * gather_parts == 1 {
-                    let comm = case.comm;
-                    return groups(case, dtype, hiddens, comm, comm, [1, 1]);
-                }
-                if !case.supported(&OpQuery::new(OpKind::Split, DType::U8, 0)) {
-                    return Ok(());
-                }
-                case.at = "split into halves".into();
-                let color = (case.rank * 2 / case.world) as u32;
-                let Some(half) = case.comm.split(Some(color), case.rank as i32)? else {
-                    case.fail("a rank that passed a color got no group");
-                    return Ok(());
-                };
-                let whole = case.comm;
-                let (reduce, gather) = if reduce_parts == 2 { (&*half, whole) } else { (whole, &*half) };
-                groups(case, dtype, hiddens, reduce, gather, [reduce_parts, gather_parts])?;
-                half.close()
-            });
+            for kind in KINDS {
+                runner.case(kind, &format!("{kind}/{dtype}/{name}"), |case| {
+                    if reduce_parts * gather_parts > 1 && !case.world.is_multiple_of(2) {
+                        case.skipped = Some("halves need an even number of ranks".into());
+                        return Ok(());
+                    }
+                    if !case.supported(&OpQuery::new(kind, dtype, hiddens[0])) {
+                        return Ok(());
+                    }
+                    if reduce_parts * gather_parts == 1 {
+                        let comm = case.comm;
+                        return groups(case, kind, dtype, hiddens, comm, comm, [1, 1]);
+                    }
+                    if !case.supported(&OpQuery::new(OpKind::Split, DType::U8, 0)) {
+                        return Ok(());
+                    }
+                    case.at = "split into halves".into();
+                    let color = (case.rank * 2 / case.world) as u32;
+                    let Some(half) = case.comm.split(Some(color), case.rank as i32)? else {
+                        case.fail("a rank that passed a color got no group");
+                        return Ok(());
+                    };
+                    let whole = case.comm;
+                    let (reduce, gather) = if reduce_parts == 2 { (&*half, whole) } else { (whole, &*half) };
+                    groups(case, kind, dtype, hiddens, reduce, gather, [reduce_parts, gather_parts])?;
+                    half.close()
+                });
+            }
         }
     }
 }
 
 fn groups(
     case: &mut Case<'_, '_>,
+    kind: OpKind,
     dtype: DType,
     hiddens: &[usize],
     reduce: &dyn DeviceComm,
@@ -64,7 +68,7 @@ fn groups(
     for (turn, tokens) in patterns.iter().enumerate() {
         let tokens: Vec<usize> = (0..case.world).map(tokens).collect();
         for &hidden in hiddens {
-            one(case, dtype, hidden, &tokens, reduce, gather, parts, turn)?;
+            one(case, kind, dtype, hidden, &tokens, reduce, gather, parts, turn)?;
         }
     }
     Ok(())
@@ -79,6 +83,7 @@ fn members(rank: usize, world: usize, parts: usize) -> Range<usize> {
 
 fn one(
     case: &mut Case<'_, '_>,
+    kind: OpKind,
     dtype: DType,
     hidden: usize,
     tokens: &[usize],
@@ -91,7 +96,7 @@ fn one(
     let weight_offset = f32::from(u8::from(turn % 2 == 1));
     let with_bias = turn < 2;
     case.at = format!(
-        "{KIND} {dtype}, hidden {hidden}, tokens {tokens:?}, reduce group of {}, gather group of {}, bias {with_bias}, \
+        "{kind} {dtype}, hidden {hidden}, tokens {tokens:?}, reduce group of {}, gather group of {}, bias {with_bias}, \
          weight offset {weight_offset}",
         reduce.size(),
         gather.size()
@@ -130,14 +135,25 @@ fn one(
         eps: EPS,
         weight_offset,
     };
+    let fp8 = match kind {
+        OpKind::AllReduceRmsNormTwoGroup => None,
+        _ => Some(Fp8::lay(case, turn.is_multiple_of(2), (rows, hidden), turn)?),
+    };
     // SAFETY: every operand holds the elements that the arguments say, in live memory that only this call uses.
-    unsafe { reduce.all_reduce_rmsnorm_two_group(gather, &args, case.stream()) }?;
+    unsafe {
+        match &fp8 {
+            Some(fp8) => {
+                reduce.all_reduce_rmsnorm_two_group_quantized(gather, &args, &fp8.args(true), case.stream())
+            }
+            None => reduce.all_reduce_rmsnorm_two_group(gather, &args, case.stream()),
+        }
+    }?;
 
     let weight_values: Vec<f64> = (0..hidden).map(|i| weight(dtype, seed, i).0).collect();
     let got = case.fetch(&states_at, "hidden_states")?;
     let got_residual = case.fetch(&residual_at, "residual")?;
     let at = std::mem::take(&mut case.at);
-    for owner in gatherers {
+    for owner in gatherers.clone() {
         let peers = members(owner, world, reduce_parts);
         for row in first_row(owner)..first_row(owner) + tokens[owner] {
             let values: Vec<f64> = (0..hidden)
@@ -162,6 +178,25 @@ fn one(
         }
     }
     case.at = at;
+    if let Some(fp8) = fp8 {
+        let gathered = first_row(gatherers.start)..first_row(gatherers.end);
+        let quantised = fp8.fetch(case)?;
+        fp8.check(case, dtype, &got, &quantised, gathered.clone());
+        // The same without the unquantised result.
+        fp8.poison(case)?;
+        case.arena.put(&states_at, &states)?;
+        case.arena.put(&residual_at, &before)?;
+        case.calls += 1;
+        // SAFETY: as above.
+        unsafe {
+            reduce.all_reduce_rmsnorm_two_group_quantized(gather, &args, &fp8.args(false), case.stream())
+        }?;
+        let again = fp8.fetch(case)?;
+        fp8.check(case, dtype, &got, &again, gathered);
+        if case.fetch(&residual_at, "residual")? != got_residual {
+            case.fail("the residual differs where the unquantised result is not kept");
+        }
+    }
     if case.fetch(&weight_at, "weight")? != weights || case.fetch(&bias_at, "bias")? != biases {
         case.fail("the weight or the bias was modified");
     }
