@@ -50,7 +50,7 @@ fn shapes(op: OpKind, algorithm: Algorithm, plain: &Choice) -> Vec<Choice> {
     match (op, algorithm) {
         // The threads of a norm's blocks follow from its rows.
         (OpKind::AllReduceRmsNorm, A::TwoShot) => {
-            for grid in [32, 64, 132] {
+            for grid in [32, 64, 132, 264] {
                 add(Some(grid), None, None, None);
             }
         }
@@ -74,6 +74,12 @@ fn shapes(op: OpKind, algorithm: Algorithm, plain: &Choice) -> Vec<Choice> {
                 }
             }
         }
+        (_, A::Steps) => {
+            for grid in [132, 96, 66, 44] {
+                add(Some(grid), None, None, None);
+            }
+        }
+        (_, A::Spread) => add(Some(66), None, None, None),
         (_, A::Direct) => {
             for (block, chunk) in [(256, 4096), (256, 8192), (512, 8192), (512, 16_384), (512, 32_768)] {
                 for grid in [None, Some(128), Some(64), Some(32)] {
@@ -129,9 +135,9 @@ mod tests {
                         }
                     }
                 }
-                // Cells and direct stores need a result that every rank can reach.
-                let needs =
-                    matches!(choice.algorithm.as_str(), "cells" | "direct") && op != OpKind::ReduceScatter;
+                // Cells, steps and direct stores need a result that every rank can reach.
+                let needs = matches!(choice.algorithm.as_str(), "cells" | "direct" | "steps" | "spread")
+                    && op != OpKind::ReduceScatter;
                 assert!(used > 0 || needs && !registered, "{op} never takes {choice:?}");
             }
         }

@@ -42,7 +42,12 @@ impl P2pComm {
             return Ok(false);
         }
         let bytes = count * dtype.size();
-        let Plan { algorithm, shape, units, .. } = self.limits().all_reduce(bytes, true);
+        let mut limits = self.limits();
+        // Steps have no captured form: cells are the next best.
+        if limits.all_reduce(bytes, true).algorithm == Algorithm::Steps {
+            limits.forced = Some(Algorithm::Cells);
+        }
+        let Plan { algorithm, shape, units, .. } = limits.all_reduce(bytes, true);
         let fits = shape.threads() <= channels.lamport.slot_packs.into();
         if algorithm != Algorithm::Cells || !fits {
             return Ok(false);
@@ -72,7 +77,12 @@ impl P2pComm {
         if call.owned.captured.is_none() {
             return Ok(false);
         }
-        let Plan { algorithm, mut shape, chunk, .. } = self.limits().all_gather(part, true);
+        let mut limits = self.limits();
+        // As above: direct stores.
+        if matches!(limits.all_gather(part, true).algorithm, Algorithm::Steps | Algorithm::Spread) {
+            limits.forced = Some(Algorithm::Direct);
+        }
+        let Plan { algorithm, mut shape, chunk, .. } = limits.all_gather(part, true);
         if algorithm != Algorithm::Direct {
             return Ok(false);
         }

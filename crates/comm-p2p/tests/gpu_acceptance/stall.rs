@@ -89,8 +89,10 @@ fn a_stalled_rank_gets_and_gives_the_right_results() {
     timed("stall", || {
         for size in two_worlds() {
             let last = (size - 1).to_string();
-            let algorithms =
-                ["one_shot", "two_shot", "cells", "packets", "relayed", "direct", "staged"].map(Some);
+            let algorithms = [
+                "one_shot", "two_shot", "cells", "steps", "packets", "relayed", "direct", "spread", "staged",
+            ]
+            .map(Some);
             for (turn, algorithm) in [None, None].into_iter().chain(algorithms).enumerate() {
                 let late = if turn % 2 == 0 { "0" } else { &last };
                 let mut options = SMALL.to_vec();

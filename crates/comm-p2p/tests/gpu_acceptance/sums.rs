@@ -99,7 +99,7 @@ fn inputs_larger_than_the_scratch_are_summed_in_rank_order() {
     const COUNT: usize = 300_007;
     timed("inputs larger than the scratch", || {
         for size in worlds() {
-            for algorithm in [None, Some("two_shot"), Some("cells"), Some("staged")] {
+            for algorithm in [None, Some("two_shot"), Some("cells"), Some("steps"), Some("staged")] {
                 let mut options = TINY.to_vec();
                 options.extend(algorithm.map(|name| ("p2p.algorithm", name)));
                 world(size, PATIENT, &options, |rank| {
@@ -128,7 +128,7 @@ fn signed_zeros_keep_their_sign() {
     const COUNT: usize = 4099;
     timed("signed zeros", || {
         for size in worlds() {
-            for algorithm in ["one_shot", "two_shot", "cells", "staged"] {
+            for algorithm in ["one_shot", "two_shot", "cells", "steps", "staged"] {
                 let mut options = SMALL.to_vec();
                 options.push(("p2p.algorithm", algorithm));
                 world(size, PATIENT, &options, |rank| {
