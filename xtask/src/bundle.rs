@@ -3,6 +3,7 @@
 //! ```text
 //! bundle/run            a script that sets the environment and starts the runner: ./run test-gpus --world 2,4,8
 //! bundle/runner         this program
+//! bundle/examples/      example programs: ./run example decoder --world 8
 //! bundle/tests/         GPU test programs named <package>__<test>, run by test-gpus
 //! bundle/kernels/       compiled kernels; the programs embed none, so that these are all there are
 //! bundle/targets/       bench targets
@@ -21,6 +22,9 @@ use crate::launch::MULTICAST_OFF;
 
 /// What a bundle may weigh.
 const LIMIT: u64 = 30 << 20;
+
+/// The example, a workspace member of its own, that travels along.
+const EXAMPLE: &str = "decoder";
 
 /// Options of `cargo xtask bundle`.
 #[derive(Args, Debug)]
@@ -52,11 +56,18 @@ pub fn run(args: &BundleArgs) -> Result<()> {
     let compiled = if args.no_kernels { None } else { Some(kernels::ready_to_ship()?) };
     std::fs::create_dir_all(out.join("tests")).with_context(|| format!("creating {}", out.display()))?;
 
-    let runner = build(&["build", "--release", "--package", "xtask", "--bin", "xtask"], |artifact| {
-        artifact["target"]["name"] == "xtask"
-    })?;
-    let [(_, runner)] = &runner[..] else { bail!("cargo built {} programs named xtask", runner.len()) };
-    copy(runner, &out.join("runner"))?;
+    std::fs::create_dir_all(out.join("examples"))?;
+    // In one command, so that what they share is built once.
+    let programs =
+        build(&["build", "--release", "--package", "xtask", "--package", EXAMPLE, "--bins"], |artifact| {
+            artifact["target"]["kind"][0] == "bin"
+        })?;
+    for (program, to) in [("xtask", "runner".into()), (EXAMPLE, format!("examples/{EXAMPLE}"))] {
+        let found: Vec<_> =
+            programs.iter().filter(|(name, _)| *name == bundled_name(program, program)).collect();
+        let [(_, path)] = &found[..] else { bail!("cargo built {} programs named {program}", found.len()) };
+        copy(path, &out.join(to))?;
+    }
 
     let tests =
         build(&["test", "--release", "--no-run", "--workspace", "--all-features", "--tests"], |artifact| {
@@ -148,13 +159,15 @@ fn copy_folder(from: &Path, to: &Path) -> Result<()> {
 fn write_script(path: &Path) -> Result<()> {
     let mut script = String::from(
         "#!/bin/sh\n# Starts the bundle's runner: ./run doctor, ./run test-gpus --world 2,4,8, ./run bench --backend nccl\n\
+         # or an example: ./run example decoder --world 8\n\
          here=$(CDPATH= cd -- \"$(dirname -- \"$0\")\" && pwd) || exit\n\
          if [ -f \"$here/kernels/manifest.json\" ]; then export COMM_KERNELS_DIR=\"$here/kernels\"; fi\n",
     );
     for (name, value) in MULTICAST_OFF {
         script += &format!("export {name}={value}\n");
     }
-    script += "exec \"$here/runner\" \"$@\"\n";
+    script += "if [ \"$1\" = example ]; then\n    shift\n    program=$1\n    shift\n    exec \"$here/examples/$program\" \"$@\"\nfi\n\
+               exec \"$here/runner\" \"$@\"\n";
     std::fs::write(path, script).with_context(|| format!("writing {}", path.display()))?;
     std::fs::set_permissions(path, PermissionsExt::from_mode(0o755))?;
     Ok(())
@@ -187,6 +200,13 @@ mod tests {
         let output = Command::new("/bin/sh").arg(dir.path().join("run")).arg("doctor").output().unwrap();
         let text = String::from_utf8(output.stdout).unwrap();
         assert!(text.contains("/kernels 0 doctor"), "{text}{}", String::from_utf8_lossy(&output.stderr));
+
+        std::fs::create_dir(dir.path().join("examples")).unwrap();
+        std::fs::copy(&runner, dir.path().join("examples/decoder")).unwrap();
+        let words = ["example", "decoder", "--world", "8"];
+        let output = Command::new("/bin/sh").arg(dir.path().join("run")).args(words).output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(text.contains("/kernels 0 --world"), "{text}{}", String::from_utf8_lossy(&output.stderr));
     }
 
     #[test]

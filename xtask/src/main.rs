@@ -18,6 +18,7 @@ mod job;
 mod kernels;
 mod launch;
 mod rank;
+mod sanitize;
 mod signal;
 mod tally;
 mod test;
@@ -40,6 +41,8 @@ enum Command {
     Doctor,
     /// Compile the CUDA kernels; installs NVIDIA's compiler into the target folder if there is none.
     Kernels(kernels::KernelsArgs),
+    /// Run every kernel under NVIDIA's compute-sanitizer, a process per rank.
+    Sanitize(sanitize::SanitizeArgs),
     /// Run every test that this machine can run.
     Test(test::TestArgs),
     /// Run the conformance suite, the fault tests and a bundle's test programs on worlds of GPUs.
@@ -62,6 +65,7 @@ fn main() -> ExitCode {
                 doctor::run();
                 Ok(())
             }
+            Command::Sanitize(args) => sanitize::run(args),
             Command::Test(args) => test::run(args),
             Command::Kernels(args) => kernels::run(args),
             Command::TestGpus(args) => test_gpus::run(args),

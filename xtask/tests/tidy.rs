@@ -15,7 +15,7 @@ fn root() -> PathBuf {
 
 fn rust_files() -> Vec<(PathBuf, String)> {
     let mut files = Vec::new();
-    let mut folders = vec![root().join("crates"), root().join("xtask")];
+    let mut folders = vec![root().join("crates"), root().join("examples"), root().join("xtask")];
     while let Some(folder) = folders.pop() {
         for entry in std::fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
@@ -88,8 +88,8 @@ fn nothing_is_left_undone_or_switched_off() {
 
 #[test]
 fn every_crate_takes_the_workspaces_lints() {
-    let crates = std::fs::read_dir(root().join("crates")).unwrap().map(|entry| entry.unwrap().path());
-    let problems: Vec<String> = (crates.chain([root().join("xtask")]))
+    let members = |folder| std::fs::read_dir(root().join(folder)).unwrap().map(|entry| entry.unwrap().path());
+    let problems: Vec<String> = (members("crates").chain(members("examples")).chain([root().join("xtask")]))
         .filter(|path| {
             let manifest = std::fs::read_to_string(path.join("Cargo.toml")).unwrap();
             !manifest.contains("[lints]\nworkspace = true")

@@ -110,8 +110,8 @@ pub enum P2pOp {
 /// - [`Mismatch`](crate::CommError::Mismatch) in checked mode;
 /// - [`PeerDied`](crate::CommError::PeerDied), [`PeerFailed`](crate::CommError::PeerFailed),
 ///   [`Timeout`](crate::CommError::Timeout), [`Aborted`](crate::CommError::Aborted),
-///   [`Closed`](crate::CommError::Closed), [`Cuda`](crate::CommError::Cuda) and
-///   [`Backend`](crate::CommError::Backend).
+///   [`NotRegistered`](crate::CommError::NotRegistered), [`Closed`](crate::CommError::Closed),
+///   [`Cuda`](crate::CommError::Cuda) and [`Backend`](crate::CommError::Backend).
 ///
 /// # Safety
 /// For implementors: an operation reads and writes only the ranges that its method names, work that it leaves running
@@ -182,6 +182,17 @@ pub unsafe trait DeviceComm: Send + Sync {
     unsafe fn deregister(&self, registration: &Registration) -> Result<()> {
         let _ = registration;
         Err(lacks(self.info(), OpKind::Deregister))
+    }
+
+    /// Makes the operands of calls that were captured into graphs known to the other ranks, where a backend was told to
+    /// wait for that; each backend says by which option, and to which calls it applies. To be called after capturing and
+    /// before replaying: a replay before it ends the communicator with [`NotRegistered`](crate::CommError::NotRegistered).
+    /// Collective: all ranks have captured the same calls by then. Nothing has to be taken back: what is known goes with
+    /// the graph.
+    ///
+    /// The provided method is for backends that need no such call: it does nothing.
+    fn register_captured(&self) -> Result<()> {
+        Ok(())
     }
 
     /// Whether a call would be carried out. The answer depends only on the query and on what all ranks share.
@@ -416,6 +427,9 @@ pub unsafe trait DeviceComm: Send + Sync {
     }
 
     /// The failure known so far, if any. Never blocks.
+    ///
+    /// What an operation received counts only if this, asked after the operation has completed, finds nothing wrong: a
+    /// failure may end operations early.
     fn poll(&self) -> Result<()>;
 
     /// Ends every wait of this communicator, on this rank and (as soon as they notice) on the others. Never blocks; may

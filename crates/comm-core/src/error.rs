@@ -193,6 +193,12 @@ pub enum CommError {
         /// The system's words.
         message: String,
     },
+    /// A graph was replayed before the operands of its calls were made known to the other ranks.
+    #[error("{at} was replayed before its operands were registered: call register_captured after capturing")]
+    NotRegistered {
+        /// The captured call.
+        at: CallSite,
+    },
 }
 
 impl CommError {

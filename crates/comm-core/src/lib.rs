@@ -27,6 +27,7 @@ mod tiered;
 pub mod topology;
 pub mod tuning;
 mod typed;
+mod usage;
 
 pub use addr::{DeviceAddr, StreamHandle};
 pub use device_comm::{AlgorithmUsage, CommInfo, DeviceComm, P2pOp, Registration};
@@ -46,3 +47,4 @@ pub use tiered::{SkippedTier, TieredComm};
 #[cfg(feature = "cudarc")]
 pub use typed::{CudaSliceExt, CudaTransfer};
 pub use typed::{HostSliceExt, HostTransfer, NormScale, TwoGroupRows};
+pub use usage::{CountedAlgorithm, UsageTable};

@@ -4,10 +4,12 @@
 //! - [`Kernels`]: the launchers. Every launch is asynchronous and can be captured in a CUDA graph: it allocates
 //!   nothing and waits for nothing.
 //! - [`p2p`]: the launchers of kernels that reach into other ranks' memory.
+//! - [`layer`]: the small kernels of a decoder layer, for examples and benchmarks that need a model.
 //! - [`pattern`]: the data that [`Kernels::fill`] and [`Kernels::verify`] make and check, on the host. No CUDA needed.
 //! - [`mod@reference`]: what the kernels should compute, slowly, on the host; for tests.
 //! - [`CudaMemory`], [`CapturedGraph`], [`EventTimer`]: memory, graphs and time for tests, benchmarks and examples.
 //! - [`driver`]: whether there is a driver; call [`driver::probe`] before anything else that touches CUDA.
+//! - [`capture`]: what a library needs to know of the graph that it is being captured into.
 //! - [`raw`] and [`exit`]: driver calls that backends share, and what the end of the process waits for.
 //! - [`locate`] and [`manifest`]: where compiled kernels come from. They are built by `cargo xtask kernels`; without
 //!   them this crate compiles, and using a kernel says what to do.
@@ -16,10 +18,12 @@
 
 #![deny(missing_docs)]
 
+pub mod capture;
 pub mod driver;
 pub mod exit;
 mod graph;
 mod kernels;
+pub mod layer;
 pub mod locate;
 pub mod manifest;
 mod memory;

@@ -12,6 +12,7 @@ use comm_core::{
 
 use crate::create::{self, sibling};
 use crate::state::{Hosts, Shared, lock};
+use crate::watchdog;
 
 /// A communicator over peer-to-peer memory.
 ///
@@ -27,7 +28,7 @@ pub struct P2pComm {
     shared: Arc<Shared>,
 }
 
-/// How much longer than its timeout a close may take: it waits for the device, and then for the ranks.
+/// How much longer than its timeout a close may take: it waits for the ranks, and then for the device.
 const CLOSE_MARGIN: Duration = Duration::from_secs(1);
 
 impl P2pComm {
@@ -84,6 +85,8 @@ impl P2pComm {
 
 impl Drop for P2pComm {
     fn drop(&mut self) {
+        // The caller may have met an error of its device, and drop for that, before the watchdog has seen it.
+        watchdog::report_last(&self.shared);
         lock(&self.shared.ending).dropped = true;
         self.shared.changed.notify_all();
         // On this thread, because a host communicator may tell a death from a departure by the thread that drops it.
@@ -125,6 +128,10 @@ unsafe impl DeviceComm for P2pComm {
 
     unsafe fn deregister(&self, registration: &Registration) -> Result<()> {
         self.deregister_buffer(registration)
+    }
+
+    fn register_captured(&self) -> Result<()> {
+        self.register_captured_operands()
     }
 
     fn supports(&self, query: &OpQuery) -> Support {

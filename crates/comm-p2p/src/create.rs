@@ -9,10 +9,13 @@ use comm_kernels::p2p::{
     BUFFERS, FLAG_BYTES, Link, MAX_RANKS, P2pKernels, PAIR_COUNTERS_BYTES, Peers, buffer_bytes, cells_bytes,
     scratch_bytes,
 };
-use comm_kernels::raw::{Current, Event};
+use comm_kernels::raw::Current;
 
+use crate::captured::Captured;
 use crate::comm::P2pComm;
+use crate::ledger::Ledger;
 use crate::state::{Base, Channels, Hosts, Owned, Shared};
+use crate::stream::Sentinel;
 use crate::symmetric::table::Table;
 use crate::symmetric::words::Words;
 use crate::symmetric::{Block, agree, shifted};
@@ -94,30 +97,44 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result
     };
     let (topology, uuids) = meet(&*control, &base, &tables)?;
     let words = Words::new().map(Arc::new);
-    let sentinel = Event::new();
-    let (channels, scratch) = if info.size > 1 {
+    let sentinel = Sentinel::new();
+    let (channels, scratch, captured, ledger) = if info.size > 1 {
         let prepared = words
             .as_ref()
             .map_err(Clone::clone)
-            .and_then(|words| Ok((Arc::clone(words), P2pKernels::load(&base.context, info.size)?)));
+            .and_then(|words| Ok((Arc::clone(words), P2pKernels::load(&base.context, info.size)?)))
+            .and_then(|(words, kernels)| Ok((words, kernels, table_of_captured(&base, info.size)?)));
         agree(&*control, &prepared.as_ref().map(|_| 0).map_err(Clone::clone))?;
-        let (words, kernels) = prepared?;
+        let (words, kernels, captured) = prepared?;
         let (channels, block) = channels(&*control, &base, &words, kernels, deadline)?;
         if !verified {
             let driver = &base.device.driver;
             verify::verify(&*control, &base.kernels, &channels.staging, driver, &uuids)?;
         }
-        (Some(channels), Some(block))
+        let ledger = Ledger::create(&*control, deadline)?;
+        (Some(channels), Some(block), captured, Some(ledger))
     } else {
-        (None, None)
+        (None, None, None, None)
     };
     static COMMUNICATORS: AtomicU64 = AtomicU64::new(0);
     let generations = COMMUNICATORS.fetch_add(1, Ordering::Relaxed) << 32;
-    let owned =
-        Owned { table: Table::new(generations), scratch, words: Some(words?), sentinel: Some(sentinel?) };
-    let shared = Arc::new(Shared::new(info, base, topology, tables, channels, owned, hosts));
+    let owned = Owned {
+        table: Table::new(generations),
+        captured,
+        chain: 0,
+        scratch,
+        words: Some(words?),
+        sentinel: Some(sentinel?),
+    };
+    let shared = Arc::new(Shared::new(info, base, topology, tables, channels, ledger, owned, hosts));
     watchdog::spawn(Arc::clone(&shared))?;
     Ok(P2pComm::new(shared))
+}
+
+fn table_of_captured(base: &Base, world: usize) -> Result<Option<Captured>> {
+    let options = &base.options;
+    let table = || Captured::new(&base.context, world, options.graph_entries);
+    options.graph_registration.then(table).transpose()
 }
 
 /// Exchanges what the ranks' devices are, and agrees on their topology and on how algorithms are chosen. Returns the
@@ -156,7 +173,14 @@ fn channels(
     let (world, options) = (host.size(), &base.options);
     let layout = Layout::new(world, base);
     let block = Block::create(host, base.ordinal, layout.bytes, deadline)?;
-    let filled = fill(&block, &layout, world, base);
+    let filled = fill(&block, &layout, world, base).and_then(|()| match options.clear_peers {
+        // Every owner clears the same bytes at the same time, so the order does not matter.
+        true => block
+            .all()
+            .iter()
+            .try_for_each(|part| part.fill(layout.staging, 0, layout.bytes - layout.staging)),
+        false => Ok(()),
+    });
     // Nobody may send before everybody's memory holds what says that nothing has arrived.
     agree(host, &filled.map(|()| 0))?;
     let peers = block.peers();
@@ -168,7 +192,10 @@ fn channels(
         abort: words.abort_addr(),
         error: words.error_addr(),
         timeout_ns: u64::try_from(base.timeout.as_nanos()).unwrap_or(u64::MAX),
-        stall_ns: u64::try_from(options.stall.as_nanos()).unwrap_or(0),
+        stall_ns: match options.stall_rank {
+            Some(only) if only != host.rank() => 0,
+            _ => u64::try_from(options.stall.as_nanos()).unwrap_or(0),
+        },
         rank: host.rank() as u32,
         slot_packs: slots as u32,
         op: 0,
@@ -201,11 +228,12 @@ fn fill(block: &Block, layout: &Layout, world: usize, base: &Base) -> Result<()>
     let (own, options) = (block.own(), &base.options);
     let first = options.first_round;
     let before = first.wrapping_sub(1);
-    own.fill(layout.counters, 0, COUNTERS_BYTES)?;
+    // Cells and staging memory need no value: the peers store before this rank reads. A checker of uninitialised reads
+    // cannot see those stores, though, and new memory takes well under a millisecond to clear.
+    own.fill(0, 0, layout.bytes)?;
     for channel in 0..CHANNELS {
         own.fill(layout.counters + channel * CHANNEL_STRIDE, first, 4)?;
     }
-    own.fill(layout.pairs, 0, FLAG_BYTES)?;
     for flags in [layout.barrier, layout.packet, layout.lamport, layout.cells] {
         own.fill(flags, before, FLAG_BYTES)?;
     }

@@ -36,8 +36,19 @@ const PROTOCOL: u32 = 2;
 /// | `p2p.algorithm` | use this one wherever it can be, as `COMM_P2P_ALGO` does | by size |
 /// | `p2p.table` | a file of tables by which algorithms are chosen, as `COMM_P2P_TABLE` names one | the shipped ones |
 /// | `p2p.symmetric_operands` | `on` or `off`: the promise described below | `off` |
+/// | `p2p.graph_registration` | `on` or `off`: captured results are registered after the capture, see below | `off` |
+/// | `p2p.graph_entries` | captured results that graphs may hold at a time; 128 bytes of device memory each | 8192 |
 /// | `p2p.first_round` | for tests: the first round's number | 0 |
 /// | `p2p.stall_ns` | for tests: how long every kernel sleeps before its first wait | 0 |
+/// | `p2p.stall_rank` | for tests: the only rank whose kernels do | all |
+/// | `p2p.test_clear_peers` | for checkers of uninitialised reads, which do not see what other processes store: every rank clears all ranks' staging memory at first | `off` |
+/// | `p2p.test_single_buffer` | for tests only, **gives wrong results**: calls by packs use one buffer instead of four | `off` |
+///
+/// # Memory
+/// A communicator takes memory on each rank's device, in proportion to the number of ranks where not said otherwise. With
+/// the defaults and 8 ranks it is 284 MB: 138 MB for the cells of large sums (`p2p.cell_ctas`), 69 MB for
+/// `p2p.lamport_slots`, 35 MB for `p2p.packet_slots`, 34 MB of staging memory, whatever the number of ranks, and 8 MB for
+/// `p2p.pair_bytes`. Fewer slots or blocks cost speed at the sizes that would use them.
 ///
 /// # Symmetric operands
 /// Large results can be stored straight into the other ranks' buffers. A rank then computes from its own operand where
@@ -49,6 +60,22 @@ const PROTOCOL: u32 = 2;
 /// registered buffers may lie anywhere, and travel by way of the communicator's memory. Breaking the promise corrupts
 /// results and may write into registered memory that the call does not name, or let the ranks wait for each other until
 /// the timeout. Checked mode compares the places and refuses the call.
+///
+/// # Graphs
+/// Every operation can be captured and replayed as it is; results in memory of [`allocate`](DeviceComm::allocate) are
+/// then reached directly, others travel by scratch memory where they are large. With `p2p.graph_registration = on`, large
+/// all-reduces (sums of f32, f16 and bf16) and all-gathers captured on such other results are replayed as fast as on
+/// registered ones, for which the ranks call [`register_captured`](DeviceComm::register_captured) between capture and
+/// replay. In return:
+/// - a replay before that call ends the communicator with [`NotRegistered`](CommError::NotRegistered);
+/// - a call that one rank captures, all ranks capture, and replay at the same place of their order of calls;
+/// - a result stays allocated on every rank until the graphs that hold the call are gone on all ranks.
+///
+/// The results of different ranks may lie anywhere. Where a rank's cannot be made known to the others (memory of a pool,
+/// or of a virtual allocation), the call keeps to scratch memory on all ranks, with a reason
+/// ([`P2pComm::captured_staging_reasons`]). What a graph holds is given back when the graph is dropped. The switch is off
+/// by default because a program that captures and replays without knowing of the call should work; one that makes its
+/// own step of registering graph buffers, as engines with a custom all-reduce do, turns it on and makes the call there.
 #[derive(Clone, Copy, Default, Debug)]
 pub struct P2pFactory;
 

@@ -10,11 +10,16 @@
 //!   rank in any; checked mode compares. If the caller promises the same of its own buffers, by the option
 //!   `p2p.symmetric_operands` of [`P2pFactory`], also into those of [`register`](comm_core::DeviceComm::register).
 //! - Everything else, any type, reduction and shape, goes through staging memory.
+//! - Large results in other memory, captured into a graph, can be made known to the ranks after the capture, by the option
+//!   `p2p.graph_registration`.
 //!
 //! Every operation is a fixed row of kernels on the caller's stream: it can be captured into a CUDA graph and replayed.
 //! When a communicator is made, what its GPUs store into and load from each other is checked in both directions, once
 //! for a driver and set of GPUs: the verdict is kept in the user's cache folder. `COMM_P2P_CHECK` is `skip` or `force`.
 //! `COMM_P2P_TOPOLOGY` imposes a topology ([`P2pComm::topology`]).
+//!
+//! Ranks that call different things, or the same with different arguments, are told so some tens of milliseconds later, by
+//! an error that ends the communicator, wherever a comparison of the calls can tell; checked mode refuses such calls.
 //!
 //! Which algorithm carries out an operation of which size is a table for the kind of GPU and the number of ranks
 //! ([`comm_core::tuning`]). Those for H200 are built in and serve other GPUs too; a user's own, from `cargo xtask tune`,
@@ -25,9 +30,12 @@
 #![deny(missing_docs)]
 
 mod candidates;
+mod captured;
 mod comm;
+mod control;
 mod create;
 mod factory;
+mod ledger;
 mod memory;
 mod ops;
 mod options;

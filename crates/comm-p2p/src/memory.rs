@@ -10,7 +10,7 @@ use crate::symmetric::{Block, Hold, agree};
 
 impl P2pComm {
     /// An error of a collective over the host communicator. If that one is lost, so is this.
-    fn lost(&self, host: &dyn HostComm, op: OpKind, error: CommError) -> CommError {
+    pub(crate) fn lost(&self, host: &dyn HostComm, op: OpKind, error: CommError) -> CommError {
         let shared = self.shared();
         match host.poll() {
             Err(cause) => shared.fail(shared.relocate(cause, op)),
@@ -77,8 +77,8 @@ impl P2pComm {
             .enumerate()
             .find_map(|(rank, obstacle)| Some(format!("rank {rank}: {}", obstacle?)));
         let (peers, hold) = match (opened, obstacle) {
-            (Ok((peers, opened)), None) => (Ok(peers), opened),
-            (_, obstacle) => (Err(obstacle.unwrap_or_default()), Vec::new()),
+            (Ok((peers, opened)), None) => (Ok(peers), Hold::Opened(opened, ipc::allocation_id(addr).ok())),
+            (_, obstacle) => (Err(obstacle.unwrap_or_default()), Hold::Opened(Vec::new(), None)),
         };
         if let Err(reason) = &peers {
             tracing::debug!(
@@ -89,11 +89,11 @@ impl P2pComm {
                 "registered buffer will be staged"
             );
         }
-        Ok(call.owned.table.insert(Origin::Registered, (addr, bytes), peers, Hold::Opened(hold)))
+        Ok(call.owned.table.insert(Origin::Registered, (addr, bytes), peers, hold))
     }
 
     /// Opens the other ranks' exports, or says why one cannot be used.
-    fn open(
+    pub(crate) fn open(
         &self,
         exports: Vec<Result<Export, String>>,
         own: DeviceAddr,

@@ -21,11 +21,20 @@ pub(crate) struct Options {
     pub(crate) cell_ctas: usize,
     pub(crate) first_round: u32,
     pub(crate) stall: Duration,
+    /// The only rank whose kernels sleep; `None` for all.
+    pub(crate) stall_rank: Option<usize>,
+    /// This rank clears the other ranks' staging memory as well.
+    pub(crate) clear_peers: bool,
+    /// What double buffering does is switched off.
+    pub(crate) single_buffer: bool,
     pub(crate) algorithm: Option<Algorithm>,
     /// The user's own tables of algorithms.
     pub(crate) tables: Option<Arc<Tables>>,
     /// The caller's promise about operands in registered buffers.
     pub(crate) symmetric_operands: bool,
+    /// Whether captured operands are registered after the capture, and how many at a time.
+    pub(crate) graph_registration: bool,
+    pub(crate) graph_entries: u32,
 }
 
 impl Default for Options {
@@ -38,9 +47,14 @@ impl Default for Options {
             cell_ctas: 132,
             first_round: 0,
             stall: Duration::ZERO,
+            stall_rank: None,
+            clear_peers: false,
+            single_buffer: false,
             algorithm: None,
             tables: None,
             symmetric_operands: false,
+            graph_registration: false,
+            graph_entries: 8192,
         }
     }
 }
@@ -77,8 +91,16 @@ impl Options {
                     let nanoseconds = number(name, value, 0..=10_000_000_000)?;
                     parsed.stall = Duration::from_nanos(nanoseconds as u64);
                 }
+                "stall_rank" => parsed.stall_rank = Some(number(name, value, 0..=usize::MAX)?),
+                "test_clear_peers" => parsed.clear_peers = switch(name, value)?,
+                "test_single_buffer" => parsed.single_buffer = switch(name, value)?,
                 "algorithm" => parsed.algorithm = Some(algorithm(name, value)?),
                 "table" => parsed.tables = Some(Arc::new(tables::read(name, Path::new(value))?)),
+                "graph_registration" => parsed.graph_registration = switch(name, value)?,
+                "graph_entries" => {
+                    let entries = number(name, value, 1..=1 << 20)?;
+                    parsed.graph_entries = u32::try_from(entries).unwrap_or(u32::MAX);
+                }
                 "symmetric_operands" => parsed.symmetric_operands = switch(name, value)?,
                 _ => {
                     return Err(CommError::invalid(
@@ -135,12 +157,16 @@ mod tests {
         assert!(!parse("nccl.staging_bytes", "x").unwrap().symmetric_operands);
         assert!(parse("p2p.symmetric_operands", "on").unwrap().symmetric_operands);
         assert!(!parse("p2p.symmetric_operands", "off").unwrap().symmetric_operands);
+        assert_eq!(parse("p2p.stall_rank", "3").unwrap().stall_rank, Some(3));
+        assert!(parse("p2p.test_single_buffer", "on").unwrap().single_buffer);
         for (name, value) in [
             ("p2p.staging_bytes", "12"),
             ("p2p.x", "1"),
             ("p2p.algorithm", "fast"),
             ("p2p.table", "/nonexistent/table.json"),
             ("p2p.symmetric_operands", "true"),
+            ("p2p.graph_registration", "auto"),
+            ("p2p.graph_entries", "0"),
         ] {
             let text = parse(name, value).unwrap_err().to_string();
             assert!(text.contains(name), "{text}");

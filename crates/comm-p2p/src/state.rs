@@ -5,14 +5,18 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockRead
 use std::time::Duration;
 
 use comm_core::topology::Topology;
-use comm_core::{CallSite, CommError, CommInfo, Deadline, DeviceAddr, HostComm, OpKind, Result};
+use comm_core::{CallSite, CommError, CommInfo, DType, Deadline, DeviceAddr, HostComm, OpKind, Result};
 use comm_kernels::Kernels;
 use comm_kernels::p2p::{ErrorRecord, Link, P2pKernels, Peers};
-use comm_kernels::raw::{Current, Event};
+use comm_kernels::raw::Current;
 use cudarc::driver::CudaContext;
 
+use crate::captured::Captured;
+use crate::ledger::{Ledger, Note, mix};
 use crate::options::Options;
-use crate::symmetric::table::Table;
+use crate::stream::Sentinel;
+use crate::symmetric::ipc;
+use crate::symmetric::table::{Found, Table};
 use crate::symmetric::words::Words;
 use crate::symmetric::{Block, Hold};
 use crate::tables::InUse;
@@ -24,9 +28,9 @@ const CLOSING: u8 = 1;
 const FAILED: u8 = 2;
 
 /// Bits of a kernel's number that say which operation it belongs to.
-const KIND_BITS: u32 = 5;
+pub(crate) const CALL_KIND_BITS: u32 = 5;
 const _: () = assert!(OpKind::COLLECTIVES.len() < UNKNOWN_KIND);
-const UNKNOWN_KIND: usize = (1 << KIND_BITS) - 1;
+const UNKNOWN_KIND: usize = (1 << CALL_KIND_BITS) - 1;
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What these protect is set by single assignments, so a panic cannot leave it half-changed.
@@ -79,10 +83,14 @@ pub(crate) struct Channels {
 /// What is given back at the end, in this order.
 pub(crate) struct Owned {
     pub(crate) table: Table<Hold>,
+    /// With the option `p2p.graph_registration`, between at least two ranks.
+    pub(crate) captured: Option<Captured>,
+    /// Of the calls that have been written into the ledger.
+    pub(crate) chain: u64,
     #[allow(dead_code, reason = "held, not read")]
     pub(crate) scratch: Option<Block>,
     pub(crate) words: Option<Arc<Words>>,
-    pub(crate) sentinel: Option<Event>,
+    pub(crate) sentinel: Option<Sentinel>,
 }
 
 /// What the handle asks of the watchdog, and what came of it.
@@ -103,6 +111,8 @@ pub(crate) struct Shared {
     /// `None` with one rank.
     pub(crate) channels: Option<Channels>,
     pub(crate) usage: Usage,
+    /// Between at least two ranks.
+    pub(crate) ledger: Option<Ledger>,
     pub(crate) owned: Mutex<Owned>,
     words: Mutex<Option<Arc<Words>>>,
     pub(crate) host: Mutex<Option<Hosts>>,
@@ -127,6 +137,7 @@ impl Shared {
         topology: Topology,
         tables: InUse,
         channels: Option<Channels>,
+        ledger: Option<Ledger>,
         owned: Owned,
         hosts: Hosts,
     ) -> Self {
@@ -137,6 +148,7 @@ impl Shared {
             tables: RwLock::new(tables),
             channels,
             usage: Usage::default(),
+            ledger,
             words: Mutex::new(owned.words.clone()),
             owned: Mutex::new(owned),
             host: Mutex::new(Some(hosts)),
@@ -185,6 +197,8 @@ impl Shared {
     /// Declares the communicator lost and returns the cause, which is the first one declared: ends all waits of this
     /// rank's kernels, and tells the other ranks if the cause arose here. Never blocks.
     pub(crate) fn fail(&self, error: CommError) -> CommError {
+        // Held until the others have been told, so that a drop meanwhile cannot take the host communicators away first.
+        let hosts = lock(&self.host);
         let cause = {
             let mut failure = lock(&self.failure);
             if let Some(first) = &*failure {
@@ -197,8 +211,7 @@ impl Shared {
         if let Some(words) = &*lock(&self.words) {
             words.abort();
         }
-        let control = lock(&self.host).as_ref().map(|hosts| Arc::clone(&hosts.control));
-        if let Some(control) = control {
+        if let Some(Hosts { control, .. }) = &*hosts {
             match &cause {
                 // The others see a death, or a failure reported by its own rank, for themselves.
                 CommError::PeerDied { .. } | CommError::PeerFailed { .. } | CommError::Closed { .. } => {}
@@ -206,6 +219,7 @@ impl Shared {
                 local => control.report_failure(local),
             }
         }
+        drop(hosts);
         tracing::warn!(comm = self.info.name, rank = self.info.rank, %cause, "communicator failed");
         // Under the lock, so that a watchdog between its check and its wait cannot miss it.
         drop(lock(&self.ending));
@@ -225,8 +239,13 @@ impl Shared {
         }
     }
 
-    /// What the other ranks' host sides and this rank's kernels have to say. Never blocks.
+    /// What the other ranks' host sides and this rank's kernels have to say, and their calls. Never blocks.
     pub(crate) fn observe(&self) -> Result<()> {
+        // Calls that differ are behind whatever else is found: waits that end, ranks that leave for it.
+        self.observe_ends().map_err(|found| self.calls_are_alike().err().unwrap_or(found))
+    }
+
+    fn observe_ends(&self) -> Result<()> {
         let record = lock(&self.words).as_ref().and_then(|words| words.error());
         let op = record.map_or(OpKind::Poll, |record| self.kernel(&record).op);
         // Held while polling, so that the last reference cannot end up being dropped by the watchdog: a host
@@ -238,6 +257,8 @@ impl Shared {
                 // A rank that ran out of patience first reports the others; what was missed here says more.
                 (Some(CommError::PeerFailed { cause, .. }), Some(record))
                     if matches!(*cause, CommError::Timeout { .. }) && record.cause == TIMED_OUT => {}
+                // Ranks that replay the same graph too early all make the same mistake.
+                (Some(CommError::PeerFailed { .. }), Some(record)) if record.cause == UNREGISTERED => {}
                 (Some(error), _) => return Err(self.relocate(error, op)),
                 (None, _) => {}
             }
@@ -251,17 +272,36 @@ impl Shared {
     /// The call that a record's kernel belongs to.
     fn kernel(&self, record: &ErrorRecord) -> CallSite {
         let kind = OpKind::COLLECTIVES.get((record.op & UNKNOWN_KIND as u32) as usize);
-        let seq = u64::from(record.op >> KIND_BITS);
+        let seq = u64::from(record.op >> CALL_KIND_BITS);
         CallSite::new(&self.info.name, kind.copied().unwrap_or(OpKind::Poll), seq)
     }
 
     fn gave_up(&self, record: &ErrorRecord) -> CommError {
         let at = self.kernel(record);
+        if record.cause == UNREGISTERED {
+            return CommError::NotRegistered { at };
+        }
         if record.cause != TIMED_OUT {
             return CommError::Aborted { at };
         }
         let missing = (0..self.info.size).filter(|&rank| record.missing >> rank & 1 == 1).collect();
         CommError::Timeout { at, missing, waited: Duration::from_nanos(record.waited_ns) }
+    }
+
+    /// Whether the ranks' calls are alike, as far as they have come. Never blocks.
+    pub(crate) fn calls_are_alike(&self) -> Result<()> {
+        let Some(found) = self.ledger.as_ref().and_then(Ledger::compare) else { return Ok(()) };
+        let at = || CallSite::new(&self.info.name, OpKind::Poll, found.number);
+        let (expected, other) = (found.own.clone(), found.other.clone());
+        let cause = CommError::Mismatch { at: at(), rank: found.rank, expected, found: other };
+        // What differs has been carried out, or waits: unlike in checked mode, the communicator is lost.
+        Err(CommError::PeerFailed { at: at(), rank: found.rank, cause: Box::new(cause) })
+    }
+
+    /// What this rank's kernels have to say, whatever became of the other ranks.
+    pub(crate) fn record(&self) -> Option<CommError> {
+        let record = lock(&self.words).as_ref().and_then(|words| words.error())?;
+        Some(self.gave_up(&record))
     }
 
     /// What can be said about this rank's failure, if there is one.
@@ -283,7 +323,7 @@ impl Shared {
             return Err(self.fail(cause));
         }
         let seq = self.seq.fetch_add(1, Ordering::Relaxed);
-        Ok(Call { shared: self, owned, kind, seq, _current: current })
+        Ok(Call { shared: self, owned, kind, seq, alike: (None, 0, 0), _current: current })
     }
 
     /// The words are given up, so that nobody touches them any more.
@@ -293,6 +333,7 @@ impl Shared {
 }
 
 const TIMED_OUT: u32 = 1;
+const UNREGISTERED: u32 = 3;
 
 /// A call under way, with the lock held and the device current.
 pub(crate) struct Call<'a> {
@@ -300,6 +341,8 @@ pub(crate) struct Call<'a> {
     pub(crate) owned: MutexGuard<'a, Owned>,
     kind: OpKind,
     seq: u64,
+    /// What all ranks must pass alike: type, count, and a mixture of the rest.
+    alike: (Option<DType>, usize, u64),
     _current: Current,
 }
 
@@ -309,7 +352,7 @@ impl Call<'_> {
         let kind =
             OpKind::COLLECTIVES.iter().position(|&kind| kind == self.kind).unwrap_or(UNKNOWN_KIND) as u32;
         // The number is for people to read; that it wraps after 2^27 calls does no harm.
-        Link { op: (self.seq as u32) << KIND_BITS | kind, ..*channel }
+        Link { op: (self.seq as u32) << CALL_KIND_BITS | kind, ..*channel }
     }
 
     /// Turns an error of enqueueing into the communicator's failure: other ranks may be waiting for what was not.
@@ -317,8 +360,41 @@ impl Call<'_> {
         result.map_err(|error| self.shared.fail(error))
     }
 
+    /// For a call that stores into the ranks' operands where this rank's lies. Their place is among what all pass alike.
+    /// Refuses a registered operand whose memory is no longer what was registered: nothing has been enqueued yet, so the
+    /// communicator is unharmed here; the other ranks wait for the call until their timeout.
+    pub(crate) fn reaches(&mut self, found: &Found, addr: DeviceAddr) -> Result<()> {
+        self.alike.2 = mix(mix(self.alike.2, found.id + 1), found.offset);
+        let Some(Hold::Opened(_, Some(registered))) = self.owned.table.hold(found.id) else { return Ok(()) };
+        let now = ipc::allocation_id(addr);
+        if now.as_ref().is_ok_and(|now| now == registered) {
+            return Ok(());
+        }
+        Err(CommError::StaleHandle {
+            handle: format!("registration {} of communicator {:?}", found.id, self.shared.info.name),
+            reason: match now {
+                Ok(_) => format!("the memory at {addr:?} was freed while registered, and allocated anew"),
+                Err(error) => format!("the memory at {addr:?} was freed while registered: {error}"),
+            },
+        })
+    }
+
+    /// What all ranks must pass alike, for the ledger.
+    pub(crate) fn passes(&mut self, dtype: DType, count: usize, rest: &[u64]) {
+        let more = rest.iter().fold(0, |state, &value| mix(state, value));
+        self.alike = (Some(dtype), count, more);
+    }
+
     /// Ends the call; it counts as used.
-    pub(crate) fn finish(self, algorithm: Algorithm) {
+    pub(crate) fn finish(mut self, algorithm: Algorithm) {
+        let transfers = matches!(self.kind, OpKind::Send | OpKind::Recv | OpKind::Group);
+        if let Some(ledger) = &self.shared.ledger
+            && !transfers
+        {
+            let (dtype, count, more) = self.alike;
+            let note = Note { kind: self.kind, algorithm, dtype, count, more };
+            self.owned.chain = ledger.add(self.owned.chain, &note);
+        }
         self.shared.usage.count(self.kind, algorithm);
     }
 }

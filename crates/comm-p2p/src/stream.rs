@@ -1,11 +1,14 @@
 //! Streams for the few things that a communicator does by itself.
 
 use comm_core::{Result, StreamHandle};
-use comm_kernels::raw::check;
+use comm_kernels::raw::{Event, check};
 use cudarc::driver::sys;
 
 /// A stream of its own, so that nothing else on the device is waited for.
 pub(crate) struct Stream(sys::CUstream);
+
+// SAFETY: streams may be used from any thread; the driver locks.
+unsafe impl Send for Stream {}
 
 impl Stream {
     pub(crate) fn new() -> Result<Self> {
@@ -35,4 +38,56 @@ impl Drop for Stream {
         // SAFETY: this object owns the stream.
         let _ = unsafe { sys::cuStreamDestroy_v2(self.0) };
     }
+}
+
+/// Whether the device is fit: an error that stays with its context shows at whatever is enqueued next, and this is what
+/// can be enqueued without harm.
+pub(crate) struct Sentinel {
+    stream: Stream,
+    /// There until this is dropped.
+    event: Option<Event>,
+}
+
+impl Sentinel {
+    /// The context is current.
+    pub(crate) fn new() -> Result<Self> {
+        Ok(Self { stream: Stream::new()?, event: Some(Event::new()?) })
+    }
+
+    /// The device's error, if it has one. Waits for nothing; the context is current.
+    pub(crate) fn check(&self) -> Result<()> {
+        let Some(event) = &self.event else { return Ok(()) };
+        event.record(self.stream.handle())?;
+        event.is_done().map(drop)
+    }
+}
+
+impl Drop for Sentinel {
+    fn drop(&mut self) {
+        if let Some(event) = self.event.take() {
+            event.destroy();
+        }
+    }
+}
+
+/// Lifts what captures forbid this thread, for as long as it lives: what is done meanwhile touches no capturing stream.
+pub(crate) struct RelaxedCapture(sys::CUstreamCaptureMode);
+
+impl RelaxedCapture {
+    pub(crate) fn new() -> Self {
+        Self(exchange(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED))
+    }
+}
+
+impl Drop for RelaxedCapture {
+    fn drop(&mut self) {
+        exchange(self.0);
+    }
+}
+
+fn exchange(mut mode: sys::CUstreamCaptureMode) -> sys::CUstreamCaptureMode {
+    // SAFETY: the pointer is valid for both. Failure is only possible without a driver, which a communicator has, and
+    // leaves the mode as it is.
+    let _ = unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) };
+    mode
 }

@@ -1,8 +1,6 @@
 //! How often each algorithm was used.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
-use comm_core::{AlgorithmUsage, OpKind};
+use comm_core::{CountedAlgorithm, UsageTable};
 
 /// How an operation is carried out.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -27,10 +25,12 @@ pub(crate) enum Algorithm {
     Local,
     /// Other operations of this communicator in a row.
     Composed,
+    /// Captured, on results that are registered afterwards: then as cells or direct, or by scratch memory.
+    Captured,
 }
 
 impl Algorithm {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 11] = [
         Self::OneShot,
         Self::TwoShot,
         Self::Cells,
@@ -41,6 +41,7 @@ impl Algorithm {
         Self::Flags,
         Self::Local,
         Self::Composed,
+        Self::Captured,
     ];
 
     pub(crate) const fn name(self) -> &'static str {
@@ -55,7 +56,13 @@ impl Algorithm {
             Self::Flags => "flags",
             Self::Local => "local",
             Self::Composed => "composed",
+            Self::Captured => "captured",
         }
+    }
+
+    /// The algorithm of that place in the declaration.
+    pub(crate) fn by_number(number: usize) -> Option<Self> {
+        Self::ALL.get(number).copied()
     }
 
     pub(crate) fn from_name(name: &str) -> Option<Self> {
@@ -68,34 +75,24 @@ impl Algorithm {
 }
 
 /// Calls by operation and algorithm.
-#[derive(Default)]
-pub(crate) struct Usage {
-    calls: [[AtomicU64; Algorithm::ALL.len()]; OpKind::COLLECTIVES.len()],
-}
+pub(crate) type Usage = UsageTable<Algorithm>;
 
-impl Usage {
-    pub(crate) fn count(&self, op: OpKind, algorithm: Algorithm) {
-        if let Some(row) = OpKind::COLLECTIVES.iter().position(|&kind| kind == op) {
-            self.calls[row][algorithm as usize].fetch_add(1, Ordering::Relaxed);
-        }
+impl CountedAlgorithm for Algorithm {
+    const ALGORITHMS: &'static [Self] = &Self::ALL;
+
+    fn index(self) -> usize {
+        self as usize
     }
 
-    pub(crate) fn snapshot(&self) -> Vec<AlgorithmUsage> {
-        let mut used = Vec::new();
-        for (op, row) in OpKind::COLLECTIVES.into_iter().zip(&self.calls) {
-            for (algorithm, calls) in Algorithm::ALL.into_iter().zip(row) {
-                let calls = calls.load(Ordering::Relaxed);
-                if calls > 0 {
-                    used.push(AlgorithmUsage { op, algorithm: algorithm.name().into(), calls });
-                }
-            }
-        }
-        used
+    fn label(self) -> &'static str {
+        self.name()
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use comm_core::OpKind;
+
     use super::*;
 
     #[test]

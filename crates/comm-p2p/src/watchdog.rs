@@ -11,7 +11,9 @@ use comm_kernels::exit;
 use comm_kernels::raw::{self, Current, check};
 use cudarc::driver::sys;
 
+use crate::captured::take_back;
 use crate::state::{Shared, lock};
+use crate::stream::{RelaxedCapture, Sentinel};
 use crate::symmetric::table::Table;
 
 /// Short enough that a death is known to kernels and callers well within a second.
@@ -66,7 +68,11 @@ fn watch(shared: &Shared) -> Result<()> {
         // A failed communicator keeps its memory until it is closed or dropped: a graph may still be replayed, whose
         // kernels then leave at once.
         if !shared.has_failed() {
-            let seen = shared.observe().and_then(|()| device_is_fit(shared));
+            let seen = shared
+                .observe()
+                .and_then(|()| shared.calls_are_alike())
+                .and_then(|()| device_is_fit(shared))
+                .and_then(|()| take_back(shared));
             if let Err(error) = seen {
                 shared.fail(error);
             }
@@ -77,25 +83,55 @@ fn watch(shared: &Shared) -> Result<()> {
 /// Whether earlier work on the device has failed. Asks without waiting, and only when no call is under way.
 fn device_is_fit(shared: &Shared) -> Result<()> {
     let Ok(owned) = shared.owned.try_lock() else { return Ok(()) };
-    owned.sentinel.as_ref().map_or(Ok(()), |event| event.is_done().map(drop))
+    owned.sentinel.as_ref().map_or(Ok(()), Sentinel::check)
+}
+
+/// Declares an error of the device's that the watchdog has not seen yet, while the other ranks can still be told: once
+/// the handle has been dropped they would take this rank for one that left. Waits for nothing. What became of the other
+/// ranks is not asked: those that have dropped theirs before must not end work that is still under way here.
+pub(crate) fn report_last(shared: &Shared) {
+    if shared.healthy().is_err() {
+        return;
+    }
+    let _relaxed = RelaxedCapture::new();
+    let seen = Current::enter(&shared.base.context)
+        .and_then(|_current| shared.record().map_or(Ok(()), Err).and_then(|()| device_is_fit(shared)));
+    if let Err(error) = seen {
+        shared.fail(error);
+    }
 }
 
 /// Waits for enqueued work and gives everything back.
+///
+/// The ranks of a collective close meet before each waits for its device, not after. The wait is for all of the
+/// device's work, as nothing else is known of the streams and graphs that the communicator's calls went to, and some of
+/// that work may wait for what another rank is to enqueue after its own close: on another communicator, say. Nobody
+/// needs the others' devices to be idle: once this rank's kernels have ended, no other rank's kernel has anything left
+/// to do in this rank's buffers (the arguments above the kernels), and its own memory every rank keeps by its mapping.
 fn end(shared: &Shared, collective: bool) -> Result<()> {
     let deadline = shared.deadline();
-    let idle = drain(shared, deadline);
+    if collective && !shared.has_failed() {
+        let meet = || {
+            let control = shared.control()?;
+            control.barrier(deadline).map_err(|error| shared.relocate(error, OpKind::Close))
+        };
+        if let Err(error) = shared.observe().and_then(|()| meet()) {
+            shared.fail(error);
+        }
+    }
+    let mut idle = drain(deadline);
+    // What has been enqueued may have failed while it was waited for. The other ranks may have left by now.
+    if idle.is_ok()
+        && let Some(record) = shared.record()
+    {
+        shared.fail(record);
+    }
     if let Err(error) = &idle {
         shared.fail(error.clone());
+        idle = drain(Deadline::after(shared.base.timeout));
     }
-    let outcome = match shared.has_failed() {
-        true => shared.healthy(),
-        false if collective => shared
-            .control()
-            .and_then(|control| control.barrier(deadline))
-            .map_err(|error| shared.fail(shared.relocate(error, OpKind::Close))),
-        false => Ok(()),
-    };
-    if idle.is_ok() || drain(shared, Deadline::after(shared.base.timeout)).is_ok() {
+    let outcome = if shared.has_failed() { shared.healthy() } else { Ok(()) };
+    if idle.is_ok() {
         give_back(shared);
     } else {
         // Unmapping memory under a running kernel would be worse than keeping it.
@@ -110,14 +146,9 @@ fn end(shared: &Shared, collective: bool) -> Result<()> {
 }
 
 /// Waits until the device is idle. Every wait of the communicator's kernels is bounded, so only work of others can
-/// make this long; it is asked for in a thread of its own where that must not hold up the caller.
-fn drain(shared: &Shared, deadline: Deadline) -> Result<()> {
+/// make this long; it is the watchdog that waits, and the caller for no longer than its own deadline.
+fn drain(deadline: Deadline) -> Result<()> {
     loop {
-        if !shared.has_failed()
-            && let Err(error) = shared.observe()
-        {
-            shared.fail(error);
-        }
         // SAFETY: the context is current.
         match unsafe { sys::cuCtxSynchronize() } {
             sys::CUresult::CUDA_SUCCESS => return Ok(()),
@@ -137,6 +168,8 @@ fn take(shared: &Shared) -> crate::state::Owned {
     let mut owned = lock(&shared.owned);
     crate::state::Owned {
         table: std::mem::replace(&mut owned.table, Table::new(0)),
+        captured: owned.captured.take(),
+        chain: 0,
         scratch: owned.scratch.take(),
         words: owned.words.take(),
         sentinel: owned.sentinel.take(),
@@ -145,10 +178,6 @@ fn take(shared: &Shared) -> crate::state::Owned {
 
 fn give_back(shared: &Shared) {
     shared.forget_words();
-    let mut owned = take(shared);
-    if let Some(event) = owned.sentinel.take() {
-        event.destroy();
-    }
-    drop(owned);
+    drop(take(shared));
     tracing::debug!(comm = shared.info.name, rank = shared.info.rank, "gave the communicator's memory back");
 }

@@ -62,7 +62,8 @@ pub fn run(job: &FaultJob, context: &RankContext) -> Result<()> {
     context.events.phase(FAULT_POINT);
 
     if am_hit && job.fault.kind == FaultKind::Late {
-        std::thread::sleep(job.timeout * 2 + Duration::from_secs(1));
+        // Until the others have given up, and some more: they must miss a rank that is there.
+        std::thread::sleep(job.timeout + Duration::from_secs(2));
         return Ok(());
     }
     let aborter = (am_hit && job.fault.kind == FaultKind::Abort).then(|| {
@@ -105,8 +106,8 @@ pub fn run(job: &FaultJob, context: &RankContext) -> Result<()> {
     }
     drop(comm);
     if am_hit {
-        // Stays, so that the others see the fault itself and not this process's end.
-        std::thread::sleep(job.timeout);
+        // Stays for longer than the others may take, so that they see the fault itself and not this process's end.
+        std::thread::sleep(job.timeout.min(Duration::from_secs(2)));
         return Ok(());
     }
     let result = match go_on(job, context, &*device).with_context(|| format!("after {error}")) {

@@ -4,6 +4,7 @@
 
 mod conformance;
 mod fault;
+mod sweep;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -25,6 +26,7 @@ use crate::tune;
 
 pub use conformance::ConformanceJob;
 pub use fault::{FaultJob, GOES_ON};
+pub use sweep::SweepJob;
 
 /// The environment variable that names the file which holds the job.
 pub const JOB_ENV: &str = "COMM_XTASK_JOB";
@@ -40,6 +42,8 @@ pub enum Job {
     Fault(FaultJob),
     /// Measurements for a table of algorithms.
     Tune(tune::TuneJob),
+    /// Every kernel once.
+    Sweep(SweepJob),
 }
 
 /// What a rank knows of itself.
@@ -198,6 +202,7 @@ fn run_rank(job: &Job, context: &RankContext) -> Result<()> {
         Job::Conformance(job) => conformance::run(job, context),
         Job::Fault(job) => fault::run(job, context),
         Job::Tune(job) => tune::rank::run(job, context),
+        Job::Sweep(_) => sweep::run(context),
     };
     if let Err(error) = &result {
         // The others need not wait for their timeouts, and learn why.

@@ -1,12 +1,14 @@
 //! The fault tests: for each fault a world of ranks, the fault, and the verdict on what the ranks saw.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
 use crate::events::{CaseResult, Event};
 use crate::job;
-use crate::launch::{Exit, Fault, FaultKind, LaunchReport, Mode};
+use crate::launch::{Exit, Fault, FaultKind, LaunchReport, LaunchSpec, Mode, lease};
 use crate::rank::{FaultJob, GOES_ON, Job};
 use crate::signal;
 use crate::tally::Tally;
@@ -20,7 +22,14 @@ const QUICK_TIMEOUT: Duration = Duration::from_secs(1);
 /// The timeout of the ranks' own meeting, which includes starting on their GPUs.
 const MEETING: Duration = Duration::from_secs(60);
 
-/// Runs every fault that fits the world, `--repeat` times each.
+/// One run of a fault test.
+struct Run<'a> {
+    name: String,
+    fault: &'a Fault,
+    graph: bool,
+}
+
+/// Runs every fault that fits the world, `--repeat` times each, `--parallel` of them at a time.
 ///
 /// # Errors
 /// When ranks cannot be started.
@@ -35,7 +44,9 @@ pub fn run(
         return Ok(());
     }
     let timeout = if args.quick && !world.backend.on_gpus { QUICK_TIMEOUT } else { TIMEOUT };
-    for fault in faults.clone().unwrap_or_else(|| standard(world.size)) {
+    let chosen = faults.clone().unwrap_or_else(|| standard(world.size));
+    let mut runs = Vec::new();
+    for fault in &chosen {
         for case in ["eager", "graph"] {
             if fault.case.as_deref().is_some_and(|only| only != case) {
                 continue;
@@ -45,7 +56,7 @@ pub fn run(
                 continue;
             }
             let name = format!("{} {test}", world.name());
-            if let Some(reason) = does_not_fit(&fault, world, case == "graph") {
+            if let Some(reason) = does_not_fit(fault, world, case == "graph") {
                 // Only what was asked for by name is worth a line; the standard set is simply what fits.
                 if faults.is_some() {
                     report(tally, &name, &CaseResult::Skipped(reason), None);
@@ -53,18 +64,61 @@ pub fn run(
                 continue;
             }
             for run in 1..=args.repeat {
-                if signal::interrupted() {
-                    return Ok(());
-                }
                 let name = if args.repeat > 1 { format!("{name} #{run}") } else { name.clone() };
-                let start = Instant::now();
-                let result = one(&fault, case == "graph", world, gpus, timeout)?;
-                if signal::interrupted() {
-                    return Ok(());
-                }
-                report(tally, &name, &result, Some(start.elapsed()));
+                runs.push(Run { name, fault, graph: case == "graph" });
             }
         }
+    }
+    if args.parallel < 2 || runs.len() < 2 {
+        return runs
+            .iter()
+            .try_for_each(|run| carry_out(run, world, None, gpus, timeout, &Mutex::new(&mut *tally)));
+    }
+    // The runs share the GPUs with one another, and with nobody else.
+    let _lease = world.backend.on_gpus.then(|| lease(gpus, gpus.len(), job::LEASE_PATIENCE)).transpose()?;
+    let (next, tally) = (AtomicUsize::new(0), Mutex::new(tally));
+    let work = |worker: usize| -> Result<()> {
+        let seats = seats(gpus, world.size, worker);
+        while let Some(run) = runs.get(next.fetch_add(1, Ordering::Relaxed)) {
+            carry_out(run, world, Some(&seats), gpus, timeout, &tally)?;
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let work = &work;
+        let workers: Vec<_> =
+            (0..args.parallel.min(runs.len())).map(|worker| scope.spawn(move || work(worker))).collect();
+        let ends = workers.into_iter().map(|worker| match worker.join() {
+            Ok(end) => end,
+            Err(panic) => std::panic::resume_unwind(panic),
+        });
+        // All are waited for, whatever one says.
+        ends.fold(Ok(()), Result::and)
+    })
+}
+
+/// The GPUs of the worlds of one worker: those next to the worker's before, beginning anew where there are no more.
+fn seats(gpus: &[String], world: usize, worker: usize) -> Vec<String> {
+    let start = worker * world % gpus.len().max(1);
+    gpus.iter().cycle().skip(start).take(world.min(gpus.len())).cloned().collect()
+}
+
+fn carry_out(
+    run: &Run<'_>,
+    world: &World,
+    seats: Option<&[String]>,
+    gpus: &[String],
+    timeout: Duration,
+    tally: &Mutex<&mut Tally>,
+) -> Result<()> {
+    if signal::interrupted() {
+        return Ok(());
+    }
+    let start = Instant::now();
+    let result = one(run.fault, run.graph, world, seats, gpus, timeout)?;
+    if !signal::interrupted() {
+        let mut tally = tally.lock().unwrap_or_else(PoisonError::into_inner);
+        report(&mut tally, &run.name, &result, Some(start.elapsed()));
     }
     Ok(())
 }
@@ -97,13 +151,24 @@ fn does_not_fit(fault: &Fault, world: &World, graph: bool) -> Option<String> {
     (graph && !world.backend.on_gpus).then(|| "host memory has no graphs".into())
 }
 
-fn one(fault: &Fault, graph: bool, world: &World, gpus: &[String], timeout: Duration) -> Result<CaseResult> {
+/// `seats`: the GPUs to use, which somebody has leased; without them the world leases its own out of `gpus`.
+fn one(
+    fault: &Fault,
+    graph: bool,
+    world: &World,
+    seats: Option<&[String]>,
+    gpus: &[String],
+    timeout: Duration,
+) -> Result<CaseResult> {
     let job =
         Job::Fault(FaultJob { backend: world.backend.name.into(), fault: fault.clone(), graph, timeout });
     // Until the fault point the ranks start and connect; from there on they must notice the fault, leave and go on.
     let bound = timeout * 3 + Duration::from_secs(10);
     let spec = job::spec(world.size, world.mode, MEETING + bound, MEETING)?;
-    let mut spec = spec.with_gpus(gpus, world.backend.on_gpus)?;
+    let mut spec = match seats {
+        Some(seats) if world.backend.on_gpus => LaunchSpec { gpus: seats.to_vec(), ..spec },
+        _ => spec.with_gpus(gpus, world.backend.on_gpus)?,
+    };
     spec.fault = Some(fault.clone());
     spec.after_fault_point = Some(bound);
     // Ranks complain about the fault, as they should; their words matter only when the verdict is bad.
@@ -161,6 +226,16 @@ fn bad_ends(outcome: &LaunchReport, fault: &Fault, mode: Mode) -> Vec<String> {
 mod tests {
     use super::*;
     use crate::backends;
+
+    #[test]
+    fn worlds_side_by_side_use_all_gpus_and_none_twice() {
+        let gpus: Vec<String> = (0..8).map(|gpu| gpu.to_string()).collect();
+        let first: Vec<_> = (0..5).map(|worker| seats(&gpus, 2, worker)[0].clone()).collect();
+        assert_eq!(first, ["0", "2", "4", "6", "0"]);
+        assert_eq!(seats(&gpus, 3, 2), ["6", "7", "0"]);
+        assert_eq!(seats(&gpus, 8, 3), gpus);
+        assert!(seats(&[], 2, 1).is_empty());
+    }
 
     #[test]
     fn only_faults_that_make_sense_are_run() {

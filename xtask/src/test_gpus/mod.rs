@@ -5,6 +5,7 @@
 //! they are named, so the same tests run where there is no GPU.
 
 mod faults;
+mod neighbours;
 mod programs;
 mod verdict;
 
@@ -37,7 +38,8 @@ pub struct TestGpusArgs {
     pub mode: Vec<Mode>,
     /// Only tests whose name begins with this, with or without the world in front: `conformance`, `fault/kill`,
     /// `nccl/processesx2 fault`. What follows the suite's name selects its cases: `conformance/all_reduce`. A bundle's
-    /// test programs run when it begins with `program`: `program`, `program/comm-nccl__gpu_faults`.
+    /// test programs run when it begins with `program`: `program`, `program/comm-nccl__gpu_faults`; what follows a
+    /// program's whole name selects its tests: `program/comm-p2p__gpu_acceptance/soak`.
     #[arg(long)]
     pub filter: Option<String>,
     /// Every world ends after this many seconds.
@@ -55,6 +57,9 @@ pub struct TestGpusArgs {
     /// Run every fault test this often; each run counts.
     #[arg(long, default_value_t = 1)]
     pub repeat: usize,
+    /// Run so many fault tests at a time; worlds that the GPUs are too few for share them.
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub parallel: usize,
     /// Fewer types and counts in the conformance suite.
     #[arg(long)]
     pub quick: bool,
@@ -103,6 +108,7 @@ pub fn run(args: &TestGpusArgs) -> Result<()> {
 /// When an argument makes no sense, too few GPUs are usable, or the user interrupts.
 pub fn run_tests(args: &TestGpusArgs, tally: &mut Tally) -> Result<()> {
     ensure!(args.repeat > 0, "--repeat must be at least 1");
+    ensure!(args.parallel > 0, "--parallel must be at least 1");
     let gpus = gpus::visible();
     let count = gpus.as_ref().map_or(0, Vec::len);
     if let Some(needed) = args.require_gpus
@@ -130,6 +136,7 @@ pub fn run_tests(args: &TestGpusArgs, tally: &mut Tally) -> Result<()> {
             kernels::ensure()?;
         }
         conformance(args, &world, available, tally)?;
+        neighbours::run(args, &world, available, tally)?;
         faults::run(args, &faults, &world, available, tally)?;
         if signal::interrupted() {
             bail!("interrupted");
@@ -182,7 +189,12 @@ fn selected(args: &TestGpusArgs, world: &World, test: &str) -> bool {
 /// programs there are.
 fn program_selected(args: &TestGpusArgs, name: &str) -> bool {
     let names_programs = |filter: &str| filter.starts_with("program") && name.starts_with(filter);
-    args.filter.as_deref().is_none_or(names_programs)
+    args.filter.as_deref().is_none_or(names_programs) || program_tests(args, name).is_some()
+}
+
+/// Which tests of a program are wanted, if not all.
+fn program_tests<'a>(args: &'a TestGpusArgs, name: &str) -> Option<&'a str> {
+    args.filter.as_deref()?.strip_prefix(name)?.strip_prefix('/')
 }
 
 /// Whether the conformance suite is wanted, and which cases of it, if not all.
@@ -278,6 +290,13 @@ mod tests {
         assert_eq!(selects("kill"), (None, false, false));
         assert_eq!(selects("p"), (None, false, false));
         assert_eq!(selects("program/comm-p2p"), (None, false, true));
+        assert_eq!(selects("program/comm-p2p__gpu_conformance/checked"), (None, false, true));
+        assert_eq!(selects("program/comm-p2p__gpu_conf/checked"), (None, false, false));
+        let some = parse(&["t", "--filter", "program/x/soak"]);
+        assert_eq!(
+            (program_tests(&some, "program/x"), program_tests(&some, "program/y")),
+            (Some("soak"), None)
+        );
         let all = parse(&["t"]);
         assert_eq!(conformance_cases(&all, &host), Some(None));
         assert!(program_selected(&all, "program/x") && selected(&all, &host, "fault/x"));

@@ -1,5 +1,6 @@
 //! GPU test programs in a bundle: every file of the folder `tests` beside this program, one after another.
 
+use std::ffi::OsString;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,7 +13,7 @@ use crate::job;
 use crate::launch::{Exit, LaunchSpec, Mode, launch, lease};
 use crate::signal;
 use crate::tally::Tally;
-use crate::test_gpus::{TestGpusArgs, program_selected, report};
+use crate::test_gpus::{TestGpusArgs, program_selected, program_tests, report};
 
 /// Lines of a failed program's output that are shown again beside its verdict.
 const TAIL: usize = 40;
@@ -50,9 +51,11 @@ fn one(args: &TestGpusArgs, program: PathBuf, gpus: &[String], name: &str, tally
     };
     let timeout = Duration::from_secs(args.program_timeout);
     let base = job::spec(1, Mode::Processes, timeout, Duration::from_secs(30))?;
+    let mut words: Vec<OsString> = vec!["--test-threads=1".into(), "--nocapture".into()];
+    words.extend(program_tests(args, name).map(Into::into));
     let spec = LaunchSpec {
         program,
-        args: vec!["--test-threads=1".into(), "--nocapture".into()],
+        args: words,
         // The tests start ranks of their own and must not take themselves for one.
         env: vec![("COMM_REQUIRE_GPUS".into(), gpus.len().to_string().into())],
         standalone: true,

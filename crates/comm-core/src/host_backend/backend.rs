@@ -172,7 +172,7 @@ unsafe impl DeviceComm for HostBackend {
     }
 
     fn usage(&self) -> Vec<AlgorithmUsage> {
-        self.core.usage.list()
+        self.core.usage.snapshot()
     }
 
     unsafe fn all_reduce(

@@ -1,9 +1,6 @@
 //! How often each algorithm was used.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
-use crate::device_comm::AlgorithmUsage;
-use crate::op::OpKind;
+use crate::usage::{CountedAlgorithm, UsageTable};
 
 /// The algorithms of the host backend.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -24,38 +21,45 @@ pub(super) enum Algorithm {
     CrossRead,
 }
 
-const ALGORITHMS: [(Algorithm, &str); 7] = [
-    (Algorithm::OneShot, "one_shot"),
-    (Algorithm::Direct, "direct"),
-    (Algorithm::TwoShot, "two_shot"),
-    (Algorithm::ShmPipeline, "shm_pipeline"),
-    (Algorithm::Composed, "composed"),
-    (Algorithm::Flags, "flags"),
-    (Algorithm::CrossRead, "cross_read"),
-];
+/// Calls by operation and algorithm.
+pub(super) type Usage = UsageTable<Algorithm>;
 
-#[derive(Default)]
-pub(super) struct Usage {
-    calls: [[AtomicU64; ALGORITHMS.len()]; OpKind::COLLECTIVES.len()],
-}
+impl CountedAlgorithm for Algorithm {
+    const ALGORITHMS: &'static [Self] = &[
+        Self::OneShot,
+        Self::Direct,
+        Self::TwoShot,
+        Self::ShmPipeline,
+        Self::Composed,
+        Self::Flags,
+        Self::CrossRead,
+    ];
 
-impl Usage {
-    pub(super) fn count(&self, op: OpKind, algorithm: Algorithm) {
-        if let Some(row) = OpKind::COLLECTIVES.iter().position(|&kind| kind == op) {
-            self.calls[row][algorithm as usize].fetch_add(1, Ordering::Relaxed);
-        }
+    fn index(self) -> usize {
+        self as usize
     }
 
-    pub(super) fn list(&self) -> Vec<AlgorithmUsage> {
-        let mut list = Vec::new();
-        for (op, row) in OpKind::COLLECTIVES.into_iter().zip(&self.calls) {
-            for (algorithm, name) in ALGORITHMS {
-                let calls = row[algorithm as usize].load(Ordering::Relaxed);
-                if calls > 0 {
-                    list.push(AlgorithmUsage { op, algorithm: name.into(), calls });
-                }
-            }
+    fn label(self) -> &'static str {
+        match self {
+            Self::OneShot => "one_shot",
+            Self::Direct => "direct",
+            Self::TwoShot => "two_shot",
+            Self::ShmPipeline => "shm_pipeline",
+            Self::Composed => "composed",
+            Self::Flags => "flags",
+            Self::CrossRead => "cross_read",
         }
-        list
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_algorithm_has_its_own_place() {
+        for (index, algorithm) in Algorithm::ALGORITHMS.iter().enumerate() {
+            assert_eq!(algorithm.index(), index);
+        }
     }
 }

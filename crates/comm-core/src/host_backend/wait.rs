@@ -19,6 +19,9 @@ use crate::op::OpKind;
 const SPINS: u32 = 8000;
 /// Times the processor is offered to others before sleeping.
 const YIELDS: u32 = 1000;
+/// Offers between two looks at the clock. On a machine with more to do than processors one offer can take ten milliseconds,
+/// and a timeout is to be noticed within half a second.
+const YIELDS_PER_LOOK: u32 = 8;
 /// How long a sleep lasts if nobody ends it.
 const SLEEP: Duration = Duration::from_millis(1);
 /// How often, at most, a rank moves away from a processor that it shares with another rank.
@@ -95,7 +98,7 @@ impl Waiter {
             if rounds < YIELDS {
                 rounds += 1;
                 std::thread::yield_now();
-                if rounds % 64 != 0 {
+                if rounds % YIELDS_PER_LOOK != 0 {
                     continue;
                 }
             } else {

@@ -19,8 +19,9 @@ use crate::host_comm::transport::{self, DialError, ExchangeError, Listener};
 use crate::host_comm::{Deadline, check_size};
 use crate::op::OpKind;
 
-/// How long whatever listens at the address has to prove that it is this job's rank 0.
-const HANDSHAKE_LIMIT: Duration = Duration::from_millis(900);
+/// How long whatever listens at the address has to prove that it is this job's rank 0: what is to be known within a second,
+/// less what a busy machine takes to run this rank.
+const HANDSHAKE_LIMIT: Duration = Duration::from_millis(800);
 /// How long the hub has to answer a rank whose deadline has passed.
 const HUB_PATIENCE: Duration = Duration::from_millis(300);
 const FIRST_PAUSE: Duration = Duration::from_millis(2);

@@ -90,6 +90,11 @@ unsafe impl DeviceComm for TieredComm {
         unsafe { self.memory.deregister(&self.tiers, registration) }
     }
 
+    fn register_captured(&self) -> Result<()> {
+        // All are asked, whatever one says: the other ranks' tiers wait for this one's.
+        self.tiers.iter().map(|tier| tier.register_captured()).fold(Ok(()), Result::and)
+    }
+
     fn supports(&self, query: &OpQuery) -> Support {
         match self.tier(query) {
             Ok(_) => Support::Yes,

@@ -42,6 +42,8 @@ macro_rules! per_float {
     };
 }
 
+pub(super) use {by_world, per_float};
+
 /// Every entry point for one world size.
 pub(super) struct Functions {
     pub(super) one_shot: PerFloat,

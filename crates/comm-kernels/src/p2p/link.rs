@@ -53,7 +53,8 @@ pub const PAIR_COUNTERS_BYTES: usize = 2 * MAX_RANKS * 4;
 #[repr(C)]
 #[derive(Clone, Copy, Default, Debug)]
 pub struct ErrorRecord {
-    /// 0 while all is well; 1 when the wait took too long, 2 when the abort word ended it.
+    /// 0 while all is well; 1 when the wait took too long, 2 when the abort word ended it; 3 when a graph was replayed
+    /// before its operands were registered.
     pub cause: u32,
     /// [`Link::op`] of the kernel.
     pub op: u32,

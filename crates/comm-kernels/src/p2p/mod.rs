@@ -3,6 +3,7 @@
 //! Each checks what the kernel cannot, and enqueues one kernel. Which one, in what shape and on which memory is for the
 //! caller to decide; every rank of the communicator must decide alike.
 
+mod captured;
 mod functions;
 mod link;
 mod norm;
@@ -15,6 +16,7 @@ use std::sync::Arc;
 use comm_core::{CommError, DType, DeviceAddr, Result, StreamHandle};
 use cudarc::driver::CudaContext;
 
+pub use self::captured::{CAPTURED_ENTRY_BYTES, CapturedEntry, CapturedKernels};
 use self::functions::{Functions, float_index};
 pub use self::link::{
     BUFFERS, Channel, ErrorRecord, FLAG_BYTES, FLAG_CTAS, Link, MAX_RANKS, PACK_BYTES, PAIR_COUNTERS_BYTES,

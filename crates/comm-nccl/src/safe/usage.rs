@@ -1,8 +1,6 @@
 //! How often each algorithm was used.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
-use comm_core::{AlgorithmUsage, OpKind};
+use comm_core::{CountedAlgorithm, UsageTable};
 
 /// How an operation is carried out.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -48,34 +46,24 @@ impl Algorithm {
 }
 
 /// Calls by operation and algorithm.
-#[derive(Default)]
-pub(crate) struct Usage {
-    calls: [[AtomicU64; Algorithm::ALL.len()]; OpKind::COLLECTIVES.len()],
-}
+pub(crate) type Usage = UsageTable<Algorithm>;
 
-impl Usage {
-    pub(crate) fn count(&self, op: OpKind, algorithm: Algorithm) {
-        if let Some(row) = OpKind::COLLECTIVES.iter().position(|&kind| kind == op) {
-            self.calls[row][algorithm as usize].fetch_add(1, Ordering::Relaxed);
-        }
+impl CountedAlgorithm for Algorithm {
+    const ALGORITHMS: &'static [Self] = &Self::ALL;
+
+    fn index(self) -> usize {
+        self as usize
     }
 
-    pub(crate) fn snapshot(&self) -> Vec<AlgorithmUsage> {
-        let mut used = Vec::new();
-        for (op, row) in OpKind::COLLECTIVES.into_iter().zip(&self.calls) {
-            for (algorithm, calls) in Algorithm::ALL.into_iter().zip(row) {
-                let calls = calls.load(Ordering::Relaxed);
-                if calls > 0 {
-                    used.push(AlgorithmUsage { op, algorithm: algorithm.name().into(), calls });
-                }
-            }
-        }
-        used
+    fn label(self) -> &'static str {
+        self.name()
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use comm_core::OpKind;
+
     use super::*;
 
     #[test]

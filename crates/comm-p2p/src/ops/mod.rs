@@ -1,5 +1,6 @@
 //! The operations: arguments are checked, an algorithm is chosen, and its kernels are enqueued.
 
+mod captured;
 mod choice;
 mod moves;
 mod norm;

@@ -24,15 +24,24 @@ impl P2pComm {
             format!("{count} {dtype}{}", self.place(recv, count * dtype.size() * info.size))
         })?;
         let part = checked?;
-        let call = self.begin(KIND)?;
+        let mut call = self.begin(KIND)?;
+        call.passes(dtype, count, &[]);
         let Some(channels) = self.channels(part) else {
             return self.local(call, send, recv, part, stream);
         };
         let found = call.owned.table.find(recv, part * info.size);
+        if found.is_none()
+            // SAFETY: the caller vouches for the operands.
+            && unsafe { self.capture_all_gather(&mut call, channels, (send, recv), part, stream) }?
+        {
+            call.finish(Algorithm::Captured);
+            return Ok(());
+        }
         let Plan { algorithm, shape, chunk, .. } = self.limits().all_gather(part, found.is_some());
         let link = call.link(&channels.packet);
         match (algorithm, found) {
             (Algorithm::Direct, Some(found)) => {
+                call.reaches(&found, recv)?;
                 // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks,
                 // `recv` lies in a region of all ranks, and the caller vouches for the operands.
                 call.fatal(unsafe {
@@ -51,6 +60,7 @@ impl P2pComm {
                 self.stage_all_gather(&call, channels, (send, recv), &parts, stream)?;
             }
             _ => {
+                self.share_a_buffer(&call, &link, stream)?;
                 // SAFETY: as above.
                 call.fatal(unsafe {
                     channels.kernels.all_gather_packets(&link, (send, recv), part, shape, stream)
@@ -76,7 +86,8 @@ impl P2pComm {
             format!("{count} {dtype} from {root}{}", self.place(recv, count * dtype.size()))
         })?;
         let bytes = checked?;
-        let call = self.begin(KIND)?;
+        let mut call = self.begin(KIND)?;
+        call.passes(dtype, count, &[root as u64]);
         let Some(channels) = self.channels(bytes) else {
             return self.local(call, send, recv, bytes, stream);
         };
@@ -86,6 +97,7 @@ impl P2pComm {
         let link = call.link(&channels.packet);
         match (plan.algorithm, found) {
             (Algorithm::Direct, Some(found)) => {
+                call.reaches(&found, recv)?;
                 let peers = found.peers;
                 // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks,
                 // `recv` lies in a region of all ranks, and the caller vouches for the operands.
@@ -152,7 +164,8 @@ impl P2pComm {
         let checked = check::all_to_all(info, send, recv, count, dtype);
         self.compare(KIND, &checked, || format!("{count} {dtype}"))?;
         let part = checked?;
-        let call = self.begin(KIND)?;
+        let mut call = self.begin(KIND)?;
+        call.passes(dtype, count, &[]);
         let Some(channels) = self.channels(part) else {
             return self.local(call, send, recv, part, stream);
         };

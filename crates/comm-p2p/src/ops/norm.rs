@@ -71,7 +71,8 @@ impl P2pComm {
             call.finish(algorithm);
             return Ok(());
         }
-        let call = self.begin(kind)?;
+        let mut call = self.begin(kind)?;
+        call.passes(args.dtype, args.tokens * args.hidden, &[args.hidden as u64, args.eps.to_bits().into()]);
         // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks, and the
         // caller vouches for the operands.
         call.fatal(unsafe {

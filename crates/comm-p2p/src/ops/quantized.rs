@@ -19,7 +19,8 @@ impl P2pComm {
         let checked = check::all_reduce_quantized(send, recv, count, dtype);
         self.compare(KIND, &checked, || format!("{count} {dtype}"))?;
         let bytes = checked?;
-        let call = self.begin(KIND)?;
+        let mut call = self.begin(KIND)?;
+        call.passes(dtype, count, &[]);
         let Some(channels) = self.channels(bytes) else {
             return self.local(call, send, recv, bytes, stream);
         };

@@ -34,7 +34,8 @@ impl P2pComm {
             format!("{count} {dtype} {op}{}", self.place(recv, count * dtype.size()))
         })?;
         let bytes = checked?;
-        let call = self.begin(KIND)?;
+        let mut call = self.begin(KIND)?;
+        call.passes(dtype, count, &[op as u64]);
         let Some(channels) = self.channels(bytes) else {
             return self.local(call, send, recv, bytes, stream);
         };
@@ -45,11 +46,19 @@ impl P2pComm {
         }
         let limits = self.limits();
         let found = call.owned.table.find(recv, bytes);
+        if found.is_none()
+            // SAFETY: the caller vouches for the operands.
+            && unsafe { self.capture_all_reduce(&mut call, channels, (send, recv), count, dtype, stream) }?
+        {
+            call.finish(Algorithm::Captured);
+            return Ok(());
+        }
         let Plan { algorithm, shape, units, .. } = limits.all_reduce(bytes, found.is_some());
         let kernels = &channels.kernels;
         match (algorithm, found) {
             (Algorithm::OneShot, _) => {
                 let link = call.link(&channels.packet);
+                self.share_a_buffer(&call, &link, stream)?;
                 // SAFETY: here and below, the channels are live while the communicator is open, the plan is the same
                 // on all ranks, and the caller vouches for the operands.
                 call.fatal(unsafe {
@@ -57,6 +66,7 @@ impl P2pComm {
                 })?;
             }
             (Algorithm::Cells, Some(found)) => {
+                call.reaches(&found, recv)?;
                 let link = call.link(&channels.cells);
                 // SAFETY: see above; `recv` lies in a region of all ranks.
                 call.fatal(unsafe {
@@ -68,6 +78,7 @@ impl P2pComm {
             }
             _ => {
                 let link = call.link(&channels.lamport);
+                self.share_a_buffer(&call, &link, stream)?;
                 // SAFETY: see above.
                 call.fatal(unsafe {
                     kernels.all_reduce_two_shot(&link, (send, recv), count, dtype, shape, stream)
@@ -90,7 +101,8 @@ impl P2pComm {
         let checked = check::reduce(&self.shared().info, send, recv, count, dtype, root);
         self.compare(KIND, &checked, || format!("{count} {dtype} {op} to {root}"))?;
         let bytes = checked?;
-        let call = self.begin(KIND)?;
+        let mut call = self.begin(KIND)?;
+        call.passes(dtype, count, &[op as u64, root as u64]);
         let Some(channels) = self.channels(bytes) else {
             return self.local(call, send, recv, bytes, stream);
         };
@@ -162,7 +174,8 @@ impl P2pComm {
         let checked = check::reduce_scatter(info, send, recv, count, dtype);
         self.compare(KIND, &checked, || format!("{count} {dtype} {op}"))?;
         let part = checked?;
-        let call = self.begin(KIND)?;
+        let mut call = self.begin(KIND)?;
+        call.passes(dtype, count, &[op as u64]);
         let Some(channels) = self.channels(part) else {
             return self.local(call, send, recv, part, stream);
         };
@@ -175,6 +188,9 @@ impl P2pComm {
         }
         let cells = (plan.algorithm == Algorithm::Cells).then_some(plan.units);
         let link = call.link(if cells.is_some() { &channels.cells } else { &channels.lamport });
+        if cells.is_none() {
+            self.share_a_buffer(&call, &link, stream)?;
+        }
         // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks, and the
         // caller vouches for the operands.
         call.fatal(unsafe {

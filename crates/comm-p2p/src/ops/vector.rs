@@ -8,6 +8,10 @@ use crate::comm::P2pComm;
 use crate::state::{Call, Channels};
 use crate::usage::Algorithm;
 
+fn widened(counts: &[usize]) -> Vec<u64> {
+    counts.iter().map(|&count| count as u64).collect()
+}
+
 #[allow(clippy::missing_safety_doc, reason = "`DeviceComm`'s contract holds for every method")]
 impl P2pComm {
     pub(crate) unsafe fn do_all_gather_v(
@@ -21,7 +25,8 @@ impl P2pComm {
         let checked = check::all_gather_v(&self.shared().info, send, recv, counts, dtype);
         self.compare(KIND, &checked, || format!("{counts:?} {dtype}"))?;
         let whole = checked?;
-        let call = self.begin(KIND)?;
+        let mut call = self.begin(KIND)?;
+        call.passes(dtype, whole, &widened(counts));
         let Some(channels) = self.channels(whole) else {
             return self.local(call, send, recv, whole, stream);
         };
@@ -81,7 +86,8 @@ impl P2pComm {
         let checked = check::reduce_scatter_v(&self.shared().info, send, recv, counts, dtype);
         self.compare(KIND, &checked, || format!("{counts:?} {dtype} {op}"))?;
         let whole = checked?;
-        let call = self.begin(KIND)?;
+        let mut call = self.begin(KIND)?;
+        call.passes(dtype, whole, &widened(counts));
         let Some(channels) = self.channels(whole) else {
             return self.local(call, send, recv, whole, stream);
         };
@@ -104,7 +110,8 @@ impl P2pComm {
             format!("{height} x {width} {dtype}, row pitch {row_pitch}, rank stride {rank_stride}")
         })?;
         checked?;
-        let call = self.begin(KIND)?;
+        let mut call = self.begin(KIND)?;
+        call.passes(block.dtype, block.height, &widened(&[block.width, block.row_pitch, block.rank_stride]));
         let size = block.dtype.size();
         let (height, width) = (block.height, block.width * size);
         if height == 0 || width == 0 {

@@ -62,6 +62,16 @@ pub(crate) fn export(
     Ok(Export { addr: addr.0, base, handle, ordinal })
 }
 
+/// The driver's number for the allocation that an address lies in, never used twice in a process: by it memory that was
+/// freed, and perhaps allocated anew at the same address, is told from what was there.
+pub(crate) fn allocation_id(addr: DeviceAddr) -> Result<u64> {
+    let mut id = 0_u64;
+    let attribute = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_BUFFER_ID;
+    // SAFETY: the attribute is a 64-bit number; an address that is no memory gives an error.
+    let code = unsafe { sys::cuPointerGetAttribute((&raw mut id).cast::<c_void>(), attribute, addr.0) };
+    check("cuPointerGetAttribute", code).map(|()| id)
+}
+
 /// Allocations opened in this process, by device and handle: the driver opens one only once, and several buffers, of
 /// several communicators, may lie in it.
 static OPEN: Mutex<BTreeMap<Key, Mapped>> = Mutex::new(BTreeMap::new());

@@ -17,8 +17,8 @@ use self::vmm::{Mapping, Physical};
 pub(crate) enum Hold {
     /// Memory of the communicator: this rank's mapping of every rank's part.
     Mapped(#[allow(dead_code, reason = "held, not read")] Block),
-    /// The caller's memory on other ranks.
-    Opened(#[allow(dead_code, reason = "held, not read")] Vec<Opened>),
+    /// The caller's memory on other ranks, and the number of its allocation on this one.
+    Opened(#[allow(dead_code, reason = "held, not read")] Vec<Opened>, Option<u64>),
 }
 
 /// Equally long memory on every rank, all mapped on this rank's device.
@@ -59,6 +59,11 @@ impl Block {
 
     pub(crate) fn own(&self) -> &Mapping {
         &self.mappings[self.rank]
+    }
+
+    /// Every rank's part, as mapped here.
+    pub(crate) fn all(&self) -> &[Mapping] {
+        &self.mappings
     }
 
     /// Every rank's first byte.

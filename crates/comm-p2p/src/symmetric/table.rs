@@ -25,7 +25,6 @@ pub(crate) struct Region<H> {
     /// Where each rank's range starts, as mapped here; or why it cannot be reached, and operands are staged.
     pub(crate) peers: Result<Peers, String>,
     /// Keeps mappings alive.
-    #[allow(dead_code, reason = "held, not read")]
     pub(crate) hold: H,
 }
 
@@ -36,6 +35,8 @@ pub(crate) type Id = u64;
 pub(crate) struct Table<H> {
     regions: BTreeMap<Id, Region<H>>,
     starts: BTreeMap<(u64, Id), u64>,
+    /// The length of the longest region that there has been: none that starts further off can hold an operand.
+    longest: u64,
     issued: Id,
     generations: u64,
 }
@@ -52,7 +53,7 @@ pub(crate) struct Found {
 impl<H> Table<H> {
     /// An empty table whose generations begin at `generations`, which differs from communicator to communicator.
     pub(crate) const fn new(generations: u64) -> Self {
-        Self { regions: BTreeMap::new(), starts: BTreeMap::new(), issued: 0, generations }
+        Self { regions: BTreeMap::new(), starts: BTreeMap::new(), longest: 0, issued: 0, generations }
     }
 
     /// Adds a region and returns its id. All ranks add in the same order, so ids agree.
@@ -68,6 +69,7 @@ impl<H> Table<H> {
         let generation = self.generations.wrapping_add(self.issued);
         if peers.is_ok() {
             self.starts.insert((start.0, id), start.0 + bytes as u64);
+            self.longest = self.longest.max(bytes as u64);
         }
         self.regions.insert(id, Region { origin, start, bytes, generation, peers, hold });
         Registration { id, addr: start, bytes, generation }
@@ -76,14 +78,19 @@ impl<H> Table<H> {
     /// The region that holds `bytes` bytes at `addr`.
     pub(crate) fn find(&self, addr: DeviceAddr, bytes: usize) -> Option<Found> {
         let end = addr.0.checked_add(bytes as u64)?;
-        let (&(start, id), _) =
-            self.starts.range(..=(addr.0, Id::MAX)).rev().find(|&(_, &region_end)| end <= region_end)?;
+        let nearby = self.starts.range((end.saturating_sub(self.longest), 0)..=(addr.0, Id::MAX)).rev();
+        let (&(start, id), _) = nearby.into_iter().find(|&(_, &region_end)| end <= region_end)?;
         let mut peers = *self.regions.get(&id)?.peers.as_ref().ok()?;
         let offset = addr.0 - start;
         for peer in peers.iter_mut().filter(|peer| !peer.is_null()) {
             *peer = peer.offset(offset);
         }
         Some(Found { id, offset, peers })
+    }
+
+    /// What the region holds.
+    pub(crate) fn hold(&self, id: Id) -> Option<&H> {
+        self.regions.get(&id).map(|region| &region.hold)
     }
 
     /// The id of the allocation that starts at `addr`.
@@ -142,6 +149,8 @@ mod tests {
         assert_eq!(inner.peers[2], DeviceAddr::NULL);
         assert_eq!(table.find(at(5050), 10).unwrap().id, outer.id + 1);
         assert!(table.find(at(8000), 200).is_none() && table.find(at(4095), 1).is_none());
+        assert!(table.find(at(5000), 5000).is_none(), "longer than every region");
+        assert_eq!(table.find(at(8191), 1).unwrap().offset, 4095);
         table.remove(outer.id);
         assert!(table.find(at(4096), 1).is_none());
     }

@@ -1,0 +1,118 @@
+//! What a library needs to know of the graph that its caller is capturing: which one it is, and when it is gone.
+//!
+//! Owns nothing: what is handed over belongs to the graph.
+
+use std::ffi::{c_int, c_void};
+use std::ptr;
+use std::sync::OnceLock;
+
+use comm_core::{CommError, Result, StreamHandle};
+use cudarc::driver::sys;
+use libloading::Library;
+
+use crate::raw::{check, stream};
+
+/// `cuStreamGetCaptureInfo_v3`, which every driver has whose version is high enough for this crate. Looked up here
+/// because the bindings know it under a name that depends on the toolkit they were made from.
+type GetCaptureInfo = unsafe extern "C" fn(
+    sys::CUstream,
+    *mut c_int,
+    *mut u64,
+    *mut sys::CUgraph,
+    *mut *const sys::CUgraphNode,
+    *mut *const c_void,
+    *mut usize,
+) -> sys::CUresult;
+
+const CAPTURE_ACTIVE: c_int = 1;
+
+fn capture_info() -> Result<GetCaptureInfo> {
+    static FOUND: OnceLock<Option<GetCaptureInfo>> = OnceLock::new();
+    let found = FOUND.get_or_init(|| {
+        // SAFETY: the driver's library is loaded already, by whoever made the stream.
+        let library = unsafe { Library::new("libcuda.so.1") }.ok()?;
+        // SAFETY: this is the function's C signature (CUDA Driver API, Stream Management).
+        let symbol = unsafe { library.get::<GetCaptureInfo>(b"cuStreamGetCaptureInfo_v3") }.ok()?;
+        let function = *symbol;
+        // The driver stays loaded for the life of the process.
+        std::mem::forget(library);
+        Some(function)
+    });
+    found.ok_or_else(|| CommError::Library {
+        library: "libcuda.so.1".into(),
+        reason: "it lacks cuStreamGetCaptureInfo_v3: the driver is too old, CUDA 12.8 or later is needed"
+            .into(),
+    })
+}
+
+/// A graph that is being captured: a name, valid until the capture ends.
+#[derive(Clone, Copy, Debug)]
+pub struct CapturingGraph(sys::CUgraph);
+
+/// The graph that work on the stream goes into, or `None` while it is run at once.
+///
+/// # Errors
+/// [`CommError::Cuda`]: with `CUDA_ERROR_STREAM_CAPTURE_INVALIDATED` if the capture has been spoilt.
+/// [`CommError::Library`].
+///
+/// # Safety
+/// The stream is live.
+pub unsafe fn capturing_graph(handle: StreamHandle) -> Result<Option<CapturingGraph>> {
+    let get = capture_info()?;
+    let (mut status, mut id, mut graph) = (0, 0, ptr::null_mut());
+    let (mut nodes, mut edges, mut count) = (ptr::null(), ptr::null(), 0);
+    // SAFETY: the caller vouches for the stream; the pointers are valid for the writes.
+    let code = unsafe {
+        get(
+            stream(handle),
+            &raw mut status,
+            &raw mut id,
+            &raw mut graph,
+            &raw mut nodes,
+            &raw mut edges,
+            &raw mut count,
+        )
+    };
+    check("cuStreamGetCaptureInfo", code)?;
+    Ok((status == CAPTURE_ACTIVE).then_some(CapturingGraph(graph)))
+}
+
+/// Called when a graph is gone: the object that was given to it.
+type Gone = Box<dyn FnOnce() + Send>;
+
+unsafe extern "C" fn gone(data: *mut c_void) {
+    // SAFETY: the pointer is the one that `when_gone` made, and the driver calls this once.
+    let call = unsafe { Box::from_raw(data.cast::<Gone>()) };
+    call();
+}
+
+/// Has `call` made once neither the graph, nor what was instantiated or cloned from it, nor a launch of that exists any
+/// more. It is made on a thread of the driver's or on one that is inside the driver: it must not panic, wait, or use CUDA.
+///
+/// If this fails, `call` has been made.
+///
+/// # Errors
+/// [`CommError::Cuda`].
+pub fn when_gone(graph: CapturingGraph, call: impl FnOnce() + Send + 'static) -> Result<()> {
+    let call: Box<Gone> = Box::new(Box::new(call));
+    let data = Box::into_raw(call).cast::<c_void>();
+    let mut object = ptr::null_mut();
+    let flags = sys::CUuserObject_flags::CU_USER_OBJECT_NO_DESTRUCTOR_SYNC as u32;
+    // SAFETY: the pointer is valid for the write; the callback matches the data, which is its own from here on.
+    let created = check("cuUserObjectCreate", unsafe {
+        sys::cuUserObjectCreate(&raw mut object, data, Some(gone), 1, flags)
+    });
+    if let Err(error) = created {
+        // SAFETY: the driver has not taken it.
+        unsafe { gone(data) };
+        return Err(error);
+    }
+    let moved = sys::CUuserObjectRetain_flags::CU_GRAPH_USER_OBJECT_MOVE as u32;
+    // SAFETY: the graph is being captured, during which user objects may be given to it; the one reference moves to it.
+    let retained =
+        check("cuGraphRetainUserObject", unsafe { sys::cuGraphRetainUserObject(graph.0, object, 1, moved) });
+    retained.inspect_err(|_| {
+        // SAFETY: the reference is still this function's; releasing it makes the call.
+        let _ = unsafe { sys::cuUserObjectRelease(object, 1) };
+    })
+}

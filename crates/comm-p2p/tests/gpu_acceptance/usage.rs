@@ -1,0 +1,53 @@
+//! Usage counters: one per call, under the algorithm that carried it out, and nothing for calls that were refused.
+
+use comm_core::{DType, DeviceAddr, DeviceMemory as _, OpKind, ReduceOp};
+
+use crate::common::{PATIENT, Rank, world};
+use crate::data::{timed, worlds};
+
+/// Algorithms that store into the other ranks' memory themselves.
+const DIRECT: [&str; 3] = ["one_shot", "two_shot", "cells"];
+
+/// Calls of all-reduce by those algorithms.
+fn direct(rank: &Rank) -> u64 {
+    let usage = rank.comm.usage();
+    let of = |kind, name: &str| kind == OpKind::AllReduce && DIRECT.contains(&name);
+    usage.iter().filter(|used| of(used.op, &used.algorithm)).map(|used| used.calls).sum()
+}
+
+fn all(rank: &Rank) -> u64 {
+    rank.comm.usage().iter().map(|used| used.calls).sum()
+}
+
+#[test]
+fn every_call_counts_once_under_its_algorithm() {
+    timed("usage", || {
+        for size in worlds() {
+            world(size, PATIENT, &[], |rank| {
+                let bytes = 10 << 20;
+                let (send, recv) = (rank.space(bytes), rank.space(bytes));
+                rank.upload(send, &vec![0; bytes]);
+                let call = |send: DeviceAddr, count, dtype, op| unsafe {
+                    rank.comm.all_reduce(send, recv, count, dtype, op, rank.stream())
+                };
+                assert_eq!(all(&rank), 0);
+                // What those algorithms do not take leaves them alone.
+                call(send, 1000, DType::I64, ReduceOp::Prod).unwrap();
+                call(send, 1000, DType::F8E4M3, ReduceOp::Prod).unwrap();
+                call(send, 1000, DType::BF16, ReduceOp::Prod).unwrap();
+                call(send, 0, DType::BF16, ReduceOp::Sum).unwrap();
+                assert_eq!((direct(&rank), all(&rank)), (0, 4), "{:?}", rank.comm.usage());
+                // What is refused leaves all of them alone.
+                call(DeviceAddr::NULL, 8, DType::BF16, ReduceOp::Sum).unwrap_err();
+                call(send.offset(1), 8, DType::BF16, ReduceOp::Sum).unwrap_err();
+                assert_eq!((direct(&rank), all(&rank)), (0, 4), "{:?}", rank.comm.usage());
+                for (calls, bytes) in (1..).zip([4 << 10, 512 << 10, 10 << 20]) {
+                    call(send, bytes / 2, DType::BF16, ReduceOp::Sum).unwrap();
+                    assert_eq!((direct(&rank), all(&rank)), (calls, 4 + calls), "{bytes} bytes");
+                }
+                rank.memory.synchronize().unwrap();
+                rank.comm.close().unwrap();
+            });
+        }
+    });
+}
