@@ -233,6 +233,50 @@ mod tests {
         }
     }
 
+    /// Calls `each` with every graph of eight ranks with four neighbours each, as rows of bits.
+    fn four_regular(rows: &mut [u8; 8], rank: usize, each: &mut impl FnMut(&[u8; 8])) {
+        if rank == 8 {
+            return each(rows);
+        }
+        let open = 4 - rows[rank].count_ones();
+        for later in 0..1_u32 << (7 - rank) {
+            let chosen = ((later << (rank + 1)) & 0xff) as u8;
+            let fits = |other: usize| chosen >> other & 1 == 0 || rows[other].count_ones() < 4;
+            if chosen.count_ones() == open && (0..8).all(fits) {
+                let before = *rows;
+                rows[rank] |= chosen;
+                for other in (0..8).filter(|other| chosen >> other & 1 == 1) {
+                    rows[other] |= 1 << rank;
+                }
+                four_regular(rows, rank + 1, each);
+                *rows = before;
+            }
+        }
+    }
+
+    /// That a rank's relay is the only neighbour next to all ranks it does not reach, and that relays are mutual, leaves
+    /// two fully connected quads joined rank by rank, in any numbering, and nothing else. So the ranks that a rank
+    /// reaches besides its relay, and those that its relay so reaches, are the same two quads for all ranks.
+    #[test]
+    fn every_cube_mesh_is_two_quads_joined_by_relays() {
+        let (mut all, mut cubes) = (0, 0);
+        four_regular(&mut [0; 8], 0, &mut |rows| {
+            all += 1;
+            let linked = |a: usize, b: usize| rows[a] >> b & 1 == 1;
+            let Topology::HybridCubeMesh(cube) = mesh(8, linked).classify() else { return };
+            cubes += 1;
+            let quad = |rank: usize| rows[rank] & !(1 << cube.relay(rank)) | 1 << rank;
+            for rank in 0..8 {
+                for member in (0..8).filter(|member| quad(rank) >> member & 1 == 1) {
+                    assert_eq!(quad(member), quad(rank), "{rows:?}");
+                    assert_eq!(quad(cube.relay(member)), !quad(rank), "{rows:?}");
+                }
+            }
+        });
+        // All graphs of that kind, and all numberings of two joined quads: 8! over their 48 symmetries.
+        assert_eq!((all, cubes), (19_355, 840));
+    }
+
     #[test]
     fn four_neighbours_alone_make_no_cube_mesh() {
         // A ring in which everybody also reaches the next but one: nobody has a relay to all three others.

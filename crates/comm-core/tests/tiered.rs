@@ -35,12 +35,13 @@ unsafe impl DeviceComm for Small {
         self.0.info()
     }
 
-    fn split(&self, color: Option<u32>, key: i32) -> Result<Option<Arc<dyn DeviceComm>>> {
-        self.0.split(color, key)
+    fn split(&self, _: Option<u32>, _: i32) -> Result<Option<Arc<dyn DeviceComm>>> {
+        Err(CommError::unsupported(OpKind::Split, "small", "these ranks do not reach each other"))
     }
 
     fn supports(&self, query: &OpQuery) -> Support {
         match query.kind {
+            OpKind::Split => Support::Yes,
             OpKind::AllReduce if query.count <= 16 => Support::Yes,
             OpKind::AllReduce => Support::no("more than 16 elements"),
             _ => Support::no("all-reduce only"),
@@ -108,6 +109,24 @@ fn registry(broken_on: Option<usize>) -> Registry {
 
 fn calls(comm: &dyn DeviceComm, algorithm: &str) -> u64 {
     comm.usage().iter().filter(|usage| usage.algorithm == algorithm).map(|usage| usage.calls).sum()
+}
+
+#[test]
+fn a_group_that_a_backend_refuses_is_left_to_the_others() {
+    run_threads(4, TIMEOUT, |host| {
+        let comm = registry(None).create_tiered(&["small", "gather"], &context(host)).unwrap();
+        let group = comm.split(Some((comm.rank() % 2) as u32), 0).unwrap().unwrap();
+        let mut data = vec![comm.rank() as f32; 3];
+        group.all_reduce_slice_in_place(&mut data, ReduceOp::Sum).unwrap();
+        assert_eq!(data, vec![(2 + 2 * (comm.rank() % 2)) as f32; 3]);
+        assert_eq!((group.tiers().len(), &*group.tiers()[0].info().backend), (1, "gather"));
+    })
+    .unwrap();
+    run_threads(2, TIMEOUT, |host| {
+        let comm = registry(None).create_tiered(&["small"], &context(host)).unwrap();
+        assert!(matches!(comm.split(Some(0), 0), Err(CommError::Unsupported { .. })));
+    })
+    .unwrap();
 }
 
 #[test]

@@ -23,8 +23,7 @@ pub const TUNABLE: [(OpKind, bool); 8] = [
 /// launched depends on the size and the communicator: see [`P2pComm::planned`](crate::P2pComm::planned).
 #[must_use]
 pub fn candidates(op: OpKind) -> Vec<Choice> {
-    // Staging is what remains where nothing else can be used, and never the fastest.
-    let algorithms = of_op(op).iter().filter(|&&algorithm| algorithm != Algorithm::Staged);
+    let algorithms = of_op(op).iter().filter(|&&algorithm| may_be_fastest(algorithm));
     let mut plain = Vec::new();
     let mut shaped = Vec::new();
     for &algorithm in algorithms {
@@ -34,6 +33,11 @@ pub fn candidates(op: OpKind) -> Vec<Choice> {
     }
     plain.extend(shaped);
     plain
+}
+
+/// Staging is what remains where nothing else can be used, and reading is a check of the others.
+const fn may_be_fastest(algorithm: Algorithm) -> bool {
+    !matches!(algorithm, Algorithm::Staged | Algorithm::Pull)
 }
 
 /// An algorithm without shapes here is measured by itself alone.
@@ -140,9 +144,9 @@ mod tests {
             for (index, choice) in all.iter().enumerate() {
                 assert!(!all[..index].contains(choice), "{op}: {choice:?} twice");
             }
-            let plain = of_op(op).iter().filter(|&&algorithm| algorithm != Algorithm::Staged).count();
+            let plain = of_op(op).iter().filter(|&&algorithm| may_be_fastest(algorithm)).count();
             assert!(all[..plain].iter().all(|choice| *choice == Choice::of(choice.algorithm.clone())));
-            assert!(all.iter().all(|choice| choice.algorithm != "staged"));
+            assert!(all.iter().all(|choice| choice.algorithm != "staged" && choice.algorithm != "pull"));
         }
     }
 }

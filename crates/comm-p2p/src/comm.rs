@@ -95,6 +95,10 @@ impl Drop for P2pComm {
     }
 }
 
+/// Why there is no quantised all-reduce in a mesh with gaps.
+pub(crate) const QUANTIZED_NEEDS_ALL: &str =
+    "a quantised all-reduce needs every rank to reach every other's memory";
+
 // SAFETY: each operation launches kernels that touch the ranges its method names, after checking them, and memory of
 // the communicator. `supports` gives one answer whatever the rank.
 unsafe impl DeviceComm for P2pComm {
@@ -145,6 +149,9 @@ unsafe impl DeviceComm for P2pComm {
                 "a quantised all-reduce takes f32, f16 and bf16, not {}",
                 query.dtype
             ));
+        }
+        if query.kind == OpKind::AllReduceQuantized && self.shared.keeps_to_neighbours() {
+            return Support::no(QUANTIZED_NEEDS_ALL);
         }
         Support::Yes
     }

@@ -6,14 +6,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use comm_core::topology::Topology;
 use comm_core::{CommError, CommInfo, Deadline, DeviceAddr, HostComm, HostCommExt as _, MemoryKind, Result};
 use comm_kernels::p2p::{
-    BUFFERS, FLAG_BYTES, Link, MAX_RANKS, P2pKernels, PAIR_COUNTERS_BYTES, Peers, buffer_bytes, cells_bytes,
-    scratch_bytes,
+    BUFFERS, CUBE_ROW_PAIRS, FLAG_BYTES, Link, MAX_RANKS, P2pKernels, PAIR_COUNTERS_BYTES, Peers,
+    buffer_bytes, cells_bytes, scratch_bytes,
 };
 use comm_kernels::raw::Current;
 
 use crate::captured::Captured;
 use crate::comm::P2pComm;
 use crate::ledger::Ledger;
+use crate::mesh::Mesh;
 use crate::state::{Base, Channels, Hosts, Owned, Shared};
 use crate::stream::Sentinel;
 use crate::symmetric::table::Table;
@@ -21,7 +22,8 @@ use crate::symmetric::words::Words;
 use crate::symmetric::{Block, agree, shifted};
 use crate::tables::{self, InUse};
 use crate::topology::links::Links;
-use crate::topology::{self, verify};
+use crate::topology::routes::Routes;
+use crate::topology::{self, Place, verify};
 use crate::watchdog;
 
 /// Where the parts of a rank's scratch block begin.
@@ -46,7 +48,9 @@ const CHANNELS: usize = 5;
 const COUNTERS_BYTES: usize = (CHANNELS + 1) * CHANNEL_STRIDE + PAIR_COUNTERS_BYTES;
 
 impl Layout {
-    fn new(world: usize, base: &Base) -> Self {
+    fn new(world: usize, base: &Base, routes: Option<&Routes>, row_pairs: usize) -> Self {
+        let copies = routes.map_or(0, Routes::most_held);
+        let boxes = routes.map_or(0, Routes::most_boxes);
         let options = &base.options;
         let mut bytes = 0;
         let mut place = |part: usize| {
@@ -57,11 +61,11 @@ impl Layout {
         let counters = place(COUNTERS_BYTES);
         let barrier = place(FLAG_BYTES);
         let pairs = place(FLAG_BYTES);
-        let packet = place(scratch_bytes(world, options.packet_slots));
+        let packet = place(scratch_bytes(row_pairs, options.packet_slots));
         let lamport = place(scratch_bytes(world, options.lamport_slots));
         let cells = place(cells_bytes(world, options.cell_ctas));
-        let staging = place(options.staging_bytes);
-        let pair_slots = place(options.pair_bytes * world);
+        let staging = place(options.staging_bytes * (1 + copies));
+        let pair_slots = place(options.pair_bytes * (world + boxes));
         Self { counters, barrier, pairs, packet, lamport, cells, staging, pair_slots, bytes }
     }
 }
@@ -95,7 +99,7 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result
         size: control.size(),
         memory: MemoryKind::Cuda { ordinal: base.ordinal },
     };
-    let (topology, uuids) = meet(&*control, &base, &tables)?;
+    let (topology, routes, uuids) = meet(&*control, &base, &tables)?;
     let words = Words::new().map(Arc::new);
     let sentinel = Sentinel::new();
     let (channels, scratch, captured, ledger) = if info.size > 1 {
@@ -106,7 +110,8 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result
             .and_then(|(words, kernels)| Ok((words, kernels, table_of_captured(&base, info.size)?)));
         agree(&*control, &prepared.as_ref().map(|_| 0).map_err(Clone::clone))?;
         let (words, kernels, captured) = prepared?;
-        let (channels, block) = channels(&*control, &base, &words, kernels, deadline)?;
+        let mesh = routes.as_ref().map(|routes| (Mesh::new(info.rank, &topology, routes), routes));
+        let (channels, block) = channels(&*control, &base, &words, kernels, mesh, deadline)?;
         if !verified {
             let driver = &base.device.driver;
             verify::verify(&*control, &base.kernels, &channels.staging, driver, &uuids)?;
@@ -137,30 +142,32 @@ fn table_of_captured(base: &Base, world: usize) -> Result<Option<Captured>> {
     options.graph_registration.then(table).transpose()
 }
 
-/// Exchanges what the ranks' devices are, and agrees on their topology and on how algorithms are chosen. Returns the
-/// devices' names as well.
-fn meet(host: &dyn HostComm, base: &Base, tables: &InUse) -> Result<(Topology, Vec<String>)> {
-    let imposed = std::env::var("COMM_P2P_TOPOLOGY").ok().filter(|name| !name.is_empty());
-    let device = &base.device;
+/// Exchanges what the ranks' devices are, and agrees on their topology and routes and on how algorithms are chosen.
+/// Returns the devices' names as well.
+fn meet(host: &dyn HostComm, base: &Base, tables: &InUse) -> Result<(Topology, Option<Routes>, Vec<String>)> {
+    let (device, imposed) = (&base.device, &base.options.topology);
     let choice = tables.describe(base.options.algorithm);
-    let all: Vec<(String, Links, Option<String>, String)> =
-        host.all_gather(&(device.uuid.clone(), device.links.clone(), imposed.clone(), choice))?;
+    type Fact = (String, Links, (Option<String>, Place), String);
+    let own = (device.uuid.clone(), device.links.clone(), (imposed.clone(), device.place), choice);
+    let all: Vec<Fact> = host.all_gather(&own)?;
     let links: Vec<_> = all.iter().map(|(_, links, ..)| links.clone()).collect();
+    let places: Vec<_> = all.iter().map(|(.., (_, place), _)| *place).collect();
     // Every rank comes to these verdicts for the same values, so all of them fail or none.
     tables::same_on_all(all.iter().map(|(.., choice)| choice.as_str()))?;
-    if let Some(rank) = all.iter().position(|(_, _, other, _)| *other != all[0].2) {
+    let imposed_on = |rank: usize| &all[rank].2.0;
+    if let Some(rank) = (0..all.len()).find(|&rank| imposed_on(rank) != imposed_on(0)) {
         return Err(CommError::invalid(
             "COMM_P2P_TOPOLOGY",
-            format!("{:?} on rank {rank}, but {:?} on rank 0", all[rank].2, all[0].2),
+            format!("{:?} on rank {rank}, but {:?} on rank 0", imposed_on(rank), imposed_on(0)),
         ));
     }
-    let topology = topology::of_ranks(&links, imposed.as_deref())?;
+    let (topology, routes) = topology::of_ranks(&links, imposed.as_deref(), &places)?;
     for (rank, (_, links, ..)) in all.iter().enumerate() {
         if let Some(reason) = &links.unknown {
             tracing::debug!(rank, reason, "the NVLinks of a rank's GPU are not known");
         }
     }
-    Ok((topology, all.into_iter().map(|(uuid, ..)| uuid).collect()))
+    Ok((topology, routes, all.into_iter().map(|(uuid, ..)| uuid).collect()))
 }
 
 fn channels(
@@ -168,23 +175,29 @@ fn channels(
     base: &Base,
     words: &Words,
     kernels: P2pKernels,
+    mesh: Option<(Mesh, &Routes)>,
     deadline: Deadline,
 ) -> Result<(Channels, Block)> {
     let (world, options) = (host.size(), &base.options);
-    let layout = Layout::new(world, base);
-    let block = Block::create(host, base.ordinal, layout.bytes, deadline)?;
-    let filled = fill(&block, &layout, world, base).and_then(|()| match options.clear_peers {
+    let (mesh, routes) = mesh.unzip();
+    let in_cube = mesh.as_ref().is_some_and(|mesh| mesh.cube.is_some());
+    let row_pairs = if in_cube { CUBE_ROW_PAIRS } else { world };
+    let layout = Layout::new(world, base, routes, row_pairs);
+    let reach = routes.map_or(u32::MAX, |routes| routes.reach(host.rank()));
+    let block = Block::create(host, base.ordinal, layout.bytes, reach, deadline)?;
+    let filled = fill(&block, &layout, (world, row_pairs), base).and_then(|()| match options.clear_peers {
         // Every owner clears the same bytes at the same time, so the order does not matter.
-        true => block
-            .all()
-            .iter()
-            .try_for_each(|part| part.fill(layout.staging, 0, layout.bytes - layout.staging)),
+        true => {
+            block.mapped().try_for_each(|part| part.fill(layout.staging, 0, layout.bytes - layout.staging))
+        }
         false => Ok(()),
     });
     // Nobody may send before everybody's memory holds what says that nothing has arrived.
     agree(host, &filled.map(|()| 0))?;
     let peers = block.peers();
     let own = block.own().addr();
+    // What is no neighbour's stays null, so that a kernel which touched it would fault.
+    debug_assert!((0..world).all(|rank| peers[rank].is_null() == (reach >> rank & 1 == 0)));
     let link = |number: usize, area: usize, slots: usize| Link {
         scratch: used(&shifted(&peers, area), world),
         channel: own.offset((layout.counters + number * CHANNEL_STRIDE) as u64),
@@ -213,6 +226,7 @@ fn channels(
         half: options.staging_bytes / 2,
         pair_slots: used(&shifted(&peers, layout.pair_slots), world),
         pair_bytes: options.pair_bytes,
+        mesh,
     };
     Ok((channels, block))
 }
@@ -224,7 +238,7 @@ fn used(peers: &Peers, world: usize) -> Peers {
 }
 
 /// What the kernels want to find: see `link.cuh`.
-fn fill(block: &Block, layout: &Layout, world: usize, base: &Base) -> Result<()> {
+fn fill(block: &Block, layout: &Layout, (world, row_pairs): (usize, usize), base: &Base) -> Result<()> {
     let (own, options) = (block.own(), &base.options);
     let first = options.first_round;
     let before = first.wrapping_sub(1);
@@ -237,7 +251,7 @@ fn fill(block: &Block, layout: &Layout, world: usize, base: &Base) -> Result<()>
     for flags in [layout.barrier, layout.packet, layout.lamport, layout.cells] {
         own.fill(flags, before, FLAG_BYTES)?;
     }
-    let packets = buffer_bytes(world, options.packet_slots);
+    let packets = buffer_bytes(row_pairs, options.packet_slots);
     for buffer in 0..BUFFERS {
         own.fill(layout.packet + FLAG_BYTES + buffer * packets, !(buffer as u32), packets)?;
     }

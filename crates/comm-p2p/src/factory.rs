@@ -1,6 +1,6 @@
 //! The backend's factory: what this rank can do, and communicators.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use comm_core::{
@@ -34,6 +34,7 @@ const PROTOCOL: u32 = 2;
 /// | `p2p.packet_slots`, `p2p.lamport_slots` | packs in flight between two ranks | 33792, 67584 |
 /// | `p2p.cell_ctas` | blocks of the largest kernels | 132 |
 /// | `p2p.algorithm` | use this one wherever it can be, as `COMM_P2P_ALGO` does | by size |
+/// | `p2p.topology` | impose this one, as `COMM_P2P_TOPOLOGY` does: `fully_connected`, `hybrid_cube_mesh` (of 8 ranks; of fewer, its first part) or `other` | as found |
 /// | `p2p.table` | a file of tables by which algorithms are chosen, as `COMM_P2P_TABLE` names one | the shipped ones |
 /// | `p2p.symmetric_operands` | `on` or `off`: the promise described below | `off` |
 /// | `p2p.graph_registration` | `on` or `off`: captured results are registered after the capture, see below | `off` |
@@ -184,7 +185,7 @@ fn check_peers(ordinal: usize, ranks: usize) -> Result<()> {
         reachable += usize::from(can != 0);
     }
     // Ranks that see their own device alone cannot ask; the check of every pair after creation tells.
-    if devices > 1 && reachable + 1 < ranks.min(devices) {
+    if devices > 1 && reachable + 1 < ranks.min(devices) && !is_meshed(ordinal, ranks)? {
         return Err(CommError::invalid(
             "memory",
             format!(
@@ -195,6 +196,13 @@ fn check_peers(ordinal: usize, ranks: usize) -> Result<()> {
         ));
     }
     Ok(())
+}
+
+/// Whether the device has as many neighbours by direct links as one in a hybrid cube mesh, and so need not reach all.
+fn is_meshed(ordinal: usize, ranks: usize) -> Result<bool> {
+    let links = Links::of_device(ordinal)?;
+    let ends: BTreeSet<&String> = links.direct.iter().collect();
+    Ok(ranks == 8 && ends.len() == 4)
 }
 
 impl BackendFactory for P2pFactory {
@@ -268,6 +276,7 @@ fn base(context: &CreateContext, capabilities: &[Capability]) -> Result<Base> {
             uuid: uuid(&device)?,
             driver: driver_version()?,
             links: Links::of_device(ordinal)?,
+            place: context.host.rank(),
         }),
     })
 }

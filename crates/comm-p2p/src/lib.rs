@@ -21,6 +21,10 @@
 //! Ranks that call different things, or the same with different arguments, are told so some tens of milliseconds later, by
 //! an error that ends the communicator, wherever a comparison of the calls can tell; checked mode refuses such calls.
 //!
+//! In a hybrid cube mesh, and in other meshes with gaps of at most two links, no rank touches memory other than its own
+//! and its neighbours', which is all it has mapped. Data for others is passed on, unchanged, so results have the same
+//! bits. The cube has an all-reduce and an all-gather of its own; the rest is staged.
+//!
 //! Which algorithm carries out an operation of which size is a table for the kind of GPU and the number of ranks
 //! ([`comm_core::tuning`]). Those for H200 are built in and serve other GPUs too; a user's own, from `cargo xtask tune`,
 //! is named by `COMM_P2P_TABLE`. `COMM_P2P_ALGO` forces an algorithm wherever it can be used.
@@ -37,6 +41,7 @@ mod create;
 mod factory;
 mod ledger;
 mod memory;
+mod mesh;
 mod ops;
 mod options;
 mod select;

@@ -24,11 +24,13 @@ impl P2pComm {
         let mut call = shared.begin(KIND)?;
         let host = shared.control()?;
         let block = agree(&*host, &Ok(bytes as u64))
-            .and_then(|()| Block::create(&*host, shared.base.ordinal, bytes, shared.deadline()))
+            .and_then(|()| {
+                Block::create(&*host, shared.base.ordinal, bytes, shared.reach(), shared.deadline())
+            })
             .map_err(|error| self.lost(&*host, KIND, error))?;
         let addr = block.own().addr();
-        let peers = block.peers();
-        call.owned.table.insert(Origin::Allocated, (addr, bytes.max(1)), Ok(peers), Hold::Mapped(block));
+        let peers = shared.unreached().map_or_else(|| Ok(block.peers()), Err);
+        call.owned.table.insert(Origin::Allocated, (addr, bytes.max(1)), peers, Hold::Mapped(block));
         Ok(addr)
     }
 
@@ -61,9 +63,10 @@ impl P2pComm {
         };
         agree(&*host, &usable).map_err(|error| self.lost(&*host, KIND, error))?;
         // Without the caller's promise, the ranks cannot know at enqueueing that their operands lie alike.
-        let own = match shared.base.options.symmetric_operands {
-            true => ipc::export(addr, bytes, shared.base.ordinal, host.same_process()),
-            false => Err("the option p2p.symmetric_operands is off".to_owned()),
+        let own = match (shared.unreached(), shared.base.options.symmetric_operands) {
+            (Some(reason), _) => Err(reason),
+            (None, true) => ipc::export(addr, bytes, shared.base.ordinal, host.same_process()),
+            (None, false) => Err("the option p2p.symmetric_operands is off".to_owned()),
         };
         let exports: Vec<Result<Export, String>> =
             host.all_gather(&own).map_err(|error| self.lost(&*host, KIND, error))?;

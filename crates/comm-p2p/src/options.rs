@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use comm_core::topology::Topology;
 use comm_core::tuning::Tables;
 use comm_core::{CommError, Result};
 
@@ -28,6 +29,8 @@ pub(crate) struct Options {
     /// What double buffering does is switched off.
     pub(crate) single_buffer: bool,
     pub(crate) algorithm: Option<Algorithm>,
+    /// The topology to impose, by name.
+    pub(crate) topology: Option<String>,
     /// The user's own tables of algorithms.
     pub(crate) tables: Option<Arc<Tables>>,
     /// The caller's promise about operands in registered buffers.
@@ -51,6 +54,7 @@ impl Default for Options {
             clear_peers: false,
             single_buffer: false,
             algorithm: None,
+            topology: None,
             tables: None,
             symmetric_operands: false,
             graph_registration: false,
@@ -71,6 +75,9 @@ impl Options {
         let mut parsed = Self::default();
         if let Ok(name) = std::env::var("COMM_P2P_ALGO") {
             parsed.algorithm = Some(algorithm("COMM_P2P_ALGO", &name)?);
+        }
+        if let Some(name) = std::env::var("COMM_P2P_TOPOLOGY").ok().filter(|name| !name.is_empty()) {
+            parsed.topology = Some(topology("COMM_P2P_TOPOLOGY", &name)?);
         }
         if let Some(path) = std::env::var_os("COMM_P2P_TABLE").filter(|path| !path.is_empty()) {
             parsed.tables = Some(Arc::new(tables::read("COMM_P2P_TABLE", Path::new(&path))?));
@@ -95,6 +102,7 @@ impl Options {
                 "test_clear_peers" => parsed.clear_peers = switch(name, value)?,
                 "test_single_buffer" => parsed.single_buffer = switch(name, value)?,
                 "algorithm" => parsed.algorithm = Some(algorithm(name, value)?),
+                "topology" => parsed.topology = Some(topology(name, value)?),
                 "table" => parsed.tables = Some(Arc::new(tables::read(name, Path::new(value))?)),
                 "graph_registration" => parsed.graph_registration = switch(name, value)?,
                 "graph_entries" => {
@@ -134,6 +142,13 @@ fn switch(name: &str, value: &str) -> Result<bool> {
     }
 }
 
+fn topology(name: &str, value: &str) -> Result<String> {
+    match value.parse::<Topology>() {
+        Ok(_) => Ok(value.to_owned()),
+        Err(error) => Err(CommError::invalid("options", format!("{name}: {error}"))),
+    }
+}
+
 fn algorithm(name: &str, value: &str) -> Result<Algorithm> {
     Algorithm::from_name(value).ok_or_else(|| {
         CommError::invalid(
@@ -163,6 +178,7 @@ mod tests {
             ("p2p.staging_bytes", "12"),
             ("p2p.x", "1"),
             ("p2p.algorithm", "fast"),
+            ("p2p.topology", "torus"),
             ("p2p.table", "/nonexistent/table.json"),
             ("p2p.symmetric_operands", "true"),
             ("p2p.graph_registration", "auto"),

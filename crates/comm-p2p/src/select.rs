@@ -15,7 +15,10 @@ use comm_core::OpKind;
 use comm_core::tuning::{Choice, Table};
 use comm_kernels::p2p::{FLAG_CTAS, Shape, Units};
 
+pub(crate) use self::gaps::Gaps;
 use crate::usage::Algorithm;
+
+mod gaps;
 
 /// What the choice depends on besides the operation and its size. Equal on all ranks.
 #[derive(Clone, Debug)]
@@ -26,6 +29,7 @@ pub(crate) struct Limits {
     pub(crate) cell_ctas: usize,
     pub(crate) multiprocessors: u32,
     pub(crate) forced: Option<Algorithm>,
+    pub(crate) gaps: Option<Gaps>,
     pub(crate) table: Arc<Table<Algorithm>>,
 }
 
@@ -108,6 +112,12 @@ impl Limits {
         Plan { units, ..self.plan(choice.algorithm, shape) }
     }
 
+    /// Sums in steps.
+    fn sum_steps(&self, choice: &Choice<Algorithm>) -> Plan {
+        let grid = self.full(choice, FLAG_CTAS as usize);
+        self.plan(choice.algorithm, Shape { grid, block: choice.block.unwrap_or(512) })
+    }
+
     fn direct(&self, choice: &Choice<Algorithm>) -> Plan {
         let grid = self.full(choice, FLAG_CTAS as usize);
         let shape = Shape { grid, block: choice.block.unwrap_or(256) };
@@ -124,6 +134,9 @@ impl Limits {
 
     /// A sum all-reduce of `bytes` bytes of bf16, f16 or f32.
     pub(crate) fn all_reduce(&self, bytes: usize, registered: bool) -> Plan {
+        if let Some(plan) = self.with_gaps(|| self.in_cube(self.cube_all_reduce(bytes).1)) {
+            return plan;
+        }
         let packs = bytes.div_ceil(PACKET_PAYLOAD);
         let slice = bytes.div_ceil(PACK).div_ceil(self.world);
         let launch = |choice: &Choice<Algorithm>| match choice.algorithm {
@@ -132,6 +145,8 @@ impl Limits {
             }
             Algorithm::TwoShot => Some(self.plan(choice.algorithm, self.lamport(choice, slice))),
             Algorithm::Cells if registered => Some(self.cells(choice)),
+            Algorithm::Steps if registered => Some(self.sum_steps(choice)),
+            Algorithm::Pull => Some(self.pull(choice, bytes)),
             Algorithm::Staged => Some(self.staged()),
             _ => None,
         };
@@ -140,11 +155,15 @@ impl Limits {
 
     /// A sum reduce-scatter of `part` bytes a rank.
     pub(crate) fn reduce_scatter(&self, part: usize) -> Plan {
+        if let Some(plan) = self.with_gaps(|| None) {
+            return plan;
+        }
         let launch = |choice: &Choice<Algorithm>| match choice.algorithm {
             Algorithm::TwoShot => {
                 Some(self.plan(choice.algorithm, self.lamport(choice, part.div_ceil(PACK))))
             }
             Algorithm::Cells => Some(self.cells(choice)),
+            Algorithm::Steps => Some(self.sum_steps(choice)),
             Algorithm::Staged => Some(self.staged()),
             _ => None,
         };
@@ -154,6 +173,9 @@ impl Limits {
 
     /// An all-gather of `part` bytes a rank.
     pub(crate) fn all_gather(&self, part: usize, registered: bool) -> Plan {
+        if let Some(plan) = self.with_gaps(|| self.in_cube(self.cube_all_gather(part))) {
+            return plan;
+        }
         let packs = part.div_ceil(PACKET_PAYLOAD);
         let launch = |choice: &Choice<Algorithm>| match choice.algorithm {
             Algorithm::Packets => {
@@ -162,6 +184,17 @@ impl Limits {
                 Some(self.plan(choice.algorithm, shape))
             }
             Algorithm::Direct if registered => Some(self.direct(choice)),
+            Algorithm::Spread if registered => {
+                let shape =
+                    Shape { grid: self.full(choice, FLAG_CTAS as usize), block: choice.block.unwrap_or(64) };
+                Some(self.plan(choice.algorithm, shape))
+            }
+            Algorithm::Steps if registered => {
+                // Half the multiprocessors: with less under way a step ends more sharply.
+                let half = (self.multiprocessors.div_ceil(2)).min(FLAG_CTAS);
+                let grid = choice.grid.map_or(half, |grid| grid.min(self.multiprocessors));
+                Some(self.plan(choice.algorithm, Shape { grid, block: choice.block.unwrap_or(32) }))
+            }
             Algorithm::Staged => Some(self.staged()),
             _ => None,
         };
@@ -171,6 +204,9 @@ impl Limits {
 
     /// A broadcast of `bytes` bytes.
     pub(crate) fn broadcast(&self, bytes: usize, registered: bool) -> Plan {
+        if let Some(plan) = self.with_gaps(|| None) {
+            return plan;
+        }
         let packs = bytes.div_ceil(PACKET_PAYLOAD);
         let launch = |choice: &Choice<Algorithm>| match choice.algorithm {
             Algorithm::Packets if packs <= self.packet_slots => {
@@ -204,13 +240,20 @@ impl Limits {
         };
         let two_hops = |choice: &Choice<Algorithm>| {
             let block = row.div_ceil(PACK).div_ceil(self.world).next_multiple_of(32);
-            let per_sm = if block <= 256 { 2 } else { 1 };
+            let per_sm = match block {
+                ..=128 => 4,
+                129..=256 => 2,
+                _ => 1,
+            };
             let most = choice.grid.map_or(usize::MAX, |most| most as usize);
             let grid = tokens.min(per_sm * sm).min(self.lamport_slots / block).min(most);
             let shape = Shape { grid: grid as u32, block: block as u32 };
             (block <= 512 && grid > 0).then_some(self.plan(Algorithm::TwoShot, shape))
         };
         let composed = self.plan(Algorithm::Composed, Shape { grid: 0, block: 0 });
+        if self.gaps.is_some() {
+            return composed;
+        }
         let launch = |choice: &Choice<Algorithm>| match choice.algorithm {
             Algorithm::OneShot => one_hop(),
             Algorithm::TwoShot => two_hops(choice),
@@ -231,8 +274,6 @@ impl Limits {
 }
 
 #[cfg(test)]
-mod formulas;
-#[cfg(test)]
 pub(crate) mod tests {
     use super::*;
 
@@ -244,6 +285,7 @@ pub(crate) mod tests {
             cell_ctas: 132,
             multiprocessors: 132,
             forced,
+            gaps: None,
             table: crate::tables::of(None, "NVIDIA H200", world).unwrap().algorithms,
         }
     }
@@ -265,8 +307,13 @@ pub(crate) mod tests {
     #[test]
     fn every_plan_can_be_launched() {
         for world in 2..=8 {
-            for forced in [None, Some(Algorithm::OneShot), Some(Algorithm::TwoShot), Some(Algorithm::Direct)]
-            {
+            for forced in [
+                None,
+                Some(Algorithm::OneShot),
+                Some(Algorithm::TwoShot),
+                Some(Algorithm::Direct),
+                Some(Algorithm::Steps),
+            ] {
                 let limits = limits(world, forced);
                 for bytes in (0..34).flat_map(|shift| [1_usize << shift, (1 << shift) + 1]) {
                     for registered in [false, true] {
@@ -295,6 +342,12 @@ pub(crate) mod tests {
         assert_eq!(shape(eight.all_reduce(8 << 20, false)), (Algorithm::TwoShot, 256, 256));
         assert_eq!(shape(eight.all_reduce(64 << 20, false)), (Algorithm::TwoShot, 264, 256));
         assert_eq!(eight.all_reduce(64 << 20, true).algorithm, Algorithm::Cells);
+        assert_eq!(eight.all_reduce(256 << 20, true).algorithm, Algorithm::Steps);
+        assert_eq!(eight.all_reduce(256 << 20, false).algorithm, Algorithm::TwoShot);
+        assert_eq!(eight.reduce_scatter(32 << 20).algorithm, Algorithm::Steps);
+        assert_eq!(shape(eight.all_gather(8 << 20, true)), (Algorithm::Steps, 66, 32));
+        assert_eq!(shape(eight.all_gather(2 << 20, true)), (Algorithm::Spread, 132, 64));
+        assert_eq!(limits(2, None).all_reduce(256 << 20, true).algorithm, Algorithm::Cells);
         assert_eq!(limits(2, None).all_reduce(256 << 10, false).algorithm, Algorithm::OneShot);
         assert_eq!(limits(4, Some(Algorithm::Staged)).all_reduce(8, false).algorithm, Algorithm::Staged);
     }

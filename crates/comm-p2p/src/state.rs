@@ -13,6 +13,7 @@ use cudarc::driver::CudaContext;
 
 use crate::captured::Captured;
 use crate::ledger::{Ledger, Note, mix};
+use crate::mesh::Mesh;
 use crate::options::Options;
 use crate::stream::Sentinel;
 use crate::symmetric::ipc;
@@ -20,6 +21,7 @@ use crate::symmetric::table::{Found, Table};
 use crate::symmetric::words::Words;
 use crate::symmetric::{Block, Hold};
 use crate::tables::InUse;
+use crate::topology::Place;
 use crate::topology::links::Links;
 use crate::usage::{Algorithm, Usage};
 
@@ -62,6 +64,7 @@ pub(crate) struct Device {
     pub(crate) uuid: String,
     pub(crate) driver: String,
     pub(crate) links: Links,
+    pub(crate) place: Place,
 }
 
 /// The channels of a communicator of at least two ranks, and the kernels that use them.
@@ -78,6 +81,9 @@ pub(crate) struct Channels {
     pub(crate) half: usize,
     pub(crate) pair_slots: Peers,
     pub(crate) pair_bytes: usize,
+    /// If ranks may touch their neighbours' memory alone. Copies and mailboxes for others lie behind the staging memory
+    /// and the slots, and the other ranks' addresses are null.
+    pub(crate) mesh: Option<Mesh>,
 }
 
 /// What is given back at the end, in this order.
@@ -168,12 +174,33 @@ impl Shared {
         CommError::Closed { comm: self.info.name.clone() }
     }
 
+    /// Whether the ranks are a mesh with gaps, in which only neighbours' memory is mapped.
+    pub(crate) fn keeps_to_neighbours(&self) -> bool {
+        self.channels.as_ref().is_some_and(|channels| channels.mesh.is_some())
+    }
+
     pub(crate) fn control(&self) -> Result<Arc<dyn HostComm>> {
         lock(&self.host).as_ref().map(|hosts| Arc::clone(&hosts.control)).ok_or_else(|| self.closed())
     }
 
     pub(crate) fn deadline(&self) -> Deadline {
         Deadline::after(self.base.timeout)
+    }
+
+    /// The ranks whose memory this rank may touch, bit by bit.
+    pub(crate) fn reach(&self) -> u32 {
+        self.mesh().map_or(u32::MAX, |mesh| mesh.barrier.neighbours | 1 << self.info.rank)
+    }
+
+    /// Why ranks cannot reach all others' buffers, if they cannot.
+    pub(crate) fn unreached(&self) -> Option<String> {
+        self.mesh().map(|_| {
+            format!("the GPUs are a mesh with gaps ({}); data crosses in scratch memory", self.topology)
+        })
+    }
+
+    fn mesh(&self) -> Option<&Mesh> {
+        self.channels.as_ref()?.mesh.as_ref()
     }
 
     /// The error that every call returns from now on, if there is one.

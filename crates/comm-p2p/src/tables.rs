@@ -97,9 +97,9 @@ pub(crate) fn same_on_all<'a>(described: impl Iterator<Item = &'a str>) -> Resul
 pub(crate) const fn of_op(op: OpKind) -> &'static [Algorithm] {
     use Algorithm as A;
     match op {
-        OpKind::AllReduce => &[A::OneShot, A::TwoShot, A::Cells, A::Staged],
-        OpKind::ReduceScatter => &[A::TwoShot, A::Cells, A::Staged],
-        OpKind::AllGather => &[A::Packets, A::Direct, A::Staged],
+        OpKind::AllReduce => &[A::OneShot, A::TwoShot, A::Cells, A::Steps, A::Pull, A::Staged],
+        OpKind::ReduceScatter => &[A::TwoShot, A::Cells, A::Steps, A::Staged],
+        OpKind::AllGather => &[A::Packets, A::Direct, A::Spread, A::Steps, A::Staged],
         OpKind::Broadcast => &[A::Packets, A::Relayed, A::Direct, A::Staged],
         OpKind::AllReduceRmsNorm => &[A::OneShot, A::TwoShot, A::Composed],
         _ => &[],

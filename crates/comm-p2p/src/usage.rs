@@ -11,12 +11,20 @@ pub(crate) enum Algorithm {
     TwoShot,
     /// The same for large buffers: chunks announced by flags, results stored straight into registered buffers.
     Cells,
+    /// For the largest buffers, summed or gathered: all ranks store to one peer at a time, in step.
+    Steps,
+    /// In a hybrid cube mesh: packets, passed on by neighbours.
+    CubeMesh,
+    /// Everyone reads everyone's copy and sums everything: a reference for the others.
+    Pull,
     /// Packets through scratch memory.
     Packets,
     /// Packets over relays.
     Relayed,
     /// Stores into the peers' registered buffers.
     Direct,
+    /// The same, each piece read once and stored to all.
+    Spread,
     /// Copies through staging memory, between barriers.
     Staged,
     /// Flags alone.
@@ -30,13 +38,17 @@ pub(crate) enum Algorithm {
 }
 
 impl Algorithm {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 15] = [
         Self::OneShot,
         Self::TwoShot,
         Self::Cells,
+        Self::Steps,
+        Self::CubeMesh,
+        Self::Pull,
         Self::Packets,
         Self::Relayed,
         Self::Direct,
+        Self::Spread,
         Self::Staged,
         Self::Flags,
         Self::Local,
@@ -49,9 +61,13 @@ impl Algorithm {
             Self::OneShot => "one_shot",
             Self::TwoShot => "two_shot",
             Self::Cells => "cells",
+            Self::Steps => "steps",
+            Self::CubeMesh => "cube_mesh",
+            Self::Pull => "pull",
             Self::Packets => "packets",
             Self::Relayed => "relayed",
             Self::Direct => "direct",
+            Self::Spread => "spread",
             Self::Staged => "staged",
             Self::Flags => "flags",
             Self::Local => "local",

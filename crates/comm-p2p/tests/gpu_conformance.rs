@@ -49,7 +49,11 @@ fn tiny_staging_and_rounds_that_wrap() {
 #[test]
 fn every_algorithm() {
     let Some(most) = world_size() else { return };
-    for algorithm in ["one_shot", "two_shot", "cells", "packets", "relayed", "direct", "staged", "composed"] {
+    let algorithms = [
+        "one_shot", "two_shot", "cells", "steps", "packets", "relayed", "direct", "spread", "staged",
+        "composed", "pull",
+    ];
+    for algorithm in algorithms {
         // The suite's operands lie alike on all ranks.
         let options = [
             ("p2p.algorithm", algorithm),
@@ -67,4 +71,30 @@ fn every_algorithm() {
 fn checked_mode() {
     let Some(most) = world_size() else { return };
     run(most, &Config { checked: true, ..config(&[]) });
+}
+
+/// With the addresses of all that is no neighbour null, a kernel that touched one would end the device.
+#[test]
+fn an_imposed_cube_mesh_and_its_parts() {
+    const CUBE: (&str, &str) = ("p2p.topology", "hybrid_cube_mesh");
+    let Some(most) = world_size() else { return };
+    if most < 5 {
+        println!("SKIP: {most} GPUs are a part of the mesh without gaps");
+    }
+    for world in 5..=most {
+        run(world, &config(&[CUBE]));
+    }
+    if most == 8 {
+        run(8, &config(&[CUBE, ("p2p.algorithm", "staged")]));
+        run(8, &Config { checked: true, ..config(&[CUBE]) });
+        // Several rounds for a few kilobytes, and numbers that wrap within a call.
+        let small = [
+            CUBE,
+            ("p2p.packet_slots", "512"),
+            ("p2p.staging_bytes", "8192"),
+            ("p2p.pair_bytes", "512"),
+            ("p2p.first_round", "4294967290"),
+        ];
+        run(8, &config(&small));
+    }
 }

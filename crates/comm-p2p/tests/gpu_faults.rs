@@ -12,10 +12,12 @@ use common::{PATIENT, SHORT, connect, world, world_size};
 #[test]
 fn a_rank_that_does_not_arrive_is_named_and_a_new_communicator_works() {
     let Some(size) = world_size() else { return };
-    // One-shot, two-shot, and staged.
-    for count in [64, 300_000] {
+    // One-shot and two-shot, over all links, over those of a hybrid cube mesh, and staged in one.
+    let cube = ("p2p.topology", "hybrid_cube_mesh");
+    let all: [&[(&str, &str)]; 3] = [&[], &[cube], &[cube, ("p2p.algorithm", "staged")]];
+    for (count, options) in [64, 300_000].into_iter().flat_map(|count| all.map(|options| (count, options))) {
         comm_core::run_threads(size, PATIENT, |host| {
-            let rank = connect(host.clone(), SHORT, &[]).unwrap();
+            let rank = connect(host.clone(), SHORT, options).unwrap();
             let at = rank.buffer(count, 1.0);
             host.barrier(comm_core::Deadline::after(PATIENT)).unwrap();
             let start = Instant::now();
@@ -72,9 +74,16 @@ fn an_abort_ends_waits_at_once_on_all_ranks() {
 
 #[test]
 fn late_ranks_do_no_harm() {
+    late_ranks(&[]);
+    late_ranks(&[("p2p.topology", "hybrid_cube_mesh")]);
+    late_ranks(&[("p2p.algorithm", "pull")]);
+}
+
+fn late_ranks(more: &[(&str, &str)]) {
     let Some(size) = world_size() else { return };
     // Every kernel sleeps between its sends and its first wait.
-    world(size, PATIENT, &[("p2p.stall_ns", "200000")], |rank| {
+    let options = [&[("p2p.stall_ns", "200000")], more].concat();
+    world(size, PATIENT, &options, |rank| {
         for count in [1, 1000, 40_000, 700_001] {
             let (send, recv) = (rank.buffer(count, 0.0), rank.buffer(count, -1.0));
             for turn in 0..8 {

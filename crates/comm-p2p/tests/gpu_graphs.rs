@@ -83,7 +83,9 @@ fn large_results_in_allocated_and_registered_buffers_skip_the_staging() {
         }
         let used: Vec<_> =
             rank.comm.usage().into_iter().map(|u| (u.op.name(), u.algorithm.into_owned(), u.calls)).collect();
-        for expected in [("all_reduce", "cells", 2), ("all_gather", "direct", 2)] {
+        for expected in
+            [("all_reduce", "cells", 2), ("all_gather", if size > 2 { "spread" } else { "direct" }, 2)]
+        {
             let found = used.iter().any(|(op, algorithm, calls)| (*op, &**algorithm, *calls) == expected);
             assert!(found, "{expected:?} in {used:?}");
         }

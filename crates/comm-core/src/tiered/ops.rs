@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::TieredComm;
+use super::{SkippedTier, TieredComm};
 use crate::addr::{DeviceAddr, StreamHandle};
 use crate::device_comm::{AlgorithmUsage, CommInfo, DeviceComm, P2pOp, Registration};
 use crate::dtype::{DType, ReduceOp};
@@ -59,11 +59,25 @@ unsafe impl DeviceComm for TieredComm {
         self.tier(&query)?;
         let agreement = self.memory.agreement().split(color, key)?;
         let mut children = Vec::with_capacity(self.tiers.len());
+        let mut skipped = self.skipped.clone();
+        let mut refusal = None;
         for tier in self.tiers.iter().filter(|tier| tier.supports(&query).is_supported()) {
-            children.extend(tier.split(color, key)?);
+            match tier.split(color, key) {
+                Ok(child) => children.extend(child),
+                // Some groups may be beyond a backend, all of whose ranks say so: the others are left.
+                Err(error @ CommError::Unsupported { .. }) => {
+                    let backend = tier.info().backend.to_string();
+                    skipped.push(SkippedTier { backend, reason: error.clone() });
+                    refusal = Some(error);
+                }
+                Err(error) => return Err(error),
+            }
         }
         let Some(agreement) = agreement else { return Ok(None) };
-        Ok(Some(Arc::new(Self::over(agreement, children, self.skipped.clone())?)))
+        if let Some(error) = refusal.filter(|_| children.is_empty()) {
+            return Err(error);
+        }
+        Ok(Some(Arc::new(Self::over(agreement, children, skipped)?)))
     }
 
     fn allocate(&self, bytes: usize) -> Result<DeviceAddr> {
@@ -105,7 +119,7 @@ unsafe impl DeviceComm for TieredComm {
 
     fn usage(&self) -> Vec<AlgorithmUsage> {
         let of_tier = |tier: &Arc<dyn DeviceComm>| {
-            let backend = tier.info().backend.clone();
+            let backend = tier.info().backend.to_string();
             let named = move |usage: AlgorithmUsage| AlgorithmUsage {
                 algorithm: format!("{backend}:{}", usage.algorithm).into(),
                 ..usage

@@ -44,6 +44,10 @@ struct Channel {
     uint32_t arrived;  // CTAs of the running kernel that have read `round`
     uint32_t unused;
     uint32_t looked;   // when the abort word was last read, in units of 1024 ns
+    // Of kernels in steps (steps.cuh), zero between kernels.
+    uint32_t ticket;      // the next tile of the queue
+    uint32_t left;        // CTAs of the running kernel that are through
+    uint32_t reduced[2];  // tiles of an even and of an odd round that have been summed
 };
 
 enum GaveUp : uint32_t { kTimedOut = 1, kAborted = 2 };

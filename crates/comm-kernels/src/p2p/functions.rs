@@ -3,6 +3,7 @@
 use comm_core::{CommError, DType, Result};
 
 use super::link::MAX_RANKS;
+use super::mesh::MeshFunctions;
 use crate::module::{Function, Module};
 
 /// One entry point each for bf16, f16 and f32.
@@ -52,6 +53,8 @@ pub(super) struct Functions {
     /// By cells: two packs per thread, slice and chunk, then four.
     pub(super) all_reduce_cells: [PerFloat; 2],
     pub(super) reduce_scatter_cells: [PerFloat; 2],
+    pub(super) all_reduce_steps: PerFloat,
+    pub(super) reduce_scatter_steps: PerFloat,
     pub(super) quantized: PerFloat,
     pub(super) norm_one_shot: PerFloat,
     pub(super) norm_two_shot: PerFloat,
@@ -60,11 +63,14 @@ pub(super) struct Functions {
     pub(super) norm_two_shot_fp8: PerFloat,
     pub(super) all_gather_packets: Function,
     pub(super) all_gather_direct: Function,
+    pub(super) all_gather_steps: Function,
+    pub(super) all_gather_spread: Function,
     pub(super) broadcast_packets: Function,
     pub(super) broadcast_relayed: Function,
     pub(super) broadcast_direct: Function,
     pub(super) barrier: Function,
     pub(super) pair: Function,
+    pub(super) mesh: MeshFunctions,
 }
 
 impl Functions {
@@ -77,6 +83,7 @@ impl Functions {
         }
         let reduce = Module::load(context, "p2p_all_reduce")?;
         let cells = Module::load(context, "p2p_cells")?;
+        let steps = Module::load(context, "p2p_steps")?;
         let gather = Module::load(context, "p2p_gather")?;
         let norm = Module::load(context, "p2p_norm")?;
         let norm_fp8 = Module::load(context, "p2p_norm_fp8")?;
@@ -91,6 +98,8 @@ impl Functions {
                 per_float!(cells, world, "p2p_rsc2"),
                 per_float!(cells, world, "p2p_rsc4"),
             ],
+            all_reduce_steps: per_float!(steps, world, "p2p_ars"),
+            reduce_scatter_steps: per_float!(steps, world, "p2p_rss"),
             quantized: per_float!(quantized, world, "p2p_arq"),
             norm_one_shot: per_float!(norm, world, "p2p_norm1"),
             norm_two_shot: per_float!(norm, world, "p2p_norm2"),
@@ -98,11 +107,14 @@ impl Functions {
             norm_two_shot_fp8: per_float!(norm_fp8, world, "p2p_norm2_fp8"),
             all_gather_packets: gather.function(by_world!(world, "p2p_ag_packet"))?,
             all_gather_direct: gather.function(by_world!(world, "p2p_ag_direct"))?,
+            all_gather_steps: steps.function(by_world!(world, "p2p_ag_steps"))?,
+            all_gather_spread: steps.function(by_world!(world, "p2p_ag_spread"))?,
             broadcast_packets: gather.function(by_world!(world, "p2p_bc1_packet"))?,
             broadcast_relayed: gather.function(by_world!(world, "p2p_bc2_packet"))?,
             broadcast_direct: gather.function(by_world!(world, "p2p_bc_direct"))?,
             barrier: meet.function(by_world!(world, "p2p_barrier"))?,
             pair: meet.function("p2p_pair")?,
+            mesh: MeshFunctions::load(context)?,
         })
     }
 }

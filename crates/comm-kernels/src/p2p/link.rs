@@ -29,6 +29,18 @@ pub const fn buffer_bytes(world: usize, slot_packs: usize) -> usize {
     STAGES * world * slot_packs * PACK_BYTES
 }
 
+/// Bytes of a tile of sums in steps: a mover's shared memory.
+pub const TILE_BYTES: u32 = 32 << 10;
+/// The most tiles of a round and slice: each has two flags.
+const MOST_TILES: usize = FLAG_CTAS as usize / 2;
+
+/// Tiles of a round and slice of sums in steps, on the cells' channel for kernels of up to `ctas` blocks: two rounds fit.
+#[must_use]
+pub const fn tiles(ctas: usize) -> u32 {
+    let fit = ctas * BUFFERS * CELL_BYTES / (2 * TILE_BYTES as usize);
+    if fit < MOST_TILES { fit as u32 } else { MOST_TILES as u32 }
+}
+
 /// Bytes of the scratch area of the cells' channel for kernels of up to `ctas` blocks.
 #[must_use]
 pub const fn cells_bytes(world: usize, ctas: usize) -> usize {
@@ -44,6 +56,9 @@ pub struct Channel {
     arrived: u32,
     unused: u32,
     looked: u32,
+    ticket: u32,
+    left: u32,
+    reduced: [u32; 2],
 }
 
 /// Bytes of a pair channel's counters, in device memory, zero at first.
@@ -106,8 +121,14 @@ mod tests {
     fn layouts_are_those_of_the_kernels() {
         assert_eq!(size_of::<Link>(), 8 * MAX_RANKS + 32 + 16 + 16);
         assert_eq!(size_of::<ErrorRecord>(), 24);
-        assert_eq!(size_of::<Channel>(), 16);
+        assert_eq!(size_of::<Channel>(), 32);
         assert_eq!(scratch_bytes(2, 1), 65_536 + 4 * 2 * 2 * 16);
         assert_eq!(cells_bytes(8, 1), 65_536 + 4 * 8 * 32_768);
+        for ctas in [1, 2, 100, 132] {
+            for world in 2..=MAX_RANKS {
+                let rounds = 2 * world * tiles(ctas) as usize * TILE_BYTES as usize;
+                assert!(tiles(ctas) > 0 && FLAG_BYTES + rounds <= cells_bytes(world, ctas));
+            }
+        }
     }
 }

@@ -6,8 +6,10 @@
 mod captured;
 mod functions;
 mod link;
+mod mesh;
 mod norm;
 mod quantized;
+mod steps;
 
 use std::ffi::c_void;
 use std::fmt;
@@ -20,8 +22,9 @@ pub use self::captured::{CAPTURED_ENTRY_BYTES, CapturedEntry, CapturedKernels};
 use self::functions::{Functions, float_index};
 pub use self::link::{
     BUFFERS, Channel, ErrorRecord, FLAG_BYTES, FLAG_CTAS, Link, MAX_RANKS, PACK_BYTES, PAIR_COUNTERS_BYTES,
-    Peers, buffer_bytes, cells_bytes, scratch_bytes,
+    Peers, TILE_BYTES, buffer_bytes, cells_bytes, scratch_bytes, tiles,
 };
+pub use self::mesh::{CUBE_ROW_PAIRS, CubeRoles, MeshRoutes};
 pub use self::quantized::{QUANTIZED_PACKS, QUANTIZED_ROW};
 use crate::kernels::parameters;
 use crate::module::Function;

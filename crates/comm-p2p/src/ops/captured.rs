@@ -73,10 +73,13 @@ impl P2pComm {
             return Ok(false);
         }
         let Plan { algorithm, mut shape, chunk, .. } = self.limits().all_gather(part, true);
+        if algorithm != Algorithm::Direct {
+            return Ok(false);
+        }
         // Where the packets have fewer slots than the direct stores would have threads, blocks of whole warps that fit.
         let most = channels.packet.slot_packs / shape.grid.max(1) / 32 * 32;
         shape.block = shape.block.min(most);
-        if algorithm != Algorithm::Direct || shape.block == 0 {
+        if shape.block == 0 {
             return Ok(false);
         }
         // SAFETY: as above.

@@ -2,6 +2,7 @@
 
 mod captured;
 mod choice;
+mod cube;
 mod moves;
 mod norm;
 mod pairs;
@@ -15,7 +16,7 @@ use std::sync::Arc;
 use comm_core::{CommError, DType, Deadline, OpKind, ReduceOp, Result};
 
 use crate::comm::P2pComm;
-use crate::select::Limits;
+use crate::select::{Gaps, Limits};
 use crate::state::{Call, read};
 
 impl P2pComm {
@@ -55,6 +56,11 @@ impl P2pComm {
             cell_ctas: options.cell_ctas,
             multiprocessors: shared.base.multiprocessors,
             forced: options.algorithm,
+            gaps: shared
+                .channels
+                .as_ref()
+                .and_then(|channels| channels.mesh.as_ref())
+                .map(|mesh| if mesh.cube.is_some() { Gaps::Cube } else { Gaps::Mesh }),
             table: Arc::clone(&read(&shared.tables).algorithms),
         }
     }

@@ -55,9 +55,28 @@ impl P2pComm {
                     )
                 })?;
             }
+            (Algorithm::Steps, Some(found)) => {
+                call.reaches(&found, recv)?;
+                let (kernels, peers) = (&channels.kernels, &found.peers);
+                // SAFETY: as above.
+                call.fatal(unsafe {
+                    kernels.all_gather_steps(&link, send, peers, part, shape.grid, stream)
+                })?;
+            }
+            (Algorithm::Spread, Some(found)) => {
+                call.reaches(&found, recv)?;
+                let (kernels, peers) = (&channels.kernels, &found.peers);
+                // SAFETY: as above.
+                call.fatal(unsafe {
+                    kernels.all_gather_spread(&link, send, peers, part, shape.grid, stream)
+                })?;
+            }
             (Algorithm::Staged, _) => {
                 let parts = vec![part; info.size];
                 self.stage_all_gather(&call, channels, (send, recv), &parts, stream)?;
+            }
+            (Algorithm::CubeMesh, _) => {
+                self.cube_all_gather(&call, channels, (send, recv), part, shape, stream)?;
             }
             _ => {
                 self.share_a_buffer(&call, &link, stream)?;
@@ -120,6 +139,7 @@ impl P2pComm {
                 while done < bytes {
                     let part = most.min(bytes - done);
                     let offset = done as u64;
+                    staging.uses(part);
                     staging.exchange(
                         |staging, own| match info.rank == root {
                             true => staging.copy(send.offset(offset), own, part),
@@ -170,7 +190,8 @@ impl P2pComm {
             return self.local(call, send, recv, part, stream);
         };
         let mut staging = Staging::new(&call, channels, stream);
-        let room = staging.room(info.size, 1);
+        let room = staging.room(info.size, 1).min(part.next_multiple_of(16));
+        staging.uses(info.size * room);
         let mut done = 0;
         while done < part {
             let length = room.min(part - done);

@@ -3,6 +3,9 @@
 //! A group takes turns: in each, every transfer sends its next chunk, then every transfer receives its next. A sender
 //! waits only for what it sent in the turn before, and its peer receives that without waiting for anything later, so
 //! no order of the transfers can lock the ranks.
+//!
+//! In a mesh with gaps, a message between ranks that are no neighbours crosses in the memory of a rank that is one of
+//! both's. That rank takes no part.
 
 use comm_core::{CommError, DType, DeviceAddr, OpKind, P2pOp, Result, StreamHandle, check};
 use comm_kernels::p2p::PairStep;
@@ -113,14 +116,29 @@ impl P2pComm {
         &self,
         call: &Call<'_>,
         channels: &Channels,
-        peer: usize,
-        step: PairStep,
+        (peer, step): (usize, PairStep),
+        mailbox: Option<(usize, usize)>,
         stream: StreamHandle,
     ) -> Result<()> {
-        let link = call.link(&channels.pairs);
+        let (link, kernels) = (call.link(&channels.pairs), &channels.kernels);
+        let counters = channels.pair_counters;
         // SAFETY: the channel is live while the communicator is open; the peer takes the matching steps, or the wait
         // ends.
-        call.fatal(unsafe { channels.kernels.pair(&link, channels.pair_counters, peer, step, stream) })
+        call.fatal(unsafe {
+            match mailbox {
+                None => kernels.pair(&link, counters, peer, step, stream),
+                Some(mailbox) => kernels.pair_mesh(&link, counters, (peer, step), mailbox, stream),
+            }
+        })
+    }
+
+    /// Where a message crosses: the slot, and its mailbox if the two are no neighbours.
+    fn crossing(&self, channels: &Channels, from: usize, to: usize) -> (DeviceAddr, Option<(usize, usize)>) {
+        let mailbox = channels.mesh.as_ref().and_then(|mesh| mesh.mailbox(from, to));
+        // Mailboxes lie behind the slots.
+        let (holder, place) =
+            mailbox.map_or((from, to), |(holder, place)| (holder, self.shared().info.size + place));
+        (channels.pair_slots[holder].offset((place * channels.pair_bytes) as u64), mailbox)
     }
 
     fn push(
@@ -131,11 +149,10 @@ impl P2pComm {
         chunk: Transfer,
         stream: StreamHandle,
     ) -> Result<()> {
-        let rank = self.shared().info.rank;
-        let slot = channels.pair_slots[rank].offset((peer * channels.pair_bytes) as u64);
-        self.step(call, channels, peer, PairStep::AwaitFree, stream)?;
+        let (slot, mailbox) = self.crossing(channels, self.shared().info.rank, peer);
+        self.step(call, channels, (peer, PairStep::AwaitFree), mailbox, stream)?;
         copy(call, chunk.addr, slot, chunk.bytes, stream)?;
-        self.step(call, channels, peer, PairStep::Announce, stream)
+        self.step(call, channels, (peer, PairStep::Announce), mailbox, stream)
     }
 
     fn pull(
@@ -146,11 +163,10 @@ impl P2pComm {
         chunk: Transfer,
         stream: StreamHandle,
     ) -> Result<()> {
-        let rank = self.shared().info.rank;
-        let slot = channels.pair_slots[peer].offset((rank * channels.pair_bytes) as u64);
-        self.step(call, channels, peer, PairStep::AwaitFull, stream)?;
+        let (slot, mailbox) = self.crossing(channels, peer, self.shared().info.rank);
+        self.step(call, channels, (peer, PairStep::AwaitFull), mailbox, stream)?;
         copy(call, slot, chunk.addr, chunk.bytes, stream)?;
-        self.step(call, channels, peer, PairStep::Release, stream)
+        self.step(call, channels, (peer, PairStep::Release), mailbox, stream)
     }
 }
 

@@ -1,9 +1,9 @@
 //! The quantised all-reduce.
 
-use comm_core::{DType, DeviceAddr, OpKind, Result, StreamHandle, check};
+use comm_core::{CommError, DType, DeviceAddr, OpKind, Result, StreamHandle, check};
 use comm_kernels::p2p::{QUANTIZED_PACKS, QUANTIZED_ROW, Shape};
 
-use crate::comm::P2pComm;
+use crate::comm::{P2pComm, QUANTIZED_NEEDS_ALL};
 use crate::usage::Algorithm;
 
 #[allow(clippy::missing_safety_doc, reason = "`DeviceComm`'s contract holds for every method")]
@@ -19,6 +19,9 @@ impl P2pComm {
         let checked = check::all_reduce_quantized(send, recv, count, dtype);
         self.compare(KIND, &checked, || format!("{count} {dtype}"))?;
         let bytes = checked?;
+        if self.shared().keeps_to_neighbours() {
+            return Err(CommError::unsupported(KIND, crate::NAME, QUANTIZED_NEEDS_ALL));
+        }
         let mut call = self.begin(KIND)?;
         call.passes(dtype, count, &[]);
         let Some(channels) = self.channels(bytes) else {

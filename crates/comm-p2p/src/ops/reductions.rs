@@ -3,7 +3,7 @@
 use comm_core::{DType, DeviceAddr, OpKind, ReduceOp, Result, StreamHandle, check};
 
 use super::is_fast;
-use super::staged::{Staging, copy};
+use super::staged::{Staging, barrier, copy};
 use crate::comm::P2pComm;
 use crate::select::Plan;
 use crate::state::{Call, Channels};
@@ -73,8 +73,23 @@ impl P2pComm {
                     kernels.all_reduce_cells(&link, units, send, &found.peers, count, dtype, shape, stream)
                 })?;
             }
+            (Algorithm::Steps, Some(found)) => {
+                call.reaches(&found, recv)?;
+                let link = call.link(&channels.cells);
+                let link = (&link, limits.cell_ctas);
+                // SAFETY: see above; `recv` lies in a region of all ranks.
+                call.fatal(unsafe {
+                    kernels.all_reduce_steps(link, send, &found.peers, count, dtype, shape.grid, stream)
+                })?;
+            }
             (Algorithm::Staged, _) => {
                 self.stage_reduce(&call, channels, (send, recv), count, (dtype, op), None, stream)?;
+            }
+            (Algorithm::CubeMesh, _) => {
+                self.cube_all_reduce(&call, channels, (send, recv), count, dtype, stream)?;
+            }
+            (Algorithm::Pull, _) => {
+                self.pull_all_reduce(&call, channels, (send, recv), count, dtype, shape, stream)?;
             }
             _ => {
                 let link = call.link(&channels.lamport);
@@ -128,6 +143,7 @@ impl P2pComm {
         let world = self.shared().info.size;
         while done < count {
             let part = most.min(count - done);
+            staging.uses(part * size);
             let fill = |staging: &Staging<'_>, own| staging.copy(at(send, done, size), own, part * size);
             let to = at(recv, done, size);
             if root.is_some() || part * size < SLICED {
@@ -179,11 +195,23 @@ impl P2pComm {
         let Some(channels) = self.channels(part) else {
             return self.local(call, send, recv, part, stream);
         };
-        let plan = self.limits().reduce_scatter(part);
+        let limits = self.limits();
+        let plan = limits.reduce_scatter(part);
         if !is_fast(dtype, op) || plan.algorithm == Algorithm::Staged {
             let counts = vec![count; info.size];
             self.stage_reduce_scatter(&call, channels, (send, recv), &counts, (dtype, op), stream)?;
             call.finish(Algorithm::Staged);
+            return Ok(());
+        }
+        if plan.algorithm == Algorithm::Steps {
+            let link = call.link(&channels.cells);
+            let (kernels, grid) = (&channels.kernels, plan.shape.grid);
+            // SAFETY: as below.
+            call.fatal(unsafe {
+                let link = (&link, limits.cell_ctas);
+                kernels.reduce_scatter_steps(link, (send, recv), count, dtype, grid, stream)
+            })?;
+            call.finish(plan.algorithm);
             return Ok(());
         }
         let cells = (plan.algorithm == Algorithm::Cells).then_some(plan.units);
@@ -212,9 +240,10 @@ impl P2pComm {
     ) -> Result<()> {
         let (size, rank) = (reduction.0.size(), self.shared().info.rank);
         let mut staging = Staging::new(call, channels, stream);
-        let room = staging.room(counts.len(), size);
-        let most = room / size;
         let longest = counts.iter().copied().max().unwrap_or(0);
+        let room = staging.room(counts.len(), size).min((longest * size).next_multiple_of(16));
+        let most = room / size;
+        staging.uses(counts.len() * room);
         let mut done = 0;
         while done < longest {
             let left = |to: usize| counts[to].saturating_sub(done).min(most);
@@ -246,9 +275,7 @@ impl P2pComm {
             call.finish(Algorithm::Local);
             return Ok(());
         };
-        let link = call.link(&channels.barrier);
-        // SAFETY: the channel is live while the communicator is open; the caller vouches for the stream.
-        call.fatal(unsafe { channels.kernels.barrier(&link, stream) })?;
+        barrier(&call, channels, stream)?;
         call.finish(Algorithm::Flags);
         Ok(())
     }

@@ -3,6 +3,9 @@
 //! The two halves of the staging memory alternate, so that one barrier a chunk is enough: when a rank writes a half
 //! again, the barrier in between has shown that all ranks have read it. A last barrier ends the exchange, so that the
 //! next one, or a replay of this one, may begin with the first half.
+//!
+//! In a mesh with gaps, a second step precedes every reading: each rank copies what it holds for others, and another
+//! barrier follows. Reading then touches neighbours' memory alone.
 
 use comm_core::{DType, DeviceAddr, ReduceOp, Result, StreamHandle};
 use comm_kernels::p2p::Peers;
@@ -16,11 +19,13 @@ pub(crate) struct Staging<'a> {
     channels: &'a Channels,
     stream: StreamHandle,
     chunk: usize,
+    /// Bytes of a half that the chunk uses.
+    used: usize,
 }
 
 impl<'a> Staging<'a> {
     pub(crate) const fn new(call: &'a Call<'a>, channels: &'a Channels, stream: StreamHandle) -> Self {
-        Self { call, channels, stream, chunk: 0 }
+        Self { call, channels, stream, chunk: 0, used: channels.half }
     }
 
     /// Bytes of a chunk, with `parts` of them side by side in a half, for elements of `size` bytes.
@@ -35,8 +40,29 @@ impl<'a> Staging<'a> {
         copy(self.call, from, to, bytes, self.stream)
     }
 
+    /// Says how many bytes of a half the next chunks use, from its beginning on, so that no more is copied for others.
+    pub(crate) const fn uses(&mut self, bytes: usize) {
+        self.used = if bytes < self.channels.half { bytes } else { self.channels.half };
+    }
+
     fn halves(&self) -> Peers {
-        shifted(&self.channels.staging, self.chunk % 2 * self.channels.half)
+        let (staging, half) = (&self.channels.staging, self.channels.half);
+        let offset = self.chunk % 2 * half;
+        match &self.channels.mesh {
+            None => shifted(staging, offset),
+            Some(mesh) => mesh.halves(staging, 2 * half, offset),
+        }
+    }
+
+    /// Lets every rank read what every rank has written to its half.
+    fn publish(&self) -> Result<()> {
+        self.barrier()?;
+        let Some(mesh) = &self.channels.mesh else { return Ok(()) };
+        let (staging, half) = (&self.channels.staging, self.channels.half);
+        for (from, to) in mesh.copies(staging, 2 * half, self.chunk % 2 * half) {
+            self.copy(from, to, self.used)?;
+        }
+        self.barrier()
     }
 
     /// One chunk: `write` fills this rank's half, given its address; then `read` uses everybody's.
@@ -47,7 +73,7 @@ impl<'a> Staging<'a> {
     ) -> Result<()> {
         let halves = self.halves();
         write(self, halves[self.call.shared.info.rank])?;
-        self.barrier()?;
+        self.publish()?;
         read(self, &halves)?;
         self.chunk += 1;
         Ok(())
@@ -63,7 +89,7 @@ impl<'a> Staging<'a> {
     ) -> Result<()> {
         self.exchange(write, |staging, halves| {
             combine(staging, halves)?;
-            staging.barrier()?;
+            staging.publish()?;
             read(staging, halves)
         })
     }
@@ -92,10 +118,20 @@ impl<'a> Staging<'a> {
     }
 
     fn barrier(&self) -> Result<()> {
-        let link = self.call.link(&self.channels.barrier);
-        // SAFETY: the channel is live while the call is; every rank makes the same calls in the same order.
-        self.call.fatal(unsafe { self.channels.kernels.barrier(&link, self.stream) })
+        barrier(self.call, self.channels, self.stream)
     }
+}
+
+/// All ranks' streams meet.
+pub(crate) fn barrier(call: &Call<'_>, channels: &Channels, stream: StreamHandle) -> Result<()> {
+    let (link, kernels) = (call.link(&channels.barrier), &channels.kernels);
+    // SAFETY: the channel is live while the call is; every rank makes the same calls in the same order.
+    call.fatal(unsafe {
+        match &channels.mesh {
+            None => kernels.barrier(&link, stream),
+            Some(mesh) => kernels.barrier_mesh(&link, &mesh.barrier, stream),
+        }
+    })
 }
 
 /// Copies bytes on this device, from any address that it can reach.

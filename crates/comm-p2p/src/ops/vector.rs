@@ -60,6 +60,7 @@ impl P2pComm {
         let mut done = 0;
         while done < longest {
             let left = |from: usize| parts[from].saturating_sub(done).min(room);
+            staging.uses(room.min(longest - done));
             let source = send.offset(done as u64);
             staging.exchange(
                 |staging, own| staging.copy(source, own, left(rank)),
@@ -138,6 +139,7 @@ impl P2pComm {
         // Whole rows where one fits, else pieces of one row at a time.
         let (columns, rows) = (width.min(room), (room / width.min(room)).min(height));
         let rows = if columns < width { 1 } else { rows };
+        staging.uses(rows * columns);
         for row in (0..height).step_by(rows) {
             let rows = rows.min(height - row);
             for column in (0..width).step_by(columns) {

@@ -21,19 +21,21 @@ pub(crate) enum Hold {
     Opened(#[allow(dead_code, reason = "held, not read")] Vec<Opened>, Option<u64>),
 }
 
-/// Equally long memory on every rank, all mapped on this rank's device.
+/// Equally long memory on every rank, mapped on this rank's device: its own, and that of the ranks it reaches.
 pub(crate) struct Block {
-    mappings: Vec<Mapping>,
+    own: Mapping,
+    others: Vec<Option<Mapping>>,
     rank: usize,
 }
 
 impl Block {
-    /// Collective over `host`: every rank allocates `bytes` bytes on its own device and maps all of them. Memory that
-    /// is new is zero.
+    /// Collective over `host`: every rank allocates `bytes` bytes on its own device and maps those of the ranks in
+    /// `reach` (bit by bit; its own in any case). Memory that is new is zero.
     pub(crate) fn create(
         host: &dyn HostComm,
         ordinal: usize,
         bytes: usize,
+        reach: u32,
         deadline: Deadline,
     ) -> Result<Self> {
         let own = Physical::create(ordinal, bytes).and_then(|memory| Ok((memory.export()?, memory)));
@@ -42,36 +44,39 @@ impl Block {
         let (fd, memory) = own?;
         let bytes = memory.bytes();
         let fds = host.exchange_fds(&[fd.as_fd()], deadline)?;
-        let map = |rank: usize| -> Result<Mapping> {
-            if rank == host.rank() {
-                return memory.map(ordinal);
+        let map = |rank: usize| -> Result<Option<Mapping>> {
+            if rank == host.rank() || reach >> rank & 1 == 0 {
+                return Ok(None);
             }
             let fd = fds
                 .get(rank)
                 .and_then(|fds| fds.first())
                 .ok_or_else(|| CommError::invalid("descriptors", format!("rank {rank} sent none")))?;
-            Physical::import(fd, bytes)?.map(ordinal)
+            Physical::import(fd, bytes)?.map(ordinal).map(Some)
         };
-        let mappings: Result<Vec<_>> = (0..host.size()).map(map).collect();
-        agree(host, &mappings.as_ref().map(|_| bytes as u64).map_err(Clone::clone))?;
-        Ok(Self { mappings: mappings?, rank: host.rank() })
+        let others: Result<Vec<_>> = (0..host.size()).map(map).collect();
+        let mapped = others.and_then(|others| Ok((memory.map(ordinal)?, others)));
+        agree(host, &mapped.as_ref().map(|_| bytes as u64).map_err(Clone::clone))?;
+        let (own, others) = mapped?;
+        Ok(Self { own, others, rank: host.rank() })
     }
 
-    pub(crate) fn own(&self) -> &Mapping {
-        &self.mappings[self.rank]
+    pub(crate) const fn own(&self) -> &Mapping {
+        &self.own
     }
 
-    /// Every rank's part, as mapped here.
-    pub(crate) fn all(&self) -> &[Mapping] {
-        &self.mappings
+    /// Every rank's part that is mapped here.
+    pub(crate) fn mapped(&self) -> impl Iterator<Item = &Mapping> {
+        self.others.iter().flatten().chain([&self.own])
     }
 
-    /// Every rank's first byte.
+    /// Every rank's first byte; null where this rank does not reach.
     pub(crate) fn peers(&self) -> Peers {
         let mut peers = Peers::default();
-        for (peer, mapping) in peers.iter_mut().zip(&self.mappings) {
-            *peer = mapping.addr();
+        for (peer, mapping) in peers.iter_mut().zip(&self.others) {
+            *peer = mapping.as_ref().map_or(DeviceAddr::NULL, Mapping::addr);
         }
+        peers[self.rank] = self.own.addr();
         peers
     }
 }

@@ -2,26 +2,51 @@
 
 mod cache;
 pub(crate) mod links;
+pub(crate) mod routes;
 pub(crate) mod verify;
 
 use comm_core::topology::{LinkMesh, Topology};
-use comm_core::{CommError, Result};
+use comm_core::{CommError, OpKind, Result};
 
 use self::links::Links;
+use self::routes::Routes;
 
-/// The topology of a communicator: every rank derives the same from the same facts. `COMM_P2P_TOPOLOGY` imposes one.
-pub(crate) fn of_ranks(links: &[Links], imposed: Option<&str>) -> Result<Topology> {
-    if let Some(name) = imposed {
-        let topology: Topology = name.parse()?;
-        if matches!(topology, Topology::HybridCubeMesh(_)) && links.len() != 8 {
-            return Err(CommError::invalid(
-                "COMM_P2P_TOPOLOGY",
-                format!("a hybrid cube mesh has 8 ranks, not {}", links.len()),
-            ));
-        }
-        return Ok(topology);
+/// A rank of the communicator that was made first, before any split: an imposed mesh is about these. Where there are
+/// fewer than it takes, they make up the mesh's first part.
+pub(crate) type Place = usize;
+
+/// The topology of a communicator: every rank derives the same from the same facts. One can be imposed by name. With it
+/// come the routes, if ranks may touch their neighbours' memory alone.
+pub(crate) fn of_ranks(
+    links: &[Links],
+    imposed: Option<&str>,
+    places: &[Place],
+) -> Result<(Topology, Option<Routes>)> {
+    let Some(name) = imposed else {
+        let mesh = mesh(links)?;
+        let topology = mesh.classify();
+        // Without links between them devices may reach each other over the bus; if not, their check says so.
+        let routes = if topology == Topology::FullyConnected { None } else { Routes::of(&mesh) };
+        return Ok((topology, routes));
+    };
+    let topology: Topology = name.parse()?;
+    let Topology::HybridCubeMesh(cube) = topology else { return Ok((topology, None)) };
+    if let Some(&place) = places.iter().find(|&&place| place >= 8) {
+        let reason = format!("a hybrid cube mesh has 8 ranks; there is none of number {place}");
+        return Err(CommError::invalid("COMM_P2P_TOPOLOGY", reason));
     }
-    Ok(mesh(links)?.classify())
+    let linked = |a: Place, b: Place| u32::from(cube.neighbours(a).contains(&b));
+    let row = |&a: &Place| places.iter().map(|&b| linked(a, b)).collect();
+    let mesh = LinkMesh::new(places.iter().map(row).collect())?;
+    let topology = mesh.classify();
+    if topology == Topology::FullyConnected {
+        return Ok((topology, None));
+    }
+    let routes = Routes::of(&mesh).ok_or_else(|| {
+        let reason = format!("the ranks {places:?} of the imposed hybrid cube mesh do not reach each other");
+        CommError::unsupported(OpKind::Split, crate::NAME, reason)
+    })?;
+    Ok((topology, Some(routes)))
 }
 
 /// Links over switches count for every pair of devices that both have some.
@@ -47,19 +72,51 @@ mod tests {
     #[test]
     fn switches_connect_everybody_and_direct_links_two() {
         let switched = [device("a", 18, &[]), device("b", 18, &[]), device("c", 18, &[])];
-        assert_eq!(of_ranks(&switched, None).unwrap(), Topology::FullyConnected);
+        assert_eq!(of_ranks(&switched, None, &[]).unwrap(), (Topology::FullyConnected, None));
         let pairs = [device("a", 0, &["b", "b"]), device("b", 0, &["a", "a"]), device("c", 0, &[])];
-        assert_eq!(of_ranks(&pairs, None).unwrap(), Topology::Other);
+        assert_eq!(of_ranks(&pairs, None, &[]).unwrap(), (Topology::Other, None));
         assert_eq!(mesh(&pairs).unwrap().between(0, 1), 2);
         let one_sided = [device("a", 0, &["b"]), device("b", 0, &[])];
-        assert_eq!(of_ranks(&one_sided, None).unwrap(), Topology::Other);
+        assert_eq!(of_ranks(&one_sided, None, &[]).unwrap(), (Topology::Other, None));
     }
 
     #[test]
     fn a_topology_can_be_imposed() {
         let two = [device("a", 0, &[]), device("b", 0, &[])];
-        assert_eq!(of_ranks(&two, Some("fully_connected")).unwrap(), Topology::FullyConnected);
-        assert!(of_ranks(&two, Some("hybrid_cube_mesh")).is_err());
-        assert!(of_ranks(&two, Some("torus")).is_err());
+        let impose = |name| of_ranks(&two, Some(name), &[0, 1]);
+        assert_eq!(impose("fully_connected").unwrap(), (Topology::FullyConnected, None));
+        assert_eq!(impose("other").unwrap(), (Topology::Other, None));
+        assert_eq!(impose("hybrid_cube_mesh").unwrap(), (Topology::FullyConnected, None));
+        assert!(impose("torus").is_err());
+        assert!(of_ranks(&two, Some("hybrid_cube_mesh"), &[0, 8]).is_err());
+    }
+
+    #[test]
+    fn groups_of_an_imposed_cube_mesh_keep_to_its_links() {
+        let group = |places: &[usize]| {
+            let links = vec![Links::default(); places.len()];
+            of_ranks(&links, Some("hybrid_cube_mesh"), places)
+        };
+        let (topology, routes) = group(&[7, 6, 5, 4, 3, 2, 1, 0]).unwrap();
+        assert!(matches!(topology, Topology::HybridCubeMesh(_)) && routes.is_some());
+        assert_eq!(group(&[4, 5, 6, 7]).unwrap(), (Topology::FullyConnected, None));
+        assert_eq!(group(&[3]).unwrap(), (Topology::FullyConnected, None));
+        let (topology, routes) = group(&[0, 2, 4, 6]).unwrap();
+        assert_eq!((topology, routes.unwrap().reach(0)), (Topology::Other, 0b0111));
+        assert!(matches!(group(&[0, 1, 6]), Err(CommError::Unsupported { .. })));
+    }
+
+    #[test]
+    fn direct_links_that_make_a_cube_mesh_are_kept_to() {
+        let name = |rank: usize| format!("gpu{rank}");
+        let links: Vec<Links> = (0..8)
+            .map(|rank: usize| {
+                let ends = [rank ^ 1, rank ^ 2, rank ^ 3, rank ^ 4].map(name);
+                device(&name(rank), 0, &ends.each_ref().map(String::as_str))
+            })
+            .collect();
+        let (topology, routes) = of_ranks(&links, None, &[]).unwrap();
+        assert!(matches!(topology, Topology::HybridCubeMesh(_)));
+        assert_eq!(routes.unwrap().reach(0), 0b0001_1111);
     }
 }
