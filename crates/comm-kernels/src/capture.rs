@@ -49,6 +49,35 @@ fn capture_info() -> Result<GetCaptureInfo> {
 #[derive(Clone, Copy, Debug)]
 pub struct CapturingGraph(sys::CUgraph);
 
+/// Where a capture has got to on a stream.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Position {
+    graph: sys::CUgraph,
+    /// Of the capture, never used twice in a process. As long as it goes on, its graph and the nodes in it live.
+    id: u64,
+    /// What the next work on the stream would wait for, in the order of the handles.
+    after: Vec<sys::CUgraphNode>,
+}
+
+// SAFETY: the handles are used only by whoever captures into the graph at that time (`Kernels::mark_beside`).
+unsafe impl Send for Position {}
+
+impl Position {
+    /// The graph that is being captured.
+    #[must_use]
+    pub const fn graph(&self) -> CapturingGraph {
+        CapturingGraph(self.graph)
+    }
+
+    pub(crate) const fn raw_graph(&self) -> sys::CUgraph {
+        self.graph
+    }
+
+    pub(crate) fn after(&self) -> &[sys::CUgraphNode] {
+        &self.after
+    }
+}
+
 /// The graph that work on the stream goes into, or `None` while it is run at once.
 ///
 /// # Errors
@@ -58,6 +87,18 @@ pub struct CapturingGraph(sys::CUgraph);
 /// # Safety
 /// The stream is live.
 pub unsafe fn capturing_graph(handle: StreamHandle) -> Result<Option<CapturingGraph>> {
+    // SAFETY: the caller vouches for the stream.
+    Ok(unsafe { position(handle) }?.map(|position| position.graph()))
+}
+
+/// Where the stream's capture has got to, or `None` while its work is run at once.
+///
+/// # Errors
+/// As for [`capturing_graph`].
+///
+/// # Safety
+/// The stream is live, and no other thread captures on it meanwhile.
+pub unsafe fn position(handle: StreamHandle) -> Result<Option<Position>> {
     let get = capture_info()?;
     let (mut status, mut id, mut graph) = (0, 0, ptr::null_mut());
     let (mut nodes, mut edges, mut count) = (ptr::null(), ptr::null(), 0);
@@ -74,7 +115,16 @@ pub unsafe fn capturing_graph(handle: StreamHandle) -> Result<Option<CapturingGr
         )
     };
     check("cuStreamGetCaptureInfo", code)?;
-    Ok((status == CAPTURE_ACTIVE).then_some(CapturingGraph(graph)))
+    if status != CAPTURE_ACTIVE {
+        return Ok(None);
+    }
+    let mut after = Vec::new();
+    if count > 0 && !nodes.is_null() {
+        // SAFETY: the driver names that many nodes, and the array stands until the stream is next used.
+        after.extend_from_slice(unsafe { std::slice::from_raw_parts(nodes, count) });
+    }
+    after.sort_unstable();
+    Ok(Some(Position { graph, id, after }))
 }
 
 /// Called when a graph is gone: the object that was given to it.

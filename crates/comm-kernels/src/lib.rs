@@ -34,5 +34,5 @@ pub mod raw;
 pub mod reference;
 
 pub use graph::{CapturedGraph, EventTimer};
-pub use kernels::{Kernels, MAX_REDUCE_INPUTS};
+pub use kernels::{Kernels, MAX_REDUCE_INPUTS, Mark, MarkNode};
 pub use memory::CudaMemory;

@@ -121,6 +121,11 @@ impl Function {
         self.name
     }
 
+    /// The driver's handle, valid as long as the context.
+    pub(crate) const fn raw(&self) -> sys::CUfunction {
+        self.raw
+    }
+
     /// Launches on `stream`: `grid` blocks in x, `block` threads in x and y. The context is current afterwards.
     ///
     /// # Errors

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use comm_core::{CommError, DType, DeviceAddr, DeviceMemory, MemoryKind};
 use comm_kernels::pattern::{Expected, Mismatches, Pattern};
-use comm_kernels::{CudaMemory, EventTimer, Kernels};
+use comm_kernels::{CudaMemory, EventTimer, Kernels, Mark};
 
 #[test]
 fn memory_keeps_what_is_written() {
@@ -119,18 +119,63 @@ fn marks_count_the_replays() {
     let Some(device) = common::device() else { return };
     let (memory, kernels, stream) = (&device.memory, &device.kernels, device.stream());
     let (counter, slots) = (device.filled(&[0; 8], 0), device.filled(&[0; 4 * 16], 0));
-    let mut graph =
-        memory.capture(|| unsafe { kernels.mark(counter.addr(), slots.addr(), 4, 0xabc, stream) }).unwrap();
+    let mark = |tag| Mark { counter: counter.addr(), slots: slots.addr(), slot_count: 4, tag };
+    let mut graph = memory.capture(|| unsafe { kernels.mark(mark(0xabc), stream) }).unwrap();
     for _ in 0..6 {
         unsafe { graph.launch(stream) }.unwrap();
     }
-    unsafe { kernels.mark(counter.addr(), slots.addr(), 4, 0xdef, stream) }.unwrap();
+    unsafe { kernels.mark(mark(0xdef), stream) }.unwrap();
     let words: Vec<u64> =
         slots.content().chunks(8).map(|bytes| u64::from_le_bytes(bytes.try_into().unwrap())).collect();
     assert_eq!(words, [4, 0xabc, 5, 0xabc, 6, 0xabc, 7, 0xdef]);
     assert_eq!(counter.content(), 7_u64.to_le_bytes());
-    let refused = |slots, count| unsafe { kernels.mark(counter.addr(), slots, count, 0, stream) };
+    let refused = |slots, slot_count| unsafe { kernels.mark(Mark { slots, slot_count, ..mark(0) }, stream) };
     assert!(refused(slots.addr(), 0).is_err() && refused(slots.addr().offset(8), 2).is_err());
+}
+
+#[test]
+fn marks_beside_a_chain_count_its_replays() {
+    let Some(device) = common::device() else { return };
+    let (memory, kernels, stream) = (&device.memory, &device.kernels, device.stream());
+    let (counters, slots) = (device.filled(&[0; 2 * 8], 0), device.filled(&[0; 2 * 8 * 16], 0));
+    let data = device.buffer(4000, 0);
+    let pattern = Pattern::new(8, None, 1);
+    let fill = || unsafe { kernels.fill(data.addr(), 1000, DType::F32, &pattern, 0, 0, stream) };
+    let mark = |point: u64, tag| Mark {
+        counter: counters.addr().offset(8 * point),
+        slots: slots.addr().offset(8 * 16 * point),
+        slot_count: 8,
+        tag,
+    };
+    let beside = |mark, before| unsafe { kernels.mark_beside(mark, before, stream) };
+    let mut graph = memory
+        .capture(|| {
+            let start = beside(mark(0, 1), None)?;
+            fill()?;
+            // Not where the start was, so a node of its own; the next start joins it, and then it is full.
+            let both = beside(mark(1, 1), Some(start))?;
+            let both = beside(mark(0, 2), Some(both))?;
+            fill()?;
+            beside(mark(1, 2), Some(both)).map(drop)
+        })
+        .unwrap();
+    assert_eq!(graph.nodes().unwrap(), 2 + 3);
+    for _ in 0..3 {
+        unsafe { graph.launch(stream) }.unwrap();
+    }
+    memory.synchronize().unwrap();
+    let counts: Vec<u8> = [6_u64, 6].iter().flat_map(|count| count.to_le_bytes()).collect();
+    assert_eq!(counters.content(), counts);
+    let words: Vec<u64> =
+        slots.content().chunks(8).map(|bytes| u64::from_le_bytes(bytes.try_into().unwrap())).collect();
+    for point in words.chunks(16) {
+        let mut tags: Vec<u64> = (1..=6).map(|count| point[2 * count + 1]).collect();
+        assert!((1..=6).all(|count| point[2 * count] == count as u64), "{point:?}");
+        tags.sort_unstable();
+        assert_eq!(tags, [1, 1, 1, 2, 2, 2]);
+    }
+    let refused = beside(mark(0, 1), None).unwrap_err();
+    assert!(refused.to_string().contains("not capturing"), "{refused}");
 }
 
 #[test]

@@ -71,8 +71,8 @@ fn never_replays(rank: Rank, met: &Barrier) {
             Ok(())
         })
         .unwrap();
-    // A call and its two marks each, and what NCCL adds.
-    assert!(graph.nodes().unwrap() >= 3 * CALLS);
+    // The calls, a mark after each and one before the first, and what NCCL adds.
+    assert!(graph.nodes().unwrap() > 2 * CALLS);
     for _ in 0..5 {
         // SAFETY: the buffer is alive.
         unsafe { graph.launch(stream).unwrap() };

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use comm_core::{DType, Result};
 use cudarc::driver::{CudaContext, sys};
 
+pub use self::mark::{Mark, MarkNode};
 pub use self::reduce::MAX_REDUCE_INPUTS;
 use crate::driver;
 use crate::module::{Function, Module};
@@ -37,6 +38,7 @@ pub struct Kernels {
     verify: PerType,
     verify_reset: Function,
     mark: Function,
+    mark_two: Function,
     reduce: PerType,
     rmsnorm: rmsnorm::Variants,
     rmsnorm_fp8: rmsnorm::Variants,
@@ -75,7 +77,7 @@ impl Kernels {
     /// or this GPU; [`Cuda`](comm_core::CommError::Cuda) otherwise.
     pub fn load(context: &Arc<CudaContext>) -> Result<Arc<Self>> {
         let (fill, verify) = (Module::load(context, "fill")?, Module::load(context, "verify")?);
-        let reduce = Module::load(context, "reduce")?;
+        let (reduce, mark) = (Module::load(context, "reduce")?, Module::load(context, "mark")?);
         let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let multiprocessors = context.attribute(attribute).map_err(driver::failed("cuDeviceGetAttribute"))?;
         Ok(Arc::new(Self {
@@ -83,7 +85,8 @@ impl Kernels {
             fill: per_type!(fill, "fill"),
             verify: per_type!(verify, "verify"),
             verify_reset: verify.function("verify_reset")?,
-            mark: Module::load(context, "mark")?.function("mark")?,
+            mark: mark.function("mark")?,
+            mark_two: mark.function("mark_two")?,
             reduce: per_type!(reduce, "reduce"),
             rmsnorm: rmsnorm::Variants::load(&Module::load(context, "rmsnorm")?)?,
             rmsnorm_fp8: rmsnorm::Variants::load_fp8(&Module::load(context, "rmsnorm_fp8")?)?,

@@ -16,7 +16,7 @@ use super::watchdog;
 ///
 /// Calls make the communicator's device current for their own duration and put back what was current before. They
 /// enqueue on the caller's stream and allocate nothing, so all can be captured into CUDA graphs. A captured call is
-/// watched for time-outs by a tiny kernel on either side of it, unless the option `nccl.watch_graphs` is `off` or a rank
+/// watched for time-outs by tiny kernels in the graph, unless the option `nccl.watch_graphs` is `off` or a rank
 /// has no kernels. Graphs hold the communicator inside NCCL: drop them before [`close`](DeviceComm::close), and do not
 /// launch them after.
 ///

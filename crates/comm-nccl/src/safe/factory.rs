@@ -40,9 +40,16 @@ const PROTOCOL: u32 = 4;
 /// | `nccl.split_share` | 1: a split shares its parent's resources |
 /// | `nccl.net_name` | the network module, text |
 /// | `nccl.staging_bytes` | device memory for pitched gathers, default 8388608; 0 for none |
-/// | `nccl.watch_graphs` | `on` (the default): time-outs hold in replayed graphs too; `off`: there only deaths, failures and aborts end a wait |
+/// | `nccl.watch_graphs` | `on` (the default): time-outs hold in replayed graphs too; `off`: there only deaths, failures and aborts end a wait; `beside`, `inline`: on, and how, see below |
 ///
-/// Watching costs two kernels per captured call: 2.5 us between two H200s, at every size. Calls that are not captured are
+/// Where `nccl.watch_graphs` is not given, `COMM_NCCL_WATCH_GRAPHS` in the environment decides, with the same values, and on
+/// all ranks alike.
+///
+/// Graphs are watched by a tiny kernel where a captured call starts and one where it is finished. `inline` puts them into
+/// the stream's chain, which costs each call 2.5 us between two H200s, at every size. `beside` makes them nodes that only
+/// the graph's end waits for, one per call where calls follow one another directly; a kernel of the caller's that leaves
+/// not one thread's place on the device for as long as the timeout can then make a call look stuck that is through. `on`
+/// is `beside`. Calls that are not captured are
 /// watched by events, which cost the device nothing; but they reach NCCL through a thread that it starts for each call on
 /// a non-blocking communicator, which takes some 48 us of host time more than a blocking one would (`benches/enqueue.rs`).
 /// Replayed graphs pay nothing of that.
@@ -147,7 +154,7 @@ impl BackendFactory for NcclFactory {
         let code = version.major * 10_000 + version.minor * 100 + version.patch;
         let uuid: String = uuid.bytes.iter().map(|&byte| format!("{:02x}", byte as u8)).collect();
         let kernels = Kernels::load(&device).err().map_or_else(String::new, |error| error.to_string());
-        let watch = match (options.watch_graphs, kernels.is_empty()) {
+        let watch = match (options.watch_graphs.is_some(), kernels.is_empty()) {
             (true, true) => WATCHED,
             (true, false) => "no compiled kernels",
             (false, _) => "off",

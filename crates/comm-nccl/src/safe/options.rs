@@ -6,7 +6,12 @@ use std::str::FromStr;
 
 use comm_core::{CommError, Result};
 
+use super::marks::Placement;
 use crate::sys::Config;
+
+const WATCH_GRAPHS: &str = "nccl.watch_graphs";
+/// Decides where the option is not given.
+const WATCH_GRAPHS_VARIABLE: &str = "COMM_NCCL_WATCH_GRAPHS";
 
 /// Settings of a communicator and its splits.
 #[derive(Clone, Debug)]
@@ -20,15 +25,27 @@ pub(crate) struct Options {
     net_name: Option<CString>,
     /// Bytes of the buffer through which pitched gathers go.
     pub(crate) staging_bytes: usize,
-    /// Whether captured work is watched.
-    pub(crate) watch_graphs: bool,
+    /// How captured work is watched, if it is.
+    pub(crate) watch_graphs: Option<Placement>,
 }
 
 /// Large enough that a gather's copies run at full bandwidth, small beside a model.
 const STAGING_BYTES: usize = 8 << 20;
 
 impl Options {
+    /// From the context's options, and the environment.
     pub(crate) fn parse(options: &BTreeMap<String, String>) -> Result<Self> {
+        let mut parsed = Self::from_map(options)?;
+        if let Ok(text) = std::env::var(WATCH_GRAPHS_VARIABLE)
+            && !text.is_empty()
+            && !options.contains_key(WATCH_GRAPHS)
+        {
+            parsed.watch_graphs = placement(WATCH_GRAPHS_VARIABLE, &text)?;
+        }
+        Ok(parsed)
+    }
+
+    fn from_map(options: &BTreeMap<String, String>) -> Result<Self> {
         let net_name = options
             .get("nccl.net_name")
             .map(|name| CString::new(name.as_str()))
@@ -43,7 +60,7 @@ impl Options {
             split_share: number(options, "nccl.split_share")?,
             net_name,
             staging_bytes: number(options, "nccl.staging_bytes")?.unwrap_or(STAGING_BYTES),
-            watch_graphs: switch(options, "nccl.watch_graphs", true)?,
+            watch_graphs: placement(WATCH_GRAPHS, options.get(WATCH_GRAPHS).map_or("on", String::as_str))?,
         })
     }
 
@@ -53,7 +70,7 @@ impl Options {
         let net_name = self.net_name.as_ref().map(|name| format!("net_name={}", name.to_string_lossy()));
         let always = [
             format!("staging_bytes={}", self.staging_bytes),
-            format!("watch_graphs={}", if self.watch_graphs { "on" } else { "off" }),
+            format!("watch_graphs={}", describe_placement(self.watch_graphs)),
         ];
         let settings = [
             given("min_ctas", self.min_ctas),
@@ -92,14 +109,24 @@ impl Options {
     }
 }
 
-fn switch(options: &BTreeMap<String, String>, name: &str, default: bool) -> Result<bool> {
-    match options.get(name).map(String::as_str) {
-        None => Ok(default),
-        Some("on") => Ok(true),
-        Some("off") => Ok(false),
-        Some(text) => {
-            Err(CommError::invalid("options", format!("{name} is {text:?}, but must be on or off")))
-        }
+/// How captured work is watched by a setting's text: `on` is the placement that costs the chain less.
+fn placement(name: &str, text: &str) -> Result<Option<Placement>> {
+    match text {
+        "on" | "beside" => Ok(Some(Placement::Beside)),
+        "inline" => Ok(Some(Placement::Inline)),
+        "off" => Ok(None),
+        _ => Err(CommError::invalid(
+            "options",
+            format!("{name} is {text:?}, but must be on, beside, inline or off"),
+        )),
+    }
+}
+
+const fn describe_placement(placement: Option<Placement>) -> &'static str {
+    match placement {
+        Some(Placement::Beside) => "beside",
+        Some(Placement::Inline) => "inline",
+        None => "off",
     }
 }
 
@@ -119,21 +146,29 @@ mod tests {
     fn options_reach_the_configuration() {
         let options = [("nccl.max_ctas", "8"), ("nccl.net_name", "Socket"), ("other.thing", "x")]
             .map(|(k, v)| (k.to_owned(), v.to_owned()));
-        let parsed = Options::parse(&options.into()).unwrap();
+        let parsed = Options::from_map(&options.into()).unwrap();
         let config = parsed.config();
         assert_eq!((config.blocking, config.max_ctas, config.min_ctas), (0, 8, UNDEFINED));
         assert!(!config.net_name.is_null());
-        assert_eq!(parsed.describe(), "max_ctas=8, net_name=Socket, staging_bytes=8388608, watch_graphs=on");
+        assert_eq!(
+            parsed.describe(),
+            "max_ctas=8, net_name=Socket, staging_bytes=8388608, watch_graphs=beside"
+        );
         let wrong = BTreeMap::from([("nccl.min_ctas".to_owned(), "many".to_owned())]);
-        let message = Options::parse(&wrong).unwrap_err().to_string();
+        let message = Options::from_map(&wrong).unwrap_err().to_string();
         assert!(message.contains("nccl.min_ctas") && message.contains("many"), "{message}");
     }
 
     #[test]
     fn graphs_are_watched_unless_that_is_switched_off() {
-        let with = |text: &str| Options::parse(&[("nccl.watch_graphs".to_owned(), text.to_owned())].into());
-        assert!(Options::parse(&BTreeMap::new()).unwrap().watch_graphs);
-        assert!(with("on").unwrap().watch_graphs && !with("off").unwrap().watch_graphs);
-        assert!(with("1").unwrap_err().to_string().contains("on or off"));
+        let with = |text: &str| Options::from_map(&[(WATCH_GRAPHS.to_owned(), text.to_owned())].into());
+        let watch = |text: &str| with(text).unwrap().watch_graphs;
+        assert_eq!(Options::from_map(&BTreeMap::new()).unwrap().watch_graphs, watch("on"));
+        assert_eq!([watch("on"), watch("beside")], [Some(Placement::Beside); 2]);
+        assert_eq!([watch("inline"), watch("off")], [Some(Placement::Inline), None]);
+        // Ranks that say the same in different words agree.
+        assert_eq!(with("on").unwrap().describe(), with("beside").unwrap().describe());
+        assert_ne!(with("on").unwrap().describe(), with("inline").unwrap().describe());
+        assert!(with("1").unwrap_err().to_string().contains("on, beside, inline or off"));
     }
 }

@@ -10,6 +10,7 @@ use cudarc::driver::CudaContext;
 
 use super::farewell::Farewell;
 use super::limits::Limits;
+use super::marks::Placement;
 use super::memory::Buffers;
 use super::options::Options;
 use super::track::{Arrival, Issued, Tracker};
@@ -31,9 +32,9 @@ pub(crate) struct Base {
 }
 
 impl Base {
-    /// The kernels that watch captured work, if it is watched.
-    pub(crate) fn graph_watch(&self) -> Option<Arc<Kernels>> {
-        self.kernels.clone().filter(|_| self.limits.watches_graphs())
+    /// The kernels that watch captured work, if it is watched, and where they stand.
+    pub(crate) fn graph_watch(&self) -> Option<(Arc<Kernels>, Placement)> {
+        self.kernels.clone().filter(|_| self.limits.watches_graphs()).zip(self.options.watch_graphs)
     }
 }
 
@@ -263,9 +264,10 @@ impl Shared {
         let mut call = self.begin(kind)?;
         call.capturing = driver::is_capturing(stream);
         if call.capturing
-            && let Some(tracker) = &call.native.tracker
+            && let Some(tracker) = &mut call.native.tracker
         {
-            call.fatal(tracker.capture_start(call.issued, stream))?;
+            let marked = tracker.capture_start(call.issued, stream);
+            call.fatal(marked)?;
         }
         Ok(call)
     }

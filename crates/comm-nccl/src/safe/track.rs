@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use comm_core::{OpKind, Result, StreamHandle};
 use comm_kernels::Kernels;
 
-use super::marks::Marks;
+use super::marks::{Marks, Placement};
 use crate::driver::Event;
 
 /// A call, as far as diagnosis needs it.
@@ -60,7 +60,7 @@ pub(crate) struct Tracker {
 
 impl Tracker {
     /// With `kernels`, captured calls are watched too.
-    pub(crate) fn new(kernels: Option<Arc<Kernels>>) -> Result<Self> {
+    pub(crate) fn new(kernels: Option<(Arc<Kernels>, Placement)>) -> Result<Self> {
         let first = Event::new()?;
         let second = match Event::new() {
             Ok(second) => second,
@@ -70,7 +70,7 @@ impl Tracker {
             }
         };
         let mut tracker = Self { events: [first, second], oldest: None, newest: None, marks: None };
-        match kernels.map(Marks::new).transpose() {
+        match kernels.map(|(kernels, placement)| Marks::new(kernels, placement)).transpose() {
             Ok(marks) => {
                 tracker.marks = marks;
                 Ok(tracker)
@@ -83,13 +83,13 @@ impl Tracker {
     }
 
     /// Marks that a call is about to be captured.
-    pub(crate) fn capture_start(&self, issued: Issued, stream: StreamHandle) -> Result<()> {
-        self.marks.as_ref().map_or(Ok(()), |marks| marks.start(issued, stream))
+    pub(crate) fn capture_start(&mut self, issued: Issued, stream: StreamHandle) -> Result<()> {
+        self.marks.as_mut().map_or(Ok(()), |marks| marks.start(issued, stream))
     }
 
     /// Marks that a call has just been captured.
-    pub(crate) fn capture_finish(&self, issued: Issued, stream: StreamHandle) -> Result<()> {
-        self.marks.as_ref().map_or(Ok(()), |marks| marks.finish(issued, stream))
+    pub(crate) fn capture_finish(&mut self, issued: Issued, stream: StreamHandle) -> Result<()> {
+        self.marks.as_mut().map_or(Ok(()), |marks| marks.finish(issued, stream))
     }
 
     /// Captured collectives begun in all replays so far.

@@ -3,6 +3,7 @@
 
 use anyhow::Result;
 use comm_core::{DeviceAddr, DeviceMemory, ReduceOp, RmsNormArgs};
+use comm_kernels::Mark;
 use comm_kernels::layer::{Heads, LayerKernels, UniformBlock};
 
 use super::{Bench, FLOATS};
@@ -45,8 +46,19 @@ impl Bench {
             }
         }
         self.poison(one, 64)?;
+        let mark = Mark { counter: one, slots: one.offset(16), slot_count: 2, tag: 7 };
         // SAFETY: the counter is the first eight bytes, the slots lie behind it.
-        unsafe { self.kernels.mark(one, one.offset(16), 2, 7, stream)? };
+        unsafe { self.kernels.mark(mark, stream)? };
+        // Both of a node's marks.
+        let mut beside = self.memory.capture(|| {
+            // SAFETY: as above, also in the replay, which the wait below ends; this thread alone captures.
+            unsafe {
+                let node = self.kernels.mark_beside(mark, None, stream)?;
+                self.kernels.mark_beside(mark, Some(node), stream).map(drop)
+            }
+        })?;
+        // SAFETY: the stream is the memory's own.
+        unsafe { beside.launch(stream)? };
         let layer = LayerKernels::load(self.memory.context())?;
         let block = UniformBlock {
             rows: 2,
