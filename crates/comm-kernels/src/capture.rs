@@ -24,6 +24,7 @@ type GetCaptureInfo = unsafe extern "C" fn(
     *mut usize,
 ) -> sys::CUresult;
 
+const CAPTURE_NONE: c_int = 0;
 const CAPTURE_ACTIVE: c_int = 1;
 
 fn capture_info() -> Result<GetCaptureInfo> {
@@ -115,8 +116,11 @@ pub unsafe fn position(handle: StreamHandle) -> Result<Option<Position>> {
         )
     };
     check("cuStreamGetCaptureInfo", code)?;
-    if status != CAPTURE_ACTIVE {
-        return Ok(None);
+    match status {
+        CAPTURE_NONE => return Ok(None),
+        CAPTURE_ACTIVE => {}
+        // Such a capture has no graph.
+        _ => check("cuStreamGetCaptureInfo", sys::CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED)?,
     }
     let mut after = Vec::new();
     if count > 0 && !nodes.is_null() {
