@@ -22,7 +22,7 @@ __device__ __forceinline__ void all_gather_packets(const Link& link, const char*
     const size_t thread = size_t(blockIdx.x) * blockDim.x + threadIdx.x, threads = size_t(gridDim.x) * blockDim.x;
     const uint32_t rounds = uint32_t((cut.packs() + threads - 1) / threads);
     Waiter waiter;
-    const uint32_t first = claim_rounds(link, rounds, waiter.gave_up);
+    const uint32_t first = claim_rounds_by_thread(link, rounds, waiter.gave_up);
     const int rank = link.rank;
 
     auto push = [&](uint32_t k) {
@@ -74,7 +74,7 @@ __device__ __forceinline__ void broadcast_packets(const Link& link, const char* 
     const size_t thread = size_t(blockIdx.x) * blockDim.x + threadIdx.x, threads = size_t(gridDim.x) * blockDim.x;
     const uint32_t rounds = uint32_t((cut.packs() + threads - 1) / threads);
     Waiter waiter;
-    const uint32_t first = claim_rounds(link, rounds, waiter.gave_up);
+    const uint32_t first = claim_rounds_by_thread(link, rounds, waiter.gave_up);
     if (waiter.gave_up) return;
     const int rank = link.rank;
     auto relay = [&](int i) { return root + 1 + i >= kWorld ? root + 1 + i - kWorld : root + 1 + i; };
@@ -204,7 +204,7 @@ __device__ __forceinline__ void all_gather_direct(const Link& link, const char* 
     allow_successor();
     wait_for_predecessor();
     Waiter waiter;
-    const uint32_t round = claim_rounds(link, 1, waiter.gave_up);
+    const uint32_t round = claim_rounds_by_thread(link, 1, waiter.gave_up);
     if (!meet<kWorld>(link, waiter, kEnter, round, false)) return;
     injected_stall(link);
     uint64_t bits = address(send) | bytes;
@@ -243,7 +243,7 @@ __device__ __forceinline__ void broadcast_direct(const Link& link, const char* s
     const size_t per_pass = size_t(gridDim.x) * chunk;
     const uint32_t passes = uint32_t((cut.stride + per_pass - 1) / per_pass);
     Waiter waiter;
-    const uint32_t first = claim_rounds(link, passes + 1, waiter.gave_up);
+    const uint32_t first = claim_rounds_by_thread(link, passes + 1, waiter.gave_up);
     const int rank = link.rank, mine = rank - root - 1 < 0 ? rank - root - 1 + kWorld : rank - root - 1;
     auto relay = [&](int i) { return root + 1 + i >= kWorld ? root + 1 + i - kWorld : root + 1 + i; };
     const uint32_t warp = threadIdx.x / 32, warps = blockDim.x / 32;

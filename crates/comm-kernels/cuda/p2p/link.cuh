@@ -101,14 +101,16 @@ __device__ __forceinline__ void allow_successor() { asm volatile("griddepcontrol
 __device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // Claims `rounds` rounds for this kernel and returns the first. Called once by all threads of all CTAs. `silent` becomes
-// true, for the whole CTA, if this rank has given up a wait before: see wait.cuh.
+// true if this rank has given up a wait before (see wait.cuh): for each thread by what it saw, as a barrier that had to
+// know it would keep the kernel's first loads waiting.
 //
 // Every CTA reads the counter and then counts itself; the last to count advances it. Nobody can read the new value in
 // this kernel, as all have read by then, and the next kernel starts reading after this one has ended. One counter for
 // all CTAs keeps kernels of different grid sizes in step.
-__device__ __forceinline__ uint32_t claim_rounds(const Link& link, uint32_t rounds, bool& silent) {
+__device__ __forceinline__ uint32_t claim_rounds_by_thread(const Link& link, uint32_t rounds, bool& silent) {
     const uint32_t round = *reinterpret_cast<volatile uint32_t*>(&link.channel->round);
-    silent = __syncthreads_or(*reinterpret_cast<volatile uint32_t*>(link.broken));
+    silent = *reinterpret_cast<volatile uint32_t*>(link.broken) != 0;
+    __syncthreads();
     if (threadIdx.x == 0) {
         const bool last = gridDim.x == 1 || atomicAdd(&link.channel->arrived, 1u) == gridDim.x - 1;
         if (last) {
@@ -116,6 +118,13 @@ __device__ __forceinline__ uint32_t claim_rounds(const Link& link, uint32_t roun
             link.channel->round = round + rounds;
         }
     }
+    return round;
+}
+
+// The same with one `silent` for the whole CTA.
+__device__ __forceinline__ uint32_t claim_rounds(const Link& link, uint32_t rounds, bool& silent) {
+    const uint32_t round = claim_rounds_by_thread(link, rounds, silent);
+    silent = __syncthreads_or(silent);
     return round;
 }
 

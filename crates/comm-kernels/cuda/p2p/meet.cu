@@ -45,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(32)
 #define P2P_BARRIER(WORLD)                                                                                             \
     extern "C" __global__ void __launch_bounds__(32) p2p_barrier_w##WORLD(const __grid_constant__ p2p::Link link) {    \
         p2p::Waiter waiter;                                                                                            \
-        const uint32_t round = p2p::claim_rounds(link, 1, waiter.gave_up);                                             \
+        const uint32_t round = p2p::claim_rounds_by_thread(link, 1, waiter.gave_up);                                   \
         p2p::injected_stall(link);                                                                                     \
         p2p::meet<WORLD>(link, waiter, p2p::kExit, round, true);                                                       \
     }

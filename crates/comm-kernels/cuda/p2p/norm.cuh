@@ -235,7 +235,7 @@ __device__ __forceinline__ void norm_one_shot(const Link& link, const NormArgs<T
     const uint32_t bytes = r.cut.bytes(0, pack);
     typename R::Data own;
     if (bytes != 0) own = rows.load(args.input, row + column, bytes);
-    const uint32_t round = claim_rounds(link, 1, r.waiter.gave_up);
+    const uint32_t round = claim_rounds_by_thread(link, 1, r.waiter.gave_up);
     if (bytes != 0 && !r.waiter.gave_up) {
 #pragma unroll
         for (int d = 1; d < kWorld; d++)
@@ -301,7 +301,7 @@ __device__ __forceinline__ void norm_two_shot(const Link& link, const NormArgs<T
     // barriers.
     const bool even = moves_wide<4>(rows.align) && r.cut.whole_packs(kWorld) == r.cut.packs();
     const uint32_t rounds = uint32_t((args.tokens + gridDim.x - 1) / gridDim.x);
-    const uint32_t first = claim_rounds(link, rounds, r.waiter.gave_up);
+    const uint32_t first = claim_rounds_by_thread(link, rounds, r.waiter.gave_up);
     auto token = [&](uint32_t k) { return size_t(k) * gridDim.x + blockIdx.x; };
     auto scatter = [&](uint32_t k) {
         if (token(k) >= args.tokens) return;
@@ -403,11 +403,12 @@ __device__ __forceinline__ void norm_two_shot(const Link& link, const NormArgs<T
             });
         }
     };
+    const bool sums = r.cut.bytes(link.rank, 0) != 0;
     scatter(0);
     injected_stall(link);
     for (uint32_t k = 0; k < rounds; k++) {
         if (k > 0) fence_system();
-        if (k + 1 < rounds) scatter(k + 1);
+        if (k > 0 && k + 1 < rounds) scatter(k + 1);
         const uint32_t bytes = token(k) < args.tokens ? r.cut.bytes(link.rank, pack) : 0;
         if (bytes != 0) {
             const size_t row = token(k) * rows.pitch(), column = r.cut.offset(link.rank, pack);
@@ -417,7 +418,16 @@ __device__ __forceinline__ void norm_two_shot(const Link& link, const NormArgs<T
             r.publish(first + k, v);
             rows.store(args.residual_out, row + column, v, bytes);
         }
-        if (k > 0) finish(k - 1);
+        // The second push follows a receipt of this kernel, as in reduce.cuh: thread 0 has one if the slice is not empty,
+        // which shows every thread behind the barrier that the others have started; else the row's results are one.
+        if (k == 0 && rounds > 1) {
+            if (sums)
+                __syncthreads();
+            else
+                finish(0);
+            scatter(1);
+        }
+        if (k > 1 || (k == 1 && sums)) finish(k - 1);
     }
     finish(rounds - 1);
 }

@@ -302,8 +302,12 @@ __device__ __forceinline__ void all_reduce_quantized(const Link& link, const T* 
             if (k + 1 < rounds) sum.scatter(first + k + 1, row(k + 1));
         }
         if (sum.exists(link.rank, row(k))) sum.reduce(first + k, row(k));
-        if (k == 0 && rounds > 1) sum.scatter(first + 1, row(1));
-        if (k > 0) sum.gather(first + k - 1, row(k - 1));
+        // Before the second push something must have been received: see reduce.cuh.
+        if (k == 0 && rounds > 1) {
+            if (!sum.exists(link.rank, row(0))) sum.gather(first, row(0));
+            sum.scatter(first + 1, row(1));
+        }
+        if (k > 1 || (k == 1 && sum.exists(link.rank, row(0)))) sum.gather(first + k - 1, row(k - 1));
     }
     sum.gather(first + rounds - 1, row(rounds - 1));
 }

@@ -19,7 +19,8 @@
 // something from every rank, so B had started it, so all of B's kernels before it had ended. A thread may have no pack
 // in that kernel's last round; what it received in the round before shows that B's thread had finished `reduce(r - 4)`.
 // That covers the first push. The second, of round r + 1, is made only after `reduce(r)`: B's pack of r shows that all
-// of B's earlier kernels have ended.
+// of B's earlier kernels have ended. A thread whose own slice is too short for `reduce(r)` waits for the others' sums of
+// r instead: to whom it has a pack of r + 1 to send, that rank has sent it its sum of r.
 //
 // Restoring the mark (Lamport): the restoring store must not land after the next data. It precedes, in B's program
 // order, the push by which A learns of it; the system fence at the head of each later iteration, or the end of B's
@@ -143,7 +144,7 @@ __device__ __forceinline__ void all_reduce_one_shot(const Link& link, const T* s
         size_t(gridDim.x) * blockDim.x,
         {}};
     const size_t packs = r.cut.packs();
-    const uint32_t round = claim_rounds(link, 1, r.waiter.gave_up);
+    const uint32_t round = claim_rounds_by_thread(link, 1, r.waiter.gave_up);
     for (size_t p = r.thread; p < packs && !r.waiter.gave_up; p += r.threads) {
         const auto own = r.read(0, p, r.cut.bytes(0, p));
 #pragma unroll
@@ -179,7 +180,7 @@ __device__ __forceinline__ void all_reduce_two_shot(const Link& link, const T* s
         size_t(gridDim.x) * blockDim.x,
         {}};
     const uint32_t rounds = uint32_t((r.cut.packs() + r.threads - 1) / r.threads);
-    const uint32_t first = claim_rounds(link, rounds, r.waiter.gave_up);
+    const uint32_t first = claim_rounds_by_thread(link, rounds, r.waiter.gave_up);
     const size_t whole = moves_wide<Wire::kWords>(align_out) ? r.cut.whole_packs(kWorld) : 0;
 
     auto gather = [&](uint32_t k) {
@@ -214,8 +215,11 @@ __device__ __forceinline__ void all_reduce_two_shot(const Link& link, const T* s
             r.publish(first + k, v);
             write_pack<sizeof(T)>(out + r.cut.offset(link.rank, pack), v, bytes, align_out);
         }
-        if (k == 0 && rounds > 1) r.scatter(first + 1, pack + r.threads);
-        if (k > 0) gather(k - 1);
+        if (k == 0 && rounds > 1) {
+            if (bytes == 0) gather(0);
+            r.scatter(first + 1, pack + r.threads);
+        }
+        if (k > 1 || (k == 1 && r.cut.bytes(link.rank, r.thread) != 0)) gather(k - 1);
     }
     gather(rounds - 1);
 }
@@ -237,7 +241,7 @@ __device__ __forceinline__ void reduce_scatter(const Link& link, const T* send, 
         size_t(gridDim.x) * blockDim.x,
         {}};
     const uint32_t rounds = uint32_t((r.cut.packs() + r.threads - 1) / r.threads);
-    const uint32_t first = claim_rounds(link, rounds, r.waiter.gave_up);
+    const uint32_t first = claim_rounds_by_thread(link, rounds, r.waiter.gave_up);
     r.scatter(first, r.thread);
     injected_stall(link);
     for (uint32_t k = 0; k < rounds; k++) {

@@ -209,16 +209,34 @@ pub(crate) fn packets(world: usize, kernels: &[(u8, u8)], first: Round, mutant: 
     w.protocol
 }
 
-/// reduce.cuh, `all_reduce_two_shot` with `Lamport`, one thread; `parts` words a pack.
-pub(crate) fn two_shot(world: usize, parts: u8, kernels: &[u8], first: Round, mutant: Mutant) -> Protocol {
+/// What a run of two-shot kernels is like.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TwoShot<'a> {
+    pub(crate) world: usize,
+    /// Words of a pack.
+    pub(crate) parts: u8,
+    /// Rounds of each kernel.
+    pub(crate) kernels: &'a [u8],
+    /// Whether the first kernel is a reduce-scatter in whose last round the thread has no packs, and the last rank's slice
+    /// ends before the thread's packs in the others.
+    pub(crate) short: bool,
+}
+
+/// reduce.cuh, `all_reduce_two_shot` with `Lamport`, one thread.
+pub(crate) fn two_shot(run: TwoShot<'_>, first: Round, mutant: Mutant) -> Protocol {
+    let TwoShot { world, parts, kernels, short } = run;
     let mut w = Writer::new(world, first, mutant);
-    for &rounds in kernels {
+    for (number, &rounds) in kernels.iter().enumerate() {
         let first = w.claim_rounds(rounds);
+        let scatters_only = short && number == 0;
+        let used = if scatters_only { rounds - 1 } else { rounds };
+        let has_slice = |rank: usize| !(short && number > 0 && rank + 1 == world);
         for rank in 0..world {
             let value = |round, stage: u8, src, part: u8| packet(stage + 2 * part, payload(round, src));
             let send = |w: &mut Writer, k: u8, stage| {
                 let round = first.wrapping_add(k);
-                for to in w.others(rank) {
+                // Packs of a slice go to whoever sums it, sums to everybody.
+                for to in w.others(rank).filter(|&to| k < used && (stage == GATHER || has_slice(to))) {
                     for part in 0..parts {
                         let at = w.slot(to, round, stage, rank, Some(part));
                         w.store(rank, at, value(round, stage, rank, part), stage == GATHER);
@@ -227,8 +245,11 @@ pub(crate) fn two_shot(world: usize, parts: u8, kernels: &[u8], first: Round, mu
             };
             let collect = |w: &mut Writer, k: u8, stage| {
                 let round = first.wrapping_add(k);
-                let slots: Vec<_> =
-                    w.others(rank).flat_map(|src| (0..parts).map(move |part| (src, part))).collect();
+                let slots: Vec<_> = w
+                    .others(rank)
+                    .filter(|&src| k < used && (stage == SCATTER || has_slice(src)))
+                    .flat_map(|src| (0..parts).map(move |part| (src, part)))
+                    .collect();
                 for &(src, part) in &slots {
                     let at = w.slot(rank, round, stage, src, Some(part));
                     let sees = Some(value(round, stage, src, part));
@@ -240,6 +261,7 @@ pub(crate) fn two_shot(world: usize, parts: u8, kernels: &[u8], first: Round, mu
                     w.store(rank, at, MARK, false);
                 }
             };
+            let (sums, early) = (has_slice(rank), mutant == Mutant::EarlySecondPush);
             send(&mut w, 0, SCATTER);
             for k in 0..rounds {
                 if k > 0 {
@@ -248,16 +270,25 @@ pub(crate) fn two_shot(world: usize, parts: u8, kernels: &[u8], first: Round, mu
                 if k > 0 && k + 1 < rounds {
                     send(&mut w, k + 1, SCATTER);
                 }
-                collect(&mut w, k, SCATTER);
-                send(&mut w, k, GATHER);
+                if sums {
+                    collect(&mut w, k, SCATTER);
+                    if !scatters_only {
+                        send(&mut w, k, GATHER);
+                    }
+                }
                 if k == 0 && rounds > 1 {
+                    if !sums && !early {
+                        collect(&mut w, 0, GATHER);
+                    }
                     send(&mut w, 1, SCATTER);
                 }
-                if k > 0 {
+                if !scatters_only && (k > 1 || (k == 1 && (sums || early))) {
                     collect(&mut w, k - 1, GATHER);
                 }
             }
-            collect(&mut w, rounds - 1, GATHER);
+            if !scatters_only {
+                collect(&mut w, rounds - 1, GATHER);
+            }
             w.end(rank, []);
         }
     }

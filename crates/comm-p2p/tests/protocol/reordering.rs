@@ -6,7 +6,7 @@
 use stateright::{Checker, HasDiscoveries, Model, Property};
 
 use super::memory::{Instr, Mem, Order, Outcome, Protocol, Value, Word, step};
-use super::programs::{self, Mutant};
+use super::programs::{self, Mutant, TwoShot};
 
 /// A store on its way.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
@@ -254,12 +254,20 @@ fn packets() {
 
 #[test]
 fn lamport_two_shot() {
-    holds(programs::two_shot(2, 2, &[3, 2], FIRST, Mutant::None), Trouble::Nothing);
-    holds(programs::two_shot(3, 1, &[1], FIRST, Mutant::None), Trouble::Impatience);
+    let run = |world, parts, kernels| TwoShot { world, parts, kernels, short: false };
+    holds(programs::two_shot(run(2, 2, &[3, 2]), FIRST, Mutant::None), Trouble::Nothing);
+    holds(programs::two_shot(run(3, 1, &[1]), FIRST, Mutant::None), Trouble::Impatience);
     for mutant in [Mutant::OneBufferFewer, Mutant::NoFence, Mutant::NoRestore] {
-        is_caught(programs::two_shot(2, 1, &[6], FIRST, mutant), Trouble::Nothing);
+        is_caught(programs::two_shot(run(2, 1, &[6]), FIRST, mutant), Trouble::Nothing);
     }
-    is_caught(programs::two_shot(3, 1, &[1], FIRST, Mutant::GarbageGoesOut), Trouble::Impatience);
+    is_caught(programs::two_shot(run(3, 1, &[1]), FIRST, Mutant::GarbageGoesOut), Trouble::Impatience);
+}
+
+#[test]
+fn lamport_two_shot_with_a_short_slice() {
+    let run = TwoShot { world: 2, parts: 1, kernels: &[3, 2], short: true };
+    holds(programs::two_shot(run, FIRST, Mutant::None), Trouble::Nothing);
+    is_caught(programs::two_shot(run, FIRST, Mutant::EarlySecondPush), Trouble::Nothing);
 }
 
 #[test]

@@ -6,7 +6,7 @@ use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU16, Ordering, fence};
 
 use super::memory::{Mem, Order, Outcome, Protocol, Value, Word, step};
-use super::programs::{self, Mutant};
+use super::programs::{self, Mutant, TwoShot};
 
 struct Shared(Arc<Vec<AtomicU16>>);
 
@@ -71,7 +71,8 @@ fn two_epochs_hold() {
     explore(programs::direct(2, 2, FIRST, Mutant::None));
     explore(programs::packets(2, &[(2, 2)], FIRST, Mutant::None));
     explore(programs::cells(2, &[2], FIRST, Mutant::None));
-    explore(programs::two_shot(2, 1, &[2], FIRST, Mutant::None));
+    let run = TwoShot { world: 2, parts: 1, kernels: &[2], short: false };
+    explore(programs::two_shot(run, FIRST, Mutant::None));
     explore(programs::broadcast(2, 2, FIRST, Mutant::None));
     explore(programs::pair(2, FIRST, Mutant::None));
 }
