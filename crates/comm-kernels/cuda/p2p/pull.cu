@@ -45,6 +45,7 @@ __device__ __forceinline__ void pull_all_reduce(const Link& link, const T* send,
     const size_t thread = size_t(blockIdx.x) * blockDim.x + threadIdx.x, threads = size_t(gridDim.x) * blockDim.x;
     Waiter waiter;
     const uint32_t round = claim_rounds(link, 1, waiter.gave_up);
+    if (waiter.gave_up) return;  // peers may still be reading the staging memory: silence covers it too
     for (size_t p = thread; p < packs; p += threads) {
         const uint32_t bytes = cut.bytes(0, p);
         write_pack<sizeof(T)>(staging.at[link.rank] + p * kPackBytes,

@@ -20,6 +20,9 @@
 //   the round, so a flag of round k + 2 cannot stand in for one of round k that a slower mover still holds.
 // - Round k + 2 goes to the buffers of round k. It is sent to a rank after that rank's credit for round k: raised by
 //   the CTA that counted the round's last tile as summed, and so ordered behind all reads of the round.
+// - Rounds k and k + 2 share that count as well. It is back at zero before the credit, and only senders wait for
+//   credits: so nobody counts a tile that nobody sends, one past the end of a shorter slice. Every round before a
+//   slice's last is full, so a sender that has a tile for round k + 2 has the credit for round k to wait for.
 // - A summed tile is gathered after its own flag, on this rank, behind proxy fences: the sum was written by ordinary
 //   stores and is read by the bulk copy unit.
 // - In place: a rank overwrites its own slice of a tile after reading it. Others' sums of a tile overwrite this rank's
@@ -47,9 +50,12 @@ struct TileCut {
     __device__ __forceinline__ size_t round_bytes() const { return size_t(tiles) * tile; }
     __device__ __forceinline__ uint32_t rounds() const { return uint32_t((slice + round_bytes() - 1) / round_bytes()); }
     // Tiles of round k of the longest slice.
-    __device__ __forceinline__ uint32_t tiles_of(uint32_t k) const {
-        const size_t left = slice - k * round_bytes();
-        return left >= round_bytes() ? tiles : uint32_t((left + tile - 1) / tile);
+    __device__ __forceinline__ uint32_t tiles_of(uint32_t k) const { return tiles_of(k, slice); }
+    // Those of them that are not empty in a slice of `length` bytes.
+    __device__ __forceinline__ uint32_t tiles_of(uint32_t k, size_t length) const {
+        const size_t at = k * round_bytes();
+        if (at >= length) return 0;
+        return length - at >= round_bytes() ? tiles : uint32_t((length - at + tile - 1) / tile);
     }
     __device__ __forceinline__ size_t begin(uint32_t k, uint32_t t) const {
         return k * round_bytes() + size_t(t) * tile;
@@ -235,6 +241,7 @@ __device__ __forceinline__ void reduce_in_steps(const Link& link, const char* se
                 if (bytes == 0) continue;
                 if (!until(tile_flag(link, rank, k, t, rank), first + k, rank)) break;
                 if (leader) fence_proxy();
+                __syncwarp();  // all lanes read the sum, if it lies unaligned, and lane 0 alone has seen the flag
                 const size_t at = cut.begin(k, t);
                 mover.stages.move(to(peer) + at, to(rank) + at, bytes, align);
                 __syncwarp();
@@ -260,7 +267,7 @@ __device__ __forceinline__ void reduce_in_steps(const Link& link, const char* se
                          [&](uint32_t k, uint32_t t) {
                              if (kGatherToo) Flag::raise(tile_flag(link, rank, k, t, rank), first + k);
                              uint32_t* const count = &link.channel->reduced[k % kTileBuffers];
-                             if (atomicAdd(count, 1u) != cut.tiles_of(k) - 1) return;
+                             if (atomicAdd(count, 1u) != cut.tiles_of(k, length(rank)) - 1) return;
                              *count = 0;
                              fence_system();
                              for (int d = 1; d < kWorld; d++)
@@ -285,8 +292,9 @@ __device__ __forceinline__ void reduce_in_steps(const Link& link, const char* se
         for (uint32_t k = 0; k < rounds && !stopped; k++) {
             for (uint32_t t = blockIdx.x; t < cut.tiles_of(k); t += gridDim.x) {
                 const uint32_t bytes = cut.bytes(k, t, length(rank));
+                if (bytes == 0) continue;
                 const size_t begin = cut.begin(k, t);
-                if (thread < kWorld && int(thread) != rank && bytes != 0) {
+                if (thread < kWorld && int(thread) != rank) {
                     const uint32_t* word = tile_flag(link, rank, k, t, thread);
                     waiter.until_arrived(link, first + k,
                                          [&] { return Flag::raised(word, first + k) ? 0u : 1u << thread; });
