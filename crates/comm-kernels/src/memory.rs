@@ -142,24 +142,34 @@ impl DeviceMemory for CudaMemory {
 
     unsafe fn free(&self, addr: DeviceAddr) -> Result<()> {
         self.bind()?;
-        if self.allocations.lock().unwrap_or_else(PoisonError::into_inner).remove(&addr.0).is_none() {
+        let table = || self.allocations.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(bytes) = table().remove(&addr.0) else {
             return Err(CommError::invalid(
                 "addr",
                 format!("{addr:?} was not allocated here or was freed already"),
             ));
-        }
+        };
         // SAFETY: the address came from `malloc_sync` and has just left the table, so it is freed once; the caller
         // vouches that nothing uses it.
-        let outcome = unsafe { self.free_elsewhere(vec![addr.0]) }?;
-        outcome.recv_timeout(self.timeout).unwrap_or_else(|_| {
-            Err(CommError::Cuda {
-                call: "cuMemFree".into(),
-                code: sys::CUresult::CUDA_ERROR_NOT_READY as i32,
-                message: format!(
-                    "it has waited for work on other streams for {:?}, and gives {addr:?} back when that is done",
-                    self.timeout
+        let outcome = unsafe { self.free_elsewhere(vec![addr.0]) }.inspect_err(|_| {
+            // Not freed, so it stays this object's, to be freed by a later call or at the end.
+            table().insert(addr.0, bytes);
+        })?;
+        outcome.recv_timeout(self.timeout).unwrap_or_else(|error| {
+            let (code, message) = match error {
+                mpsc::RecvTimeoutError::Timeout => (
+                    sys::CUresult::CUDA_ERROR_NOT_READY,
+                    format!(
+                        "it has waited for work on other streams for {:?}, and gives {addr:?} back when that is done",
+                        self.timeout
+                    ),
                 ),
-            })
+                mpsc::RecvTimeoutError::Disconnected => (
+                    sys::CUresult::CUDA_ERROR_UNKNOWN,
+                    format!("the thread that frees {addr:?} ended without saying how it went"),
+                ),
+            };
+            Err(CommError::Cuda { call: "cuMemFree".into(), code: code as i32, message })
         })
     }
 

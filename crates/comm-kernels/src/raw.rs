@@ -5,6 +5,7 @@
 #![allow(clippy::missing_errors_doc, reason = "all of them fail with what the driver says")]
 
 use std::ffi::c_uint;
+use std::marker::PhantomData;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -90,9 +91,37 @@ impl Drop for Current {
 
 /// Lets this thread make calls that another thread's capture in global mode would forbid and be broken by.
 pub fn relax_capture_rules() {
-    let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-    // SAFETY: the pointer is valid for both. Failure is only possible without a driver, which was probed.
+    exchange_capture_mode(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED);
+}
+
+/// Lifts what captures forbid this thread, for as long as it lives: what is done meanwhile touches no capturing stream.
+pub struct RelaxedCapture {
+    before: sys::CUstreamCaptureMode,
+    /// The mode is the thread's, so this stays on it.
+    _thread: PhantomData<*const ()>,
+}
+
+impl RelaxedCapture {
+    /// Until this is dropped.
+    #[must_use]
+    #[allow(clippy::new_without_default, reason = "it acts on the thread, which nobody expects of a default")]
+    pub fn new() -> Self {
+        let before = exchange_capture_mode(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED);
+        Self { before, _thread: PhantomData }
+    }
+}
+
+impl Drop for RelaxedCapture {
+    fn drop(&mut self) {
+        exchange_capture_mode(self.before);
+    }
+}
+
+fn exchange_capture_mode(mut mode: sys::CUstreamCaptureMode) -> sys::CUstreamCaptureMode {
+    // SAFETY: the pointer is valid for both. Failure is only possible without a driver, which was probed, and leaves the
+    // mode as it is.
     let _ = unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) };
+    mode
 }
 
 /// The driver's name of a stream.

@@ -69,25 +69,3 @@ impl Drop for Sentinel {
         }
     }
 }
-
-/// Lifts what captures forbid this thread, for as long as it lives: what is done meanwhile touches no capturing stream.
-pub(crate) struct RelaxedCapture(sys::CUstreamCaptureMode);
-
-impl RelaxedCapture {
-    pub(crate) fn new() -> Self {
-        Self(exchange(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED))
-    }
-}
-
-impl Drop for RelaxedCapture {
-    fn drop(&mut self) {
-        exchange(self.0);
-    }
-}
-
-fn exchange(mut mode: sys::CUstreamCaptureMode) -> sys::CUstreamCaptureMode {
-    // SAFETY: the pointer is valid for both. Failure is only possible without a driver, which a communicator has, and
-    // leaves the mode as it is.
-    let _ = unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) };
-    mode
-}

@@ -8,12 +8,12 @@ use std::time::Duration;
 
 use comm_core::{CommError, Deadline, OpKind, Result};
 use comm_kernels::exit;
-use comm_kernels::raw::{self, Current, check};
+use comm_kernels::raw::{self, Current, RelaxedCapture, check};
 use cudarc::driver::sys;
 
 use crate::captured::take_back;
 use crate::state::{Shared, lock};
-use crate::stream::{RelaxedCapture, Sentinel};
+use crate::stream::Sentinel;
 use crate::symmetric::table::Table;
 
 /// Short enough that a death is known to kernels and callers well within a second.

@@ -8,7 +8,7 @@ use comm_core::{CommError, DeviceAddr, HostCommExt, OpKind, Registration, Result
 use super::comm::NcclComm;
 use super::state::{Hosts, Shared};
 use super::watchdog;
-use crate::driver::Current;
+use crate::driver::{Current, RelaxedCapture};
 use crate::result::NcclLibrary;
 use crate::sys;
 
@@ -128,6 +128,8 @@ impl NcclComm {
     pub(super) unsafe fn free_buffer(&self, addr: DeviceAddr) -> Result<()> {
         let shared = self.shared();
         shared.healthy()?;
+        // Somebody's capture elsewhere neither forbids what follows nor is spoilt by it.
+        let _relaxed = RelaxedCapture::new();
         // Freeing waits inside the driver for the device's work. That wait is watched here, where it can be.
         let _current = Current::enter(&shared.base.context).map_err(|error| shared.fail(error))?;
         watchdog::quiesce(shared, OpKind::Free)?;

@@ -7,10 +7,11 @@
 //!
 //! There, a communicator that ends keeps its memory, flushed and idle, and what all of them keep is given back when no
 //! communicator of the process is in use any more: with the close of a parent that outlives its groups, for example.
-//! No rank returns from a close before, which a barrier after it sees to; so worlds made one after another do not pile up.
+//! No rank returns from a close before, which a barrier after it sees to, for a second at most, and no communicator comes
+//! into use while it lasts, for its timeout at most; so worlds made one after another do not pile up.
 //! A process with one rank is alone with its device, and gives everything back at once.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use comm_core::Result;
 use cudarc::driver::CudaContext;
@@ -25,27 +26,39 @@ use crate::sys;
 /// The communicators of this process whose ranks share processes. The driver's waits are the process's, whoever made the
 /// communicators, so this is too.
 static YARD: Mutex<Yard<Remains>> = Mutex::new(Yard::new());
+/// Notified when memory has been given back.
+static GIVEN: Condvar = Condvar::new();
 
 struct Yard<T> {
     in_use: usize,
+    /// Threads that are giving back now.
+    giving: usize,
     kept: Vec<T>,
 }
 
 impl<T> Yard<T> {
     const fn new() -> Self {
-        Self { in_use: 0, kept: Vec::new() }
+        Self { in_use: 0, giving: 0, kept: Vec::new() }
     }
 
-    /// One is in use no more, and this is left of it. Returns what is to be given back now, oldest first.
+    /// One is in use no more, and this is left of it. Returns what is to be given back now, oldest first; if that is
+    /// anything, `given` follows.
     fn end(&mut self, left: Option<T>) -> Vec<T> {
         self.in_use = self.in_use.saturating_sub(1);
         self.kept.extend(left);
-        if self.in_use == 0 { std::mem::take(&mut self.kept) } else { Vec::new() }
+        let due = if self.in_use == 0 { std::mem::take(&mut self.kept) } else { Vec::new() };
+        self.giving += usize::from(!due.is_empty());
+        due
+    }
+
+    const fn given(&mut self) {
+        self.giving = self.giving.saturating_sub(1);
     }
 }
 
 /// All that a communicator holds of its device. Its work is done, and nothing is enqueued on it any more.
 pub(crate) struct Remains {
+    name: String,
     library: Arc<NcclLibrary>,
     context: Arc<CudaContext>,
     comm: *mut sys::Comm,
@@ -58,19 +71,28 @@ pub(crate) struct Remains {
 // one owner.
 unsafe impl Send for Remains {}
 
-/// Counts a communicator as in use, until [`keep`] or [`release`].
+/// Counts a communicator as in use, until [`keep`] or [`release`]. Waits first, within its timeout, until no memory is
+/// being given back: that could wait for the new communicator's work, which could wait for the rank that gives back.
 pub(crate) fn enter(shared: &Shared) {
-    if shared.base.limits.shares_process() {
-        lock(&YARD).in_use += 1;
+    if !shared.base.limits.shares_process() {
+        return;
+    }
+    let (mut yard, waited) = GIVEN
+        .wait_timeout_while(lock(&YARD), shared.base.timeout, |yard| yard.giving > 0)
+        .unwrap_or_else(PoisonError::into_inner);
+    yard.in_use += 1;
+    drop(yard);
+    if waited.timed_out() {
+        tracing::warn!(comm = shared.info.name, "ended communicators are still being given back");
     }
 }
 
 /// Counts a communicator of which nothing is left as in use no more.
 pub(crate) fn release(shared: &Shared) {
     if shared.base.limits.shares_process() {
-        // As in `keep`. An error is of another communicator, which has ended.
+        // As in `keep`.
         let due = lock(&YARD).end(None);
-        let _ = give_back_all(due);
+        let _ = give_back_all(due, false);
     }
 }
 
@@ -81,18 +103,35 @@ pub(crate) fn keep(shared: &Shared, left: Remains) -> Result<()> {
     }
     // In a statement of its own: the lock is not held while memory is given back.
     let due = lock(&YARD).end(Some(left));
-    give_back_all(due)
+    give_back_all(due, true)
 }
 
-fn give_back_all(due: Vec<Remains>) -> Result<()> {
-    // All of them, whatever becomes of one; the first error is the one to report.
-    due.into_iter().map(Remains::give_back).fold(Ok(()), Result::and)
+/// Gives all of them back, whatever becomes of one. The error to report is the caller's own, which is the last one's if
+/// `own`; the others' communicators have ended, and nobody waits for word of them.
+fn give_back_all(due: Vec<Remains>, own: bool) -> Result<()> {
+    let count = due.len();
+    if count == 0 {
+        return Ok(());
+    }
+    let mut outcome = Ok(());
+    for (index, remains) in due.into_iter().enumerate() {
+        let name = remains.name.clone();
+        match remains.give_back() {
+            Err(error) if own && index + 1 == count => outcome = Err(error),
+            Err(error) => tracing::warn!(comm = name, %error, "giving back a communicator that had ended"),
+            Ok(()) => {}
+        }
+    }
+    lock(&YARD).given();
+    GIVEN.notify_all();
+    outcome
 }
 
 impl Remains {
     /// Takes it out of a communicator that has been flushed, or aborted and its native one with it.
     pub(crate) fn take(shared: &Shared, native: &mut Native) -> Self {
         Self {
+            name: shared.info.name.clone(),
             library: shared.base.library.clone(),
             context: shared.base.context.clone(),
             comm: std::mem::replace(&mut native.comm, std::ptr::null_mut()),
@@ -105,12 +144,14 @@ impl Remains {
     fn give_back(mut self) -> Result<()> {
         let _current = Current::enter(&self.context)?;
         self.buffers.give_back(&self.library, self.comm);
-        if !self.comm.is_null() {
+        let destroyed = if self.comm.is_null() {
+            Ok(())
+        } else {
             // SAFETY: the communicator has been flushed, and was taken out under the lock, so this thread alone has it.
-            let _ = unsafe { self.library.comm_destroy(self.comm) }?;
-        }
+            unsafe { self.library.comm_destroy(self.comm) }.map(drop)
+        };
         give_back_device(self.tracker.take(), self.scratch);
-        Ok(())
+        destroyed
     }
 }
 
@@ -140,10 +181,17 @@ mod tests {
         assert!(yard.end(Some("odd")).is_empty());
         assert!(yard.end(Some("even")).is_empty());
         assert_eq!(yard.end(Some("parent")), ["odd", "even", "parent"]);
+        // Which lasts until it is said to be over.
+        assert_eq!(yard.giving, 1);
+        yard.given();
         // One that failed leaves nothing, but what others left is due.
         yard.in_use += 2;
         assert!(yard.end(Some("group")).is_empty());
         assert_eq!(yard.end(None), ["group"]);
-        assert_eq!((yard.in_use, yard.kept.len()), (0, 0));
+        yard.given();
+        // Nothing was left, so nothing is given back.
+        yard.in_use += 1;
+        assert!(yard.end(None).is_empty());
+        assert_eq!((yard.in_use, yard.giving, yard.kept.len()), (0, 0, 0));
     }
 }

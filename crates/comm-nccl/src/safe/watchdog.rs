@@ -14,13 +14,15 @@ use super::diagnose::may_come_from_a_peer;
 use super::remains::{self, Remains};
 use super::state::{Native, Pause, Shared, lock};
 use super::track::Progress;
-use crate::driver::{self, Current};
+use crate::driver::{self, Current, RelaxedCapture};
 use crate::result;
 
 /// Short enough that noticing, asking the other ranks and naming one stays within half a second.
 const INTERVAL: Duration = Duration::from_millis(25);
 /// How long a dropped communicator may take to flush before it is aborted.
 const FLUSH_TIME: Duration = Duration::from_secs(2);
+/// How long the ranks of a closed communicator wait for one another to have given it back.
+const MEET_TIME: Duration = Duration::from_secs(1);
 
 /// Starts the watchdog.
 pub(crate) fn spawn(shared: Arc<Shared>) -> Result<()> {
@@ -135,6 +137,8 @@ pub(crate) fn report_last(shared: &Shared) {
     if shared.healthy().is_err() {
         return;
     }
+    // The caller's thread may be in the middle of a capture, which asking the device would fail in, and spoil.
+    let _relaxed = RelaxedCapture::new();
     let deadline = Deadline::after(INTERVAL);
     let found = Current::enter(&shared.base.context).and_then(|_current| {
         loop {
@@ -188,21 +192,25 @@ fn end(shared: &Shared, collective: bool, timeout: Duration) -> Result<()> {
     }
     let left = Remains::take(shared, &mut lock(&shared.native));
     // Without the lock, so that a call that came just too late is refused and does not wait for NCCL.
-    remains::keep(shared, left)?;
+    let kept = remains::keep(shared, left);
     if collective && shared.base.limits.shares_process() {
-        // A rank that has died since does not make this rank's end a bad one.
+        // A rank that has died since does not make this rank's end a bad one. Neither does one that is giving memory
+        // back, which may take until this rank has returned and gone on with other work.
+        let deadline = Deadline::after(deadline.remaining().min(MEET_TIME));
         let waited = shared.hosts().and_then(|hosts| hosts.control.barrier(deadline));
         if let Err(error) = waited {
             tracing::debug!(comm = shared.info.name, %error, "not all ranks have seen the end");
         }
     }
-    Ok(())
+    kept
 }
 
 /// Waits for enqueued work on behalf of a call, within the communicator's timeout. The context is current.
 pub(crate) fn quiesce(shared: &Shared, op: OpKind) -> Result<()> {
     drain(shared, Deadline::after(shared.base.timeout), op).map_err(|error| match error {
         error @ (CommError::Cuda { .. } | CommError::Backend { .. }) => shared.blame(error),
+        // Work that does not end means that the communicator is lost, whoever finds out.
+        error @ CommError::Timeout { .. } => shared.fail(error),
         other => other,
     })
 }
@@ -214,9 +222,11 @@ fn drain(shared: &Shared, deadline: Deadline, op: OpKind) -> Result<()> {
         if shared.has_failed() {
             return shared.healthy();
         }
-        let waiting = {
-            let mut native = lock(&shared.native);
-            inspect(shared, &mut native)?
+        let waiting = match shared.native.try_lock() {
+            Ok(mut native) => inspect(shared, &mut native)?,
+            Err(TryLockError::Poisoned(poisoned)) => inspect(shared, &mut poisoned.into_inner())?,
+            // A call is under way, and may be for as long as NCCL likes: waiting for it here would be without bound.
+            Err(TryLockError::WouldBlock) => Progress::Pending,
         };
         match waiting {
             // Asked after the completion, which an abort elsewhere may have brought about.
@@ -260,6 +270,8 @@ fn flush(shared: &Shared, deadline: Deadline) -> Result<()> {
 /// Ends a failed communicator: its kernels leave their waits, after the other ranks know.
 fn abort(shared: &Shared) {
     let start = Instant::now();
+    // Whoever declared the failure holds this until the others have been told, which comes before any kernel leaves.
+    drop(lock(&shared.hosts));
     // Calls see the failure between two looks at NCCL, so the lock is free within microseconds.
     let comm = std::mem::replace(&mut lock(&shared.native).comm, std::ptr::null_mut());
     // Without the lock, so that a call that came just too late is refused and does not wait for NCCL.
