@@ -5,10 +5,12 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockRead
 use std::time::Duration;
 
 use comm_core::topology::Topology;
-use comm_core::{CallSite, CommError, CommInfo, DType, Deadline, DeviceAddr, HostComm, OpKind, Result};
+use comm_core::{
+    CallSite, CommError, CommInfo, DType, Deadline, DeviceAddr, HostComm, OpKind, Result, StreamHandle,
+};
 use comm_kernels::Kernels;
 use comm_kernels::p2p::{ErrorRecord, Link, P2pKernels, Peers};
-use comm_kernels::raw::Current;
+use comm_kernels::raw::{Current, is_capturing};
 use cudarc::driver::CudaContext;
 
 use crate::captured::Captured;
@@ -240,6 +242,12 @@ impl Shared {
         }
         if let Some(Hosts { control, .. }) = &*hosts {
             match &cause {
+                // Calls that differ were found by this rank: the others may not know, and would wait for it.
+                found @ CommError::PeerFailed { cause, .. }
+                    if matches!(**cause, CommError::Mismatch { .. }) =>
+                {
+                    control.report_failure(found);
+                }
                 // The others see a death, or a failure reported by its own rank, for themselves.
                 CommError::PeerDied { .. } | CommError::PeerFailed { .. } | CommError::Closed { .. } => {}
                 CommError::Aborted { .. } => control.abort(),
@@ -412,11 +420,13 @@ impl Call<'_> {
         self.alike = (Some(dtype), count, more);
     }
 
-    /// Ends the call; it counts as used.
-    pub(crate) fn finish(mut self, algorithm: Algorithm) {
+    /// Ends the call, made on `stream`; it counts as used. Captured calls are not written down: a rank may rightly
+    /// capture anew when others do not, and which replays meet shows nowhere in the calls.
+    pub(crate) fn finish(mut self, algorithm: Algorithm, stream: StreamHandle) {
         let transfers = matches!(self.kind, OpKind::Send | OpKind::Recv | OpKind::Group);
         if let Some(ledger) = &self.shared.ledger
             && !transfers
+            && !is_capturing(stream)
         {
             let (dtype, count, more) = self.alike;
             let note = Note { kind: self.kind, algorithm, dtype, count, more };

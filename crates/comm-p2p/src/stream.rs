@@ -1,5 +1,7 @@
 //! Streams for the few things that a communicator does by itself.
 
+use std::time::{Duration, Instant};
+
 use comm_core::{Result, StreamHandle};
 use comm_kernels::raw::{Event, check};
 use cudarc::driver::sys;
@@ -30,6 +32,19 @@ impl Stream {
     pub(crate) fn wait(&self) -> Result<()> {
         // SAFETY: the stream is live; what is on it waits for nobody.
         check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.0) })
+    }
+
+    /// Waits no longer than that; whether everything on it is done.
+    pub(crate) fn is_done_within(&self, limit: Duration) -> Result<bool> {
+        let start = Instant::now();
+        loop {
+            // SAFETY: the stream is live.
+            match unsafe { sys::cuStreamQuery(self.0) } {
+                sys::CUresult::CUDA_ERROR_NOT_READY if start.elapsed() < limit => std::thread::yield_now(),
+                sys::CUresult::CUDA_ERROR_NOT_READY => return Ok(false),
+                code => return check("cuStreamQuery", code).map(|()| true),
+            }
+        }
     }
 }
 

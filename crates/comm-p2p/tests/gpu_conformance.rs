@@ -78,23 +78,22 @@ fn checked_mode() {
 fn an_imposed_cube_mesh_and_its_parts() {
     const CUBE: (&str, &str) = ("p2p.topology", "hybrid_cube_mesh");
     let Some(most) = world_size() else { return };
-    if most < 5 {
-        println!("SKIP: {most} GPUs are a part of the mesh without gaps");
+    // Up to 4 ranks have no gaps; of 5, 6 or 7, the suite splits off groups that do not reach each other, and are refused.
+    // The suite's splits of 8 have parts with gaps among them.
+    if most < 8 {
+        println!("SKIP: {most} GPUs are not the whole mesh");
+        return;
     }
-    for world in 5..=most {
-        run(world, &config(&[CUBE]));
-    }
-    if most == 8 {
-        run(8, &config(&[CUBE, ("p2p.algorithm", "staged")]));
-        run(8, &Config { checked: true, ..config(&[CUBE]) });
-        // Several rounds for a few kilobytes, and numbers that wrap within a call.
-        let small = [
-            CUBE,
-            ("p2p.packet_slots", "512"),
-            ("p2p.staging_bytes", "8192"),
-            ("p2p.pair_bytes", "512"),
-            ("p2p.first_round", "4294967290"),
-        ];
-        run(8, &config(&small));
-    }
+    run(8, &config(&[CUBE]));
+    run(8, &config(&[CUBE, ("p2p.algorithm", "staged")]));
+    run(8, &Config { checked: true, ..config(&[CUBE]) });
+    // Several rounds for a few kilobytes, and numbers that wrap within a call.
+    let small = [
+        CUBE,
+        ("p2p.packet_slots", "512"),
+        ("p2p.staging_bytes", "8192"),
+        ("p2p.pair_bytes", "512"),
+        ("p2p.first_round", "4294967290"),
+    ];
+    run(8, &config(&small));
 }

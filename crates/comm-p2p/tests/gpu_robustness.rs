@@ -343,6 +343,14 @@ fn a_communicator_over_all_devices_is_made_within_two_seconds() {
     }
 }
 
+/// What a rank that failed because of another's failure was told.
+fn root(error: &CommError) -> &CommError {
+    match error {
+        CommError::PeerFailed { cause, .. } => root(cause),
+        other => other,
+    }
+}
+
 #[test]
 fn calls_that_differ_are_noticed_though_their_traffic_is_alike() {
     let Some(size) = world_size() else { return };
@@ -372,20 +380,25 @@ fn calls_that_differ_are_noticed_though_their_traffic_is_alike() {
         world(size, PATIENT, &[], |rank| {
             let at = rank.buffer(1000, 1.0);
             rank.sum(at, at, 1000).unwrap();
-            // Captured calls are compared as they are captured, and enqueued ones however far the ranks are apart.
+            // Enqueued calls are compared however far the ranks are apart.
             (0..200).for_each(|_| rank.sum(at, at, 8).unwrap());
             rank.memory.synchronize().unwrap();
             rank.host.barrier(Deadline::after(PATIENT)).unwrap();
             rank.comm.poll().unwrap();
+            rank.host.barrier(Deadline::after(PATIENT)).unwrap();
             let start = Instant::now();
-            call(&rank, at, rank.rank == last).unwrap();
+            // Fails only if others have found out before this rank came to it.
+            let _ = call(&rank, at, rank.rank == last);
             let error = rank.await_failure(PROMPT);
             println!("{what}: rank {} after {:?}: {error}", rank.rank, start.elapsed());
             let expected = if rank.rank == last { 0 } else { last };
             let CommError::PeerFailed { rank: other, cause, .. } = &error else { panic!("{error}") };
-            assert_eq!(*other, expected, "{error}");
-            let CommError::Mismatch { found, .. } = &**cause else { panic!("{error}") };
-            assert!(rank.rank == last || found.contains(what), "{error}");
+            let CommError::Mismatch { found, .. } = root(cause) else { panic!("{error}") };
+            // Else it was another rank that found out, and told.
+            if matches!(**cause, CommError::Mismatch { .. }) {
+                assert_eq!(*other, expected, "{error}");
+                assert!(rank.rank == last || found.contains(what), "{error}");
+            }
             assert!(error.is_fatal());
             assert_eq!(rank.comm.close().unwrap_err(), error);
         });
@@ -404,10 +417,11 @@ fn operands_at_different_places_of_an_allocation_are_noticed() {
         rank.sum(send, small, 4).unwrap();
         assert_eq!(rank.get(small, 4), vec![size as f32; 4]);
         rank.host.barrier(Deadline::after(PATIENT)).unwrap();
-        rank.sum(send, small, count).unwrap();
+        // Fails only if others have found out before this rank came to it.
+        let _ = rank.sum(send, small, count);
         let error = rank.await_failure(PROMPT);
         let CommError::PeerFailed { cause, .. } = &error else { panic!("{error}") };
-        assert!(matches!(**cause, CommError::Mismatch { .. }), "{error}");
+        assert!(matches!(root(cause), CommError::Mismatch { .. }), "{error}");
         assert!(error.to_string().contains("place of an operand"), "{error}");
         let _ = rank.memory.synchronize();
         assert_eq!(rank.comm.close().unwrap_err(), error);

@@ -3,8 +3,12 @@
 use std::collections::BTreeSet;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::process::Pid;
+
+/// More than passes between making a file and mapping it.
+const MAPPING_TIME: Duration = Duration::from_millis(100);
 
 /// The shared-memory files of this user before the job.
 pub struct Before {
@@ -21,13 +25,13 @@ impl Before {
     /// of the ranks, `socket` the job's rendezvous socket if it should be gone.
     pub fn leaks(&self, groups: &[Pid], socket: Option<&Path>) -> Vec<String> {
         let mut leaks = Vec::new();
-        let in_use = mapped_shm_files();
-        for path in own_shm_files().difference(&self.shm) {
-            // A file that a living process maps belongs to a job beside this one: this job's processes are gone.
-            if !in_use.contains(path) {
-                leaks.push(format!("shared-memory file {}", path.display()));
-            }
+        let mut stray = self.stray();
+        if !stray.is_empty() {
+            // A job beside this one may have made a file and not mapped it yet.
+            std::thread::sleep(MAPPING_TIME);
+            stray = &stray & &self.stray();
         }
+        leaks.extend(stray.iter().map(|path| format!("shared-memory file {}", path.display())));
         for (pid, group) in running_in(groups) {
             leaks.push(format!("process {pid} of process group {group} still runs"));
         }
@@ -35,6 +39,14 @@ impl Before {
             leaks.push(format!("rendezvous socket {}", socket.display()));
         }
         leaks
+    }
+
+    /// New files that nobody maps. One that a living process maps belongs to a job beside this one: this job's processes
+    /// are gone.
+    fn stray(&self) -> BTreeSet<PathBuf> {
+        // The files first: one that is made and mapped between the two looks must not seem unmapped.
+        let candidates = &own_shm_files() - &self.shm;
+        if candidates.is_empty() { candidates } else { &candidates - &mapped_shm_files() }
     }
 }
 

@@ -88,7 +88,7 @@ pub fn run(args: &TuneArgs) -> Result<()> {
     kernels::ensure()?;
     let worlds = if args.world.is_empty() { vec![gpus.len()] } else { args.world.clone() };
     let start = Instant::now();
-    let mut wrong = 0;
+    let (mut wrong, mut without) = (0, 0);
     for (index, &world) in worlds.iter().enumerate() {
         let left = args.budget as f64 - start.elapsed().as_secs_f64();
         let budget = (left / (worlds.len() - index) as f64).max(1.0);
@@ -98,6 +98,13 @@ pub fn run(args: &TuneArgs) -> Result<()> {
             job::spec(world, Mode::Processes, limit, Duration::from_secs(30))?.with_gpus(&gpus, true)?;
         let (measured, problem) = measure(tune, spec, world)?;
         wrong += measured.wrong;
+        for (op, registered) in measured.without_choice() {
+            let kind = if registered { " on registered operands" } else { "" };
+            println!(
+                "# {op}{kind}: no choice for it could be measured at some size; its rows stay as they were"
+            );
+            without += 1;
+        }
         if let Some(table) = measured.table(&tables, world, args.hysteresis / 100.0)? {
             print!("{}", summary(&table));
             tables.insert(table);
@@ -109,6 +116,7 @@ pub fn run(args: &TuneArgs) -> Result<()> {
     }
     println!("# written to {0}; to use it: COMM_P2P_TABLE={0}", args.out.display());
     ensure!(wrong == 0, "{wrong} measurements gave wrong results; they are in no table");
+    ensure!(without == 0, "{without} operations had no right choice at some size: see above");
     Ok(())
 }
 
@@ -133,20 +141,27 @@ struct Measured {
 }
 
 impl Measured {
-    /// The table with the new rows; over the file's for the same GPU and world, or else the one in force. `None` if no
-    /// rule is complete.
+    fn of_rule(&self, rule: (OpKind, bool)) -> impl Iterator<Item = &Point> {
+        self.points.iter().filter(move |point| (point.0, point.1) == rule).map(|(.., point)| point)
+    }
+
+    /// The complete rules with a size at which no choice could be measured: none can be in force there.
+    fn without_choice(&self) -> impl Iterator<Item = (OpKind, bool)> {
+        let lacking = |&rule: &(OpKind, bool)| self.of_rule(rule).any(|point| point.times.is_empty());
+        self.complete.iter().copied().filter(lacking)
+    }
+
+    /// The table with the new rows; over the file's for the same GPU and world, or else the one in force. `None` if there
+    /// are no new ones: no rule is complete, or none has a choice for every size.
     fn table(&self, file: &Tables, world: usize, hysteresis: f64) -> Result<Option<Table>> {
-        let Some(in_force) = self.in_force.as_ref().filter(|_| !self.complete.is_empty()) else {
-            return Ok(None);
-        };
+        let Some(in_force) = &self.in_force else { return Ok(None) };
         let of_file = file.of_world(&self.gpu, world).filter(|table| table.gpu() == self.gpu);
         let mut rules = of_file.unwrap_or(in_force).rules().to_vec();
-        let mut names: Vec<&str> = Vec::new();
+        let (mut names, mut renewed): (Vec<&str>, usize) = (Vec::new(), 0);
         for &(op, registered) in &self.complete {
-            let of_rule = self.points.iter().filter(|point| (point.0, point.1) == (op, registered));
-            let points: Vec<Point> = of_rule.map(|(.., point)| point.clone()).collect();
-            let rows = pick::pick(&points, hysteresis)
-                .with_context(|| format!("no choice for {op} could be measured at some size"))?;
+            let points: Vec<Point> = self.of_rule((op, registered)).cloned().collect();
+            let Some(rows) = pick::pick(&points, hysteresis) else { continue };
+            renewed += 1;
             let rule = Rule { op, registered, measured: pick::figures(&points, &rows), rows };
             match rules.iter_mut().find(|other| (other.op, other.registered) == (op, registered)) {
                 Some(other) => *other = rule,
@@ -156,9 +171,12 @@ impl Measured {
                 names.push(op.name());
             }
         }
+        if renewed == 0 {
+            return Ok(None);
+        }
         let before =
             of_file.map_or_else(|| format!("else {}", in_force.source()), |table| table.source().to_owned());
-        let source = match self.complete.len() == comm_p2p::TUNABLE.len() {
+        let source = match renewed == comm_p2p::TUNABLE.len() {
             true => format!("measured by tune on {world} x {}", self.gpu),
             false => format!("{} measured by tune on {world} x {}; {before}", names.join(", "), self.gpu),
         };

@@ -63,6 +63,20 @@ fn measured_rules_replace_those_in_force_and_the_rest_stays() {
 }
 
 #[test]
+fn a_rule_with_no_choice_at_a_size_leaves_the_others_to_the_table() {
+    let rules = [(OpKind::AllReduce, false), (OpKind::Broadcast, false)];
+    let mut some = measured(4, &rules);
+    assert_eq!(some.without_choice().count(), 0);
+    let point = some.points.iter_mut().find(|point| point.0 == OpKind::AllReduce).unwrap();
+    point.2.times.clear();
+    assert_eq!(some.without_choice().collect::<Vec<_>>(), rules[..1]);
+    let table = some.table(&Tables::default(), 4, 0.03).unwrap().unwrap();
+    assert!(table.source().starts_with("broadcast measured"), "{}", table.source());
+    some.complete.pop();
+    assert_eq!(some.table(&Tables::default(), 4, 0.03).unwrap(), None);
+}
+
+#[test]
 fn without_a_complete_rule_there_is_no_table() {
     assert_eq!(measured(4, &[]).table(&Tables::default(), 4, 0.03).unwrap(), None);
     let all = measured(4, &comm_p2p::TUNABLE).table(&Tables::default(), 4, 0.03).unwrap().unwrap();

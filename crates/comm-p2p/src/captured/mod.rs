@@ -8,6 +8,7 @@ mod entries;
 pub(crate) mod register;
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use comm_core::{CommError, DeviceAddr, Result};
 use comm_kernels::capture::{CapturingGraph, when_gone};
@@ -15,10 +16,13 @@ use comm_kernels::p2p::{CAPTURED_ENTRY_BYTES, CapturedEntry, CapturedKernels};
 use comm_kernels::raw::{self, check};
 use cudarc::driver::{CudaContext, sys};
 
-use self::entries::{Entries, Number};
+use self::entries::{Entries, Entry, Number};
 use crate::state::{Shared, lock};
 use crate::stream::Stream;
 use crate::symmetric::ipc::Opened;
+
+/// How long clearing a few entries is waited for, with calls kept waiting meanwhile.
+const CLEAR_TIME: Duration = Duration::from_millis(1);
 
 /// The table and what launches by it. Its context is current whenever it is used, and when it is dropped.
 pub(crate) struct Captured {
@@ -27,6 +31,12 @@ pub(crate) struct Captured {
     entries: Entries<Vec<Opened>>,
     /// Operands whose graphs are gone, told by the driver, who may not be kept waiting.
     gone: Arc<Mutex<Vec<Number>>>,
+    /// What clears entries.
+    clearing: Stream,
+    /// Operands of graphs that are gone whose clearing has been enqueued, and others that have been cleared. The
+    /// watchdog lets go of what those mapped.
+    leaving: Vec<Entry<Vec<Opened>>>,
+    cleared: Vec<Entry<Vec<Opened>>>,
 }
 
 impl Captured {
@@ -34,8 +44,17 @@ impl Captured {
     pub(crate) fn new(context: &Arc<CudaContext>, world: usize, capacity: u32) -> Result<Self> {
         let kernels = CapturedKernels::load(context, world)?;
         let bytes = capacity as usize * CAPTURED_ENTRY_BYTES;
+        let clearing = Stream::new()?;
         let memory = raw::allocate(bytes)?;
-        let table = Self { kernels, memory, entries: Entries::new(capacity), gone: Arc::default() };
+        let table = Self {
+            kernels,
+            memory,
+            entries: Entries::new(capacity),
+            gone: Arc::default(),
+            clearing,
+            leaving: Vec::new(),
+            cleared: Vec::new(),
+        };
         // SAFETY: the memory has just been allocated.
         unsafe { raw::zero(memory, bytes) }?;
         Ok(table)
@@ -81,15 +100,24 @@ impl Captured {
         stream.wait().and(copied)
     }
 
-    /// Clears the entries of graphs that are gone, so that they can be used again, and lets go of what they mapped.
+    /// Has the entries of graphs that are gone cleared, after which their slots can be used again. A device that is full
+    /// may not get to it within [`CLEAR_TIME`]; the rest is then left for the next time.
     fn take_back(&mut self) -> Result<()> {
         let gone = std::mem::take(&mut *lock(&self.gone));
         for number in gone {
             let Some(entry) = self.entries.remove(number) else { continue };
-            // SAFETY: the slot lies in the table, and the only graph whose kernels read it is gone.
-            unsafe { raw::zero(self.at(entry.slot), CAPTURED_ENTRY_BYTES) }?;
-            self.entries.recycle(entry.slot);
+            let at = self.at(entry.slot);
+            self.leaving.push(entry);
+            // SAFETY: the slot lies in the table, the only graph whose kernels read it is gone, and nobody gets it anew
+            // before this is done.
+            let code = unsafe { sys::cuMemsetD8Async(at.0, 0, CAPTURED_ENTRY_BYTES, self.clearing.raw()) };
+            check("cuMemsetD8Async", code)?;
         }
+        if self.leaving.is_empty() || !self.clearing.is_done_within(CLEAR_TIME)? {
+            return Ok(());
+        }
+        self.leaving.iter().for_each(|entry| self.entries.recycle(entry.slot));
+        self.cleared.append(&mut self.leaving);
         Ok(())
     }
 }
@@ -101,8 +129,15 @@ impl Drop for Captured {
     }
 }
 
-/// Takes back what graphs have let go of, unless a call is under way.
+/// Takes back what graphs have let go of, unless a call is under way. The context is current.
 pub(crate) fn take_back(shared: &Shared) -> Result<()> {
-    let Ok(mut owned) = shared.owned.try_lock() else { return Ok(()) };
-    owned.captured.as_mut().map_or(Ok(()), Captured::take_back)
+    let cleared = {
+        let Ok(mut owned) = shared.owned.try_lock() else { return Ok(()) };
+        let Some(captured) = &mut owned.captured else { return Ok(()) };
+        captured.take_back()?;
+        std::mem::take(&mut captured.cleared)
+    };
+    // Closing what was mapped may wait for the device, so calls must not wait for that.
+    drop(cleared);
+    Ok(())
 }

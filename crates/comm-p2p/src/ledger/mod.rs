@@ -7,7 +7,8 @@
 //! the operation from being carried out, in time for the communicator to fail before much is built on the result. Checked
 //! mode compares beforehand.
 //!
-//! Collectives only, and as they are enqueued or captured: which replays meet is not seen.
+//! Only collectives that are enqueued. Captured ones are left out: a rank may capture a graph anew while the others
+//! replay theirs, and which replays meet is not seen.
 
 mod book;
 

@@ -34,7 +34,7 @@ impl P2pComm {
             // SAFETY: the caller vouches for the operands.
             && unsafe { self.capture_all_gather(&mut call, channels, (send, recv), part, stream) }?
         {
-            call.finish(Algorithm::Captured);
+            call.finish(Algorithm::Captured, stream);
             return Ok(());
         }
         let Plan { algorithm, shape, chunk, .. } = self.limits().all_gather(part, found.is_some());
@@ -86,7 +86,7 @@ impl P2pComm {
                 })?;
             }
         }
-        call.finish(algorithm);
+        call.finish(algorithm, stream);
         Ok(())
     }
 
@@ -168,7 +168,7 @@ impl P2pComm {
                 }
             }
         }
-        call.finish(plan.algorithm);
+        call.finish(plan.algorithm, stream);
         Ok(())
     }
 
@@ -216,7 +216,7 @@ impl P2pComm {
             done += length;
         }
         staging.finish()?;
-        call.finish(Algorithm::Staged);
+        call.finish(Algorithm::Staged, stream);
         Ok(())
     }
 }

@@ -47,32 +47,35 @@ impl P2pComm {
             )
         })?;
         if checked? == 0 {
-            self.begin(kind)?.finish(Algorithm::Local);
+            self.begin(kind)?.finish(Algorithm::Local, stream);
             return Ok(());
         }
         let Some(channels) = &self.shared().channels else {
             let call = self.begin(kind)?;
             // SAFETY: the operands have been checked and the caller vouches for them. One rank's sum is its input.
             call.fatal(unsafe { self.local_norm(args, quantized, stream) })?;
-            call.finish(Algorithm::Local);
+            call.finish(Algorithm::Local, stream);
             return Ok(());
         };
         let Plan { algorithm, shape, chunk, .. } =
             self.limits().norm(args.tokens, args.hidden * args.dtype.size());
+        let (eps, offset) = (args.eps.to_bits().into(), args.weight_offset.to_bits().into());
+        let rest = [args.hidden as u64, eps, offset, args.bias.is_some().into(), form(quantized)];
         if algorithm == Algorithm::Composed {
             let (count, dtype) = (args.tokens * args.hidden, args.dtype);
             // SAFETY: as above; the sums go to `output`, which is `input` only if the caller said so, and the norm is
             // ordered behind them by the stream.
             unsafe { self.do_all_reduce((args.input, args.output), count, dtype, ReduceOp::Sum, stream) }?;
-            let call = self.begin(kind)?;
+            let mut call = self.begin(kind)?;
+            call.passes(dtype, count, &rest);
             let summed = RmsNormArgs { input: args.output, ..*args };
             // SAFETY: as above.
             call.fatal(unsafe { self.local_norm(&summed, quantized, stream) })?;
-            call.finish(algorithm);
+            call.finish(algorithm, stream);
             return Ok(());
         }
         let mut call = self.begin(kind)?;
-        call.passes(args.dtype, args.tokens * args.hidden, &[args.hidden as u64, args.eps.to_bits().into()]);
+        call.passes(args.dtype, args.tokens * args.hidden, &rest);
         // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks, and the
         // caller vouches for the operands.
         call.fatal(unsafe {
@@ -84,7 +87,7 @@ impl P2pComm {
                 channels.kernels.norm_two_shot(&link, args, quantized, shape, stream)
             }
         })?;
-        call.finish(algorithm);
+        call.finish(algorithm, stream);
         Ok(())
     }
 
@@ -134,6 +137,13 @@ impl P2pComm {
         shared.usage.count(kind, Algorithm::Composed);
         Ok(())
     }
+}
+
+/// What the ranks must agree on about an fp8 result, as a number.
+fn form(quantized: Option<&NormQuantization>) -> u64 {
+    quantized.map_or(0, |quantized| {
+        1 | u64::from(quantized.scale.is_per_token()) << 1 | u64::from(quantized.keep_unquantized) << 2
+    })
 }
 
 /// What the ranks must agree on about an fp8 result.

@@ -61,7 +61,7 @@ impl P2pComm {
                 }
             }
         }
-        call.finish(Algorithm::Staged);
+        call.finish(Algorithm::Staged, stream);
         Ok(())
     }
 
@@ -108,7 +108,7 @@ impl P2pComm {
                 }
             }
         }
-        call.finish(Algorithm::Staged);
+        call.finish(Algorithm::Staged, stream);
         Ok(())
     }
 

@@ -35,7 +35,7 @@ impl P2pComm {
         call.fatal(unsafe {
             channels.kernels.all_reduce_quantized(&link, (send, recv), count, dtype, shape, stream)
         })?;
-        call.finish(Algorithm::TwoShot);
+        call.finish(Algorithm::TwoShot, stream);
         Ok(())
     }
 }

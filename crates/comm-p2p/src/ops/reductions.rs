@@ -41,7 +41,7 @@ impl P2pComm {
         };
         if !is_fast(dtype, op) {
             self.stage_reduce(&call, channels, (send, recv), count, (dtype, op), None, stream)?;
-            call.finish(Algorithm::Staged);
+            call.finish(Algorithm::Staged, stream);
             return Ok(());
         }
         let limits = self.limits();
@@ -50,7 +50,7 @@ impl P2pComm {
             // SAFETY: the caller vouches for the operands.
             && unsafe { self.capture_all_reduce(&mut call, channels, (send, recv), count, dtype, stream) }?
         {
-            call.finish(Algorithm::Captured);
+            call.finish(Algorithm::Captured, stream);
             return Ok(());
         }
         let Plan { algorithm, shape, units, .. } = limits.all_reduce(bytes, found.is_some());
@@ -100,7 +100,7 @@ impl P2pComm {
                 })?;
             }
         }
-        call.finish(algorithm);
+        call.finish(algorithm, stream);
         Ok(())
     }
 
@@ -122,7 +122,7 @@ impl P2pComm {
             return self.local(call, send, recv, bytes, stream);
         };
         self.stage_reduce(&call, channels, (send, recv), count, (dtype, op), Some(root), stream)?;
-        call.finish(Algorithm::Staged);
+        call.finish(Algorithm::Staged, stream);
         Ok(())
     }
 
@@ -200,7 +200,7 @@ impl P2pComm {
         if !is_fast(dtype, op) || plan.algorithm == Algorithm::Staged {
             let counts = vec![count; info.size];
             self.stage_reduce_scatter(&call, channels, (send, recv), &counts, (dtype, op), stream)?;
-            call.finish(Algorithm::Staged);
+            call.finish(Algorithm::Staged, stream);
             return Ok(());
         }
         if plan.algorithm == Algorithm::Steps {
@@ -211,7 +211,7 @@ impl P2pComm {
                 let link = (&link, limits.cell_ctas);
                 kernels.reduce_scatter_steps(link, (send, recv), count, dtype, grid, stream)
             })?;
-            call.finish(plan.algorithm);
+            call.finish(plan.algorithm, stream);
             return Ok(());
         }
         let cells = (plan.algorithm == Algorithm::Cells).then_some(plan.units);
@@ -224,7 +224,7 @@ impl P2pComm {
         call.fatal(unsafe {
             channels.kernels.reduce_scatter(&link, cells, (send, recv), count, dtype, plan.shape, stream)
         })?;
-        call.finish(plan.algorithm);
+        call.finish(plan.algorithm, stream);
         Ok(())
     }
 
@@ -272,11 +272,11 @@ impl P2pComm {
         self.compare(KIND, &Ok(()), String::new)?;
         let call = self.begin(KIND)?;
         let Some(channels) = &self.shared().channels else {
-            call.finish(Algorithm::Local);
+            call.finish(Algorithm::Local, stream);
             return Ok(());
         };
         barrier(&call, channels, stream)?;
-        call.finish(Algorithm::Flags);
+        call.finish(Algorithm::Flags, stream);
         Ok(())
     }
 
@@ -295,7 +295,7 @@ impl P2pComm {
         stream: StreamHandle,
     ) -> Result<()> {
         copy(&call, send, recv, bytes, stream)?;
-        call.finish(Algorithm::Local);
+        call.finish(Algorithm::Local, stream);
         Ok(())
     }
 }

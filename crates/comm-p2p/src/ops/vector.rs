@@ -32,7 +32,7 @@ impl P2pComm {
         };
         let parts: Vec<usize> = counts.iter().map(|count| count * dtype.size()).collect();
         self.stage_all_gather(&call, channels, (send, recv), &parts, stream)?;
-        call.finish(Algorithm::Staged);
+        call.finish(Algorithm::Staged, stream);
         Ok(())
     }
 
@@ -88,12 +88,12 @@ impl P2pComm {
         self.compare(KIND, &checked, || format!("{counts:?} {dtype} {op}"))?;
         let whole = checked?;
         let mut call = self.begin(KIND)?;
-        call.passes(dtype, whole, &widened(counts));
+        call.passes(dtype, whole, &[&[op as u64], &*widened(counts)].concat());
         let Some(channels) = self.channels(whole) else {
             return self.local(call, send, recv, whole, stream);
         };
         self.stage_reduce_scatter(&call, channels, (send, recv), counts, (dtype, op), stream)?;
-        call.finish(Algorithm::Staged);
+        call.finish(Algorithm::Staged, stream);
         Ok(())
     }
 
@@ -116,7 +116,7 @@ impl P2pComm {
         let size = block.dtype.size();
         let (height, width) = (block.height, block.width * size);
         if height == 0 || width == 0 {
-            call.finish(Algorithm::Local);
+            call.finish(Algorithm::Local, stream);
             return Ok(());
         }
         let (from_pitch, to_pitch) = (block.send_pitch * size, block.row_pitch * size);
@@ -131,7 +131,7 @@ impl P2pComm {
         let own_to = recv.offset((info.rank * block.rank_stride * size) as u64);
         let Some(channels) = &self.shared().channels else {
             copy((send, from_pitch), (own_to, to_pitch), width, height)?;
-            call.finish(Algorithm::Local);
+            call.finish(Algorithm::Local, stream);
             return Ok(());
         };
         let mut staging = Staging::new(&call, channels, stream);
@@ -162,7 +162,7 @@ impl P2pComm {
             }
         }
         staging.finish()?;
-        call.finish(Algorithm::Staged);
+        call.finish(Algorithm::Staged, stream);
         Ok(())
     }
 }

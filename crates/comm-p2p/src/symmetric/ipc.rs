@@ -72,8 +72,8 @@ pub(crate) fn allocation_id(addr: DeviceAddr) -> Result<u64> {
     check("cuPointerGetAttribute", code).map(|()| id)
 }
 
-/// Allocations opened in this process, by device and handle: the driver opens one only once, and several buffers, of
-/// several communicators, may lie in it.
+/// Allocations opened in this process, by device and handle: several buffers, of several
+/// communicators, may lie in one, which is opened for all of them at once.
 static OPEN: Mutex<BTreeMap<Key, Mapped>> = Mutex::new(BTreeMap::new());
 
 type Key = (usize, Vec<u8>);
@@ -129,14 +129,21 @@ fn map(handle: &[u8]) -> Result<sys::CUdeviceptr> {
 impl Drop for Opened {
     fn drop(&mut self) {
         let Some(key) = self.key.take() else { return };
-        let mut table = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(mapped) = table.get_mut(&key) else { return };
-        mapped.users -= 1;
-        if mapped.users == 0 {
-            // SAFETY: it was opened here, its last user is going, and owners see to it that nothing runs that uses it.
-            let _ = unsafe { sys::cuIpcCloseMemHandle(mapped.base) };
+        let base = {
+            let mut table = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+            let Some(mapped) = table.get_mut(&key) else { return };
+            mapped.users -= 1;
+            if mapped.users > 0 {
+                return;
+            }
+            let base = mapped.base;
             table.remove(&key);
-        }
+            base
+        };
+        // Not under the lock: the driver may wait for the device here. Should another thread open the allocation again
+        // before it is closed, the driver has counted both and keeps it mapped.
+        // SAFETY: it was opened here, its last user is going, and owners see to it that nothing runs that uses it.
+        let _ = unsafe { sys::cuIpcCloseMemHandle(base) };
     }
 }
 

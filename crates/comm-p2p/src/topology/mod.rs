@@ -107,6 +107,28 @@ mod tests {
     }
 
     #[test]
+    fn of_parts_of_an_imposed_cube_mesh_the_conformance_suite_fits_those_without_gaps_and_the_whole() {
+        // The groups that the suite makes: all, by `rank % 2`, all but rank 0, halves.
+        let groups = |world: usize| {
+            let by = |keep: &dyn Fn(usize) -> bool| (0..world).filter(|&rank| keep(rank)).collect::<Vec<_>>();
+            let mut groups = vec![by(&|_| true), by(&|rank| rank % 2 == 0), by(&|rank| rank % 2 == 1)];
+            groups.push(by(&|rank| rank > 0));
+            if world.is_multiple_of(2) {
+                groups.extend([by(&|rank| rank < world / 2), by(&|rank| rank >= world / 2)]);
+            }
+            groups
+        };
+        let reach = |places: &Vec<usize>| {
+            let links = vec![Links::default(); places.len()];
+            of_ranks(&links, Some("hybrid_cube_mesh"), places)
+        };
+        let fits = |world: &usize| groups(*world).iter().all(|places| reach(places).is_ok());
+        assert_eq!((2..=8).filter(fits).collect::<Vec<_>>(), [2, 3, 4, 8]);
+        let with_gaps = |places: &Vec<usize>| reach(places).is_ok_and(|(_, routes)| routes.is_some());
+        assert_eq!(groups(8).iter().filter(|&places| with_gaps(places)).count(), 4);
+    }
+
+    #[test]
     fn direct_links_that_make_a_cube_mesh_are_kept_to() {
         let name = |rank: usize| format!("gpu{rank}");
         let links: Vec<Links> = (0..8)
