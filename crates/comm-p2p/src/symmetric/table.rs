@@ -78,7 +78,12 @@ impl<H> Table<H> {
     /// The region that holds `bytes` bytes at `addr`.
     pub(crate) fn find(&self, addr: DeviceAddr, bytes: usize) -> Option<Found> {
         let end = addr.0.checked_add(bytes as u64)?;
-        let nearby = self.starts.range((end.saturating_sub(self.longest), 0)..=(addr.0, Id::MAX)).rev();
+        let least = end.saturating_sub(self.longest);
+        if least > addr.0 {
+            // Longer than any region; a map refuses such a range.
+            return None;
+        }
+        let nearby = self.starts.range((least, 0)..=(addr.0, Id::MAX)).rev();
         let (&(start, id), _) = nearby.into_iter().find(|&(_, &region_end)| end <= region_end)?;
         let mut peers = *self.regions.get(&id)?.peers.as_ref().ok()?;
         let offset = addr.0 - start;
