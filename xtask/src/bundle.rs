@@ -21,7 +21,7 @@ use crate::kernels;
 use crate::launch::MULTICAST_OFF;
 
 /// What a bundle may weigh.
-const LIMIT: u64 = 56 << 20;
+const LIMIT: u64 = 64 << 20;
 
 /// The example, a workspace member of its own, that travels along.
 const EXAMPLE: &str = "decoder";
