@@ -41,7 +41,9 @@ impl Mark {
         if !fits || !self.slots.is_aligned_to(16) {
             return Err(CommError::invalid(
                 "slots",
-                format!("their number must be a power of two up to {MAX_SLOTS}, their address a multiple of 16"),
+                format!(
+                    "their number must be a power of two up to {MAX_SLOTS}, their address a multiple of 16"
+                ),
             ));
         }
         Ok(())

@@ -14,7 +14,7 @@ use crate::driver;
 use crate::result::NcclLibrary;
 
 /// Raised when ranks of different builds would no longer understand each other's facts or reports.
-const PROTOCOL: u32 = 4;
+const PROTOCOL: u32 = 5;
 
 /// Makes communicators over NCCL.
 ///
