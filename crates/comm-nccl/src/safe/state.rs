@@ -319,6 +319,10 @@ impl Call<'_> {
             }
             let waited = pause.wait();
             if waited > self.shared.base.timeout {
+                // Nobody else can look as long as this call has the lock.
+                if let Some(tracker) = &self.native.tracker {
+                    self.shared.note_replayed(tracker);
+                }
                 return Err(self.shared.overdue(self.issued, waited));
             }
         }
