@@ -72,8 +72,9 @@ impl Search<'_> {
                 if held.is_empty() {
                     let stuck = actions.is_empty() && !self.model.all_ended(&state);
                     return stuck.then(|| {
-                        let at: Vec<_> = (0..state.ranks.len()).map(|rank| self.model.instr(&state, rank)).collect();
-                        format!("stuck: {at:?}")
+                        let ranks = 0..state.ranks.len();
+                        let at: Vec<_> = ranks.filter_map(|rank| self.model.instr(&state, rank)).take(2).collect();
+                        format!("stuck, first at {at:?}")
                     });
                 }
                 held.clear();
