@@ -141,9 +141,7 @@ fn nothing_is_done_while_the_word_is_set() {
         let what = (DType::U8, ReduceOp::Sum);
         unsafe {
             let inputs = [from.addr()];
-            kernels
-                .reduce_unless(unless.addr(), &inputs, to.addr(), content.len(), what, stream)
-                .unwrap();
+            kernels.reduce_unless(unless.addr(), &inputs, to.addr(), content.len(), what, stream).unwrap();
         }
         let expected = if word == 0 { content.clone() } else { vec![0xaa; content.len()] };
         assert!(to.content() == expected, "a sum, the word is {word}");

@@ -9,9 +9,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use comm_core::{CommError, DType, DeviceMemory as _};
+use common::{PATIENT, SHORT, connect, world, world_size};
 use cudarc::driver::result::stream::launch_host_function;
 use cudarc::driver::sys::CUstream;
-use common::{PATIENT, SHORT, connect, world, world_size};
 
 #[test]
 fn a_rank_that_does_not_arrive_is_named_and_a_new_communicator_works() {
@@ -83,6 +83,7 @@ fn a_sender_that_gave_up_leaves_the_last_message_alone() {
         let (first, second) = (rank.buffer(COUNT, 1.0), rank.buffer(COUNT, 2.0));
         let everybody = || rank.host.barrier(comm_core::Deadline::after(PATIENT)).unwrap();
         if rank.rank == 0 {
+            // SAFETY: the buffers are as large and outlive the work.
             let send = |addr| unsafe { rank.comm.send(addr, COUNT, DType::F32, 1, rank.stream()) };
             everybody();
             send(first).unwrap();
@@ -95,7 +96,7 @@ fn a_sender_that_gave_up_leaves_the_last_message_alone() {
         } else {
             let at = rank.buffer(COUNT, -1.0);
             hold(&rank, &DONE);
-            // SAFETY: the buffer is as large and outlives the work.
+            // SAFETY: as above.
             unsafe { rank.comm.recv(at, COUNT, DType::F32, 0, rank.stream()).unwrap() };
             everybody();
             everybody();

@@ -11,10 +11,10 @@
 //! missing protection would show only after several others have failed. Left out: `forward` hands packs on in the order in
 //! which they come, here in the order of the quad; ends of slices.
 
+use super::holding;
 use super::memory::{Instr, Order, Protocol, Round, Until, Word, packet};
 use super::reordering::{ALL, FIRST, Trouble, holds, is_caught};
 use super::writer::{Mutant, Writer, payload};
-use super::holding;
 
 /// `CubeRow`
 const CONTRIBUTION: u8 = 0;

@@ -1,11 +1,11 @@
 //! Protocols that are too large for every interleaving: everything happens as soon as it can, except for a few actors, which
 //! are held back from any point on until nothing else can happen.
 //!
-//! An actor is a rank, or one store of a rank on its way. While nobody gives up, the protocols are deterministic: who waits
-//! for what is written down, and no order of events changes what is stored, unless something is overwritten before it was
-//! read, or read before it was written. Both need one actor that is late, the reader or the store; the others can be ahead
-//! of it at most as far as they get while it is held. So one held actor is enough to see either, and two leave room for a
-//! rank that gives up in the meantime.
+//! While nobody gives up, most protocols are deterministic: who waits for what is written down, and no order of events
+//! changes what is stored, unless something is overwritten before it was read, or read before it was written. Either needs
+//! an actor that is late, the reader or the store, and the others can be ahead of it at most as far as they get while it is
+//! held. So one held actor is enough to see either, from whatever point on; two, or one and a rank that gives up meanwhile,
+//! reach further. Where ranks decide by who came first, as in the counts of sums in steps, it is a search and no proof.
 
 use stateright::Model as _;
 
@@ -73,7 +73,8 @@ impl Search<'_> {
                     let stuck = actions.is_empty() && !self.model.all_ended(&state);
                     return stuck.then(|| {
                         let ranks = 0..state.ranks.len();
-                        let at: Vec<_> = ranks.filter_map(|rank| self.model.instr(&state, rank)).take(2).collect();
+                        let at: Vec<_> =
+                            ranks.filter_map(|rank| self.model.instr(&state, rank)).take(2).collect();
                         format!("stuck, first at {at:?}")
                     });
                 }

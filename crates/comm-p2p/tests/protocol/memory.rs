@@ -155,7 +155,9 @@ pub(crate) fn step(
             }
         },
         Instr::Go { ref to } => Outcome::Goes(to[usize::from(*taken).min(to.len() - 1)]),
-        Instr::Await { .. } | Instr::Collect { .. } | Instr::Read { .. } | Instr::ReadAll { .. } if silent => {
+        Instr::Await { .. } | Instr::Collect { .. } | Instr::Read { .. } | Instr::ReadAll { .. }
+            if silent =>
+        {
             Outcome::Done
         }
         Instr::Collect { ref words, until } => {

@@ -84,7 +84,9 @@ pub(crate) fn exchanges(run: Exchanges<'_>, first: Round, mutant: Mutant) -> Pro
     for &chunks in chunks {
         for chunk in 0..chunks {
             let half = if mutant == Mutant::OneBufferFewer { 0 } else { chunk % 2 };
-            let place = |w: &mut Writer, owner, src, slice| w.protocol.word(Place::Half { owner, src, half, slice }, 0);
+            let place = |w: &mut Writer, owner, src, slice| {
+                w.protocol.word(Place::Half { owner, src, half, slice }, 0)
+            };
             // Where `rank` finds the half of `of`.
             let near = |rank: usize, of: usize| if gap && rank.abs_diff(of) == 2 { 1 } else { of };
             let value = |kind: u8, src: usize| packet(kind, payload(number, src));
@@ -175,7 +177,8 @@ fn exchanges_in_two_halves() {
         is_caught(exchanges(once(2, &[3]), FIRST, mutant), Trouble::Nothing);
     }
     is_caught(exchanges(once(2, &[1, 1]), FIRST, Mutant::NoExit), Trouble::Nothing);
-    // Nothing less than an operation of its own shows it: within one, somebody misses a barrier and the operation fails.
+    // The second operation overwrites what a late rank still reads for the first, which then succeeds: whoever gave up its
+    // last barrier had raised its own flags before.
     is_caught(exchanges(once(3, &[1, 1]), FIRST, Mutant::UnguardedFill), Trouble::Impatience);
 }
 

@@ -5,10 +5,11 @@
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU16, Ordering, fence};
 
+use super::direct;
 use super::memory::{Mem, Order, Outcome, Protocol, Value, Word, step};
 use super::programs::{self, TwoShot};
+use super::staged::{self, Exchanges};
 use super::writer::Mutant;
-use super::staged;
 
 struct Shared(Arc<Vec<AtomicU16>>);
 
@@ -85,7 +86,15 @@ fn two_epochs_hold() {
     explore(programs::two_shot(run, FIRST, Mutant::None));
     explore(programs::broadcast(2, 2, FIRST, Mutant::None));
     explore(staged::pair(2, FIRST, Mutant::None));
+    explore(direct::broadcast(2, &[2], FIRST, Mutant::None));
 }
+
+#[test]
+fn two_exchanges_hold() {
+    explore(staged::exchanges(EXCHANGES, FIRST, Mutant::None));
+}
+
+const EXCHANGES: Exchanges<'_> = Exchanges { world: 2, chunks: &[1, 1], twice: false, gap: false };
 
 fn is_caught(protocol: Protocol) -> bool {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| explore(protocol))).is_err()
@@ -97,5 +106,7 @@ fn weakened_orders_are_caught() {
         assert!(is_caught(programs::direct(2, 2, FIRST, mutant)), "direct stores, {mutant:?}");
         assert!(is_caught(programs::cells(2, &[2], FIRST, mutant)), "cells, {mutant:?}");
         assert!(is_caught(staged::pair(2, FIRST, mutant)), "pairs, {mutant:?}");
+        assert!(is_caught(staged::exchanges(EXCHANGES, FIRST, mutant)), "exchanges, {mutant:?}");
+        assert!(is_caught(direct::broadcast(2, &[2], FIRST, mutant)), "direct broadcast, {mutant:?}");
     }
 }

@@ -88,7 +88,14 @@ impl Writer {
     }
 
     /// A slot for packets; a word of a Lamport slot; a word of a cell.
-    pub(crate) fn slot(&mut self, owner: usize, round: Round, stage: u8, src: usize, part: Option<u8>) -> Word {
+    pub(crate) fn slot(
+        &mut self,
+        owner: usize,
+        round: Round,
+        stage: u8,
+        src: usize,
+        part: Option<u8>,
+    ) -> Word {
         let buffer = round % self.buffers;
         // Packets find their buffer's complement there before the first use, Lamport packs the mark.
         let initially = if part.is_some() { MARK } else { packet(!buffer, 0) };
