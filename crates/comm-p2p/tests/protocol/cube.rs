@@ -9,7 +9,7 @@
 //!
 //! Four buffers are more than these kernels need: two would do, and are what most checks have here, because with four a
 //! missing protection would show only after several others have failed. Left out: `forward` hands packs on in the order in
-//! which they come, here in the order of the quad; ends of slices.
+//! which they come, here in the order of the quad.
 
 use super::holding;
 use super::memory::{Instr, Order, Protocol, Round, Until, Word, packet};
@@ -77,20 +77,21 @@ fn pass_on(w: &mut Writer, rank: usize, round: Round, kind: u8) {
     }
 }
 
-fn collect(w: &mut Writer, rank: usize, round: Round, kind: u8) {
+fn collect(w: &mut Writer, rank: usize, round: Round, kind: u8, has: &dyn Fn(usize) -> bool) {
     let words = w
         .others(rank)
+        .filter(|&src| has(src))
         .map(|src| (place(w, rank, round, kind, src), packet(round, payload(round, src))))
         .collect();
     w.emit(rank, Instr::Collect { words, until: Until::Carries(round) });
 }
 
-fn scatter(w: &mut Writer, rank: usize, round: Round) {
+fn scatter(w: &mut Writer, rank: usize, round: Round, has: &dyn Fn(usize) -> bool) {
     let Roles { quad, relay, far } = Roles::of(rank, w.world);
-    for &to in quad.iter().chain([&relay]) {
+    for &to in quad.iter().chain([&relay]).filter(|&&to| has(to)) {
         send(w, rank, (to, CONTRIBUTION, rank), round, false);
     }
-    for (&to, _) in quad.iter().zip(&far) {
+    for (&to, _) in quad.iter().zip(&far).filter(|&(_, &far)| has(far)) {
         send(w, rank, (to, TRANSIT, rank), round, false);
     }
 }
@@ -118,7 +119,7 @@ fn one_shot(world: usize, buffers: u8, kernels: u8, mutant: Mutant) -> Protocol 
         for rank in 0..world {
             tell_neighbours(&mut w, rank, round, CONTRIBUTION);
             pass_on(&mut w, rank, round, CONTRIBUTION);
-            collect(&mut w, rank, round, CONTRIBUTION);
+            collect(&mut w, rank, round, CONTRIBUTION, &|_| true);
             w.end(rank, []);
         }
     }
@@ -127,26 +128,39 @@ fn one_shot(world: usize, buffers: u8, kernels: u8, mutant: Mutant) -> Protocol 
 
 /// `cube_all_reduce_two_shot`; the rounds of each kernel.
 fn two_shot(world: usize, buffers: u8, kernels: &[u8], mutant: Mutant) -> Protocol {
+    two_shot_with_end(world, buffers, kernels, 0, mutant)
+}
+
+/// The same for a thread that has no packs of the last slice in the last `short` rounds of a kernel.
+fn two_shot_with_end(world: usize, buffers: u8, kernels: &[u8], short: u8, mutant: Mutant) -> Protocol {
     let mut w = cube(world, buffers, FIRST, mutant);
     for &rounds in kernels {
         let first = w.claim_rounds(rounds);
+        let has = |k: u8| move |slice: usize| slice + 1 < world || k + short < rounds;
         for rank in 0..world {
-            scatter(&mut w, rank, first);
+            let relay = Roles::of(rank, world).relay;
+            scatter(&mut w, rank, first, &has(0));
             for k in 0..rounds {
                 let round = first.wrapping_add(k);
                 let next = round.wrapping_add(1);
                 if k > 0 && k + 1 < rounds {
-                    scatter(&mut w, rank, next);
+                    scatter(&mut w, rank, next, &has(k + 1));
                 }
-                forward(&mut w, rank, round);
-                collect(&mut w, rank, round, CONTRIBUTION);
-                tell_neighbours(&mut w, rank, round, SUM);
-                pass_on(&mut w, rank, round, SUM);
+                if has(k)(relay) {
+                    forward(&mut w, rank, round);
+                }
+                if has(k)(rank) {
+                    collect(&mut w, rank, round, CONTRIBUTION, &|_| true);
+                    tell_neighbours(&mut w, rank, round, SUM);
+                }
+                if has(k)(relay) {
+                    pass_on(&mut w, rank, round, SUM);
+                }
                 if mutant != Mutant::NoExit {
-                    collect(&mut w, rank, round, SUM);
+                    collect(&mut w, rank, round, SUM, &has(k));
                 }
                 if k == 0 && rounds > 1 {
-                    scatter(&mut w, rank, next);
+                    scatter(&mut w, rank, next, &has(1));
                 }
             }
             w.end(rank, []);
@@ -165,7 +179,7 @@ fn all_gather(world: usize, buffers: u8, kernels: &[u8], mutant: Mutant) -> Prot
                 let round = first.wrapping_add(k);
                 tell_neighbours(&mut w, rank, round, SUM);
                 pass_on(&mut w, rank, round, SUM);
-                collect(&mut w, rank, round, SUM);
+                collect(&mut w, rank, round, SUM, &|_| true);
             }
             w.end(rank, []);
         }
@@ -187,6 +201,9 @@ fn one_shot_of_four() {
 fn two_shot_of_four() {
     holding::holds(two_shot(4, 2, &[4, 1, 2], Mutant::None), Trouble::Impatience, 1);
     holding::holds(two_shot(4, 2, &[2, 1], Mutant::None), Trouble::Nothing, 2);
+    for short in [1, 2] {
+        holding::holds(two_shot_with_end(4, 2, &[3, 2, 3], short, Mutant::None), Trouble::Nothing, 1);
+    }
     for mutant in [Mutant::OneBufferFewer, Mutant::NoExit, Mutant::WrongRound] {
         holding::is_caught(two_shot(4, 2, &[3, 3], mutant), Trouble::Nothing, 1);
     }
