@@ -8,6 +8,9 @@
 // it went on sending, they could complete with that garbage and never know. So a thread sends nothing that depends on a
 // wait it gave up, and no kernel that starts later sends anything, on any channel. The others' waits then end in errors
 // of their own, or at the abort word.
+//
+// Memory that others read counts as sent: the wait may have been for their reading. So the copies to staging memory,
+// which wait for nobody themselves, look at `broken` too (`unless` in copy.cu and reduce.cu).
 #pragma once
 #include "wire.cuh"
 

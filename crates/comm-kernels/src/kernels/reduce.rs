@@ -37,13 +37,34 @@ impl Kernels {
         op: ReduceOp,
         stream: StreamHandle,
     ) -> Result<()> {
+        // SAFETY: as this function's.
+        unsafe { self.reduce_unless(DeviceAddr::NULL, inputs, output, count, (dtype, op), stream) }
+    }
+
+    /// [`reduce`](Self::reduce), unless the 32-bit word in device memory at `unless` is nonzero when the kernel runs:
+    /// nothing is read or written then.
+    ///
+    /// # Errors
+    /// As [`reduce`](Self::reduce).
+    ///
+    /// # Safety
+    /// As [`reduce`](Self::reduce); the word is null, or valid for reads, aligned, and not written while the kernel runs.
+    pub unsafe fn reduce_unless(
+        &self,
+        unless: DeviceAddr,
+        inputs: &[DeviceAddr],
+        output: DeviceAddr,
+        count: usize,
+        (dtype, op): (DType, ReduceOp),
+        stream: StreamHandle,
+    ) -> Result<()> {
         let packed = pack(inputs, output, count, dtype)?;
         if count == 0 {
             return Ok(());
         }
         // `pack` has limited the number.
         let (number, elements, op) = (inputs.len() as u32, count as u64, op_number(op));
-        let mut parameters = parameters![output, packed, number, elements, op];
+        let mut parameters = parameters![output, packed, number, elements, op, unless];
         let same_phase = inputs.iter().all(|input| input.0 % 16 == output.0 % 16);
         let units = if same_phase { count.div_ceil(16 / dtype.size()) } else { count };
         // SAFETY: these are `reduce`'s parameters, in order; it reads `count` elements of each input and writes as many

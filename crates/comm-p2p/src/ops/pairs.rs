@@ -10,7 +10,7 @@
 use comm_core::{CommError, DType, DeviceAddr, OpKind, P2pOp, Result, StreamHandle, check};
 use comm_kernels::p2p::PairStep;
 
-use super::staged::copy;
+use super::staged::{copy, fill};
 use crate::comm::P2pComm;
 use crate::state::{Call, Channels};
 use crate::usage::Algorithm;
@@ -151,7 +151,8 @@ impl P2pComm {
     ) -> Result<()> {
         let (slot, mailbox) = self.crossing(channels, self.shared().info.rank, peer);
         self.step(call, channels, (peer, PairStep::AwaitFree), mailbox, stream)?;
-        copy(call, chunk.addr, slot, chunk.bytes, stream)?;
+        // Not after a wait that was given up: the peer may be reading the last message, which it has been told of.
+        fill(call, channels, chunk.addr, slot, chunk.bytes, stream)?;
         self.step(call, channels, (peer, PairStep::Announce), mailbox, stream)
     }
 

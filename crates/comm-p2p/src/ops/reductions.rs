@@ -144,7 +144,7 @@ impl P2pComm {
         while done < count {
             let part = most.min(count - done);
             staging.uses(part * size);
-            let fill = |staging: &Staging<'_>, own| staging.copy(at(send, done, size), own, part * size);
+            let fill = |staging: &Staging<'_>, own| staging.fill(at(send, done, size), own, part * size);
             let to = at(recv, done, size);
             if root.is_some() || part * size < SLICED {
                 staging.exchange(fill, |staging, halves| match root {
@@ -252,7 +252,7 @@ impl P2pComm {
                     let mut begin = 0;
                     for (to, &count) in counts.iter().enumerate() {
                         let from = at(send, begin + done, size);
-                        staging.copy(from, own.offset((to * room) as u64), left(to) * size)?;
+                        staging.fill(from, own.offset((to * room) as u64), left(to) * size)?;
                         begin += count;
                     }
                     Ok(())

@@ -6,6 +6,10 @@
 //!
 //! In a mesh with gaps, a second step precedes every reading: each rank copies what it holds for others, and another
 //! barrier follows. Reading then touches neighbours' memory alone.
+//!
+//! A rank that has given up a barrier must not write its halves again: the barrier was to show that the others have read
+//! them, and one that is only late reads on and may then complete, because this rank's flags came before. So whatever
+//! writes memory that other ranks read goes by [`fill`], or sums under the same condition.
 
 use comm_core::{DType, DeviceAddr, ReduceOp, Result, StreamHandle};
 use comm_kernels::p2p::Peers;
@@ -35,9 +39,28 @@ impl<'a> Staging<'a> {
         if room < size { size } else { room / size * size }
     }
 
-    /// Copies bytes on this device, from any address that it can reach.
+    /// Copies bytes to an operand of this rank, from any address that it can reach.
     pub(crate) fn copy(&self, from: DeviceAddr, to: DeviceAddr, bytes: usize) -> Result<()> {
         copy(self.call, from, to, bytes, self.stream)
+    }
+
+    /// Copies bytes to this rank's half.
+    pub(crate) fn fill(&self, from: DeviceAddr, to: DeviceAddr, bytes: usize) -> Result<()> {
+        fill(self.call, self.channels, from, to, bytes, self.stream)
+    }
+
+    /// Copies rows to this rank's half, which begin the given bytes apart.
+    pub(crate) fn fill_rows(
+        &self,
+        from: (DeviceAddr, usize),
+        to: (DeviceAddr, usize),
+        width: usize,
+        rows: usize,
+    ) -> Result<()> {
+        let (kernels, broken) = (&self.call.shared.base.kernels, self.channels.barrier.broken);
+        // SAFETY: the caller of the operation vouches for the source; a half is as large as the chunk; the word lives as
+        // long as the channels, and the stream's kernels before this one have ended.
+        self.call.fatal(unsafe { kernels.copy_rows_unless(broken, from, to, width, rows, self.stream) })
     }
 
     /// Says how many bytes of a half the next chunks use, from its beginning on, so that no more is copied for others.
@@ -60,7 +83,7 @@ impl<'a> Staging<'a> {
         let Some(mesh) = &self.channels.mesh else { return Ok(()) };
         let (staging, half) = (&self.channels.staging, self.channels.half);
         for (from, to) in mesh.copies(staging, 2 * half, self.chunk % 2 * half) {
-            self.copy(from, to, self.used)?;
+            self.fill(from, to, self.used)?;
         }
         self.barrier()
     }
@@ -94,22 +117,22 @@ impl<'a> Staging<'a> {
         })
     }
 
-    /// Reduces what every rank has at `offset` of its half.
+    /// Reduces what every rank has at `offset` of its half to an operand of this rank or, where no other rank reads it
+    /// yet, to its half.
     pub(crate) fn reduce(
         &self,
         halves: &Peers,
         offset: usize,
         to: DeviceAddr,
         count: usize,
-        (dtype, op): (DType, ReduceOp),
+        reduction: (DType, ReduceOp),
     ) -> Result<()> {
         let inputs = shifted(halves, offset);
         let inputs = &inputs[..self.call.shared.info.size];
+        let (kernels, broken) = (&self.call.shared.base.kernels, self.channels.barrier.broken);
         // SAFETY: staging memory of all ranks, written before the barrier; the caller of the operation vouches for the
-        // output.
-        let launched =
-            unsafe { self.call.shared.base.kernels.reduce(inputs, to, count, dtype, op, self.stream) };
-        self.call.fatal(launched)
+        // output; the word as above.
+        self.call.fatal(unsafe { kernels.reduce_unless(broken, inputs, to, count, reduction, self.stream) })
     }
 
     /// Ends the exchange.
@@ -134,7 +157,28 @@ pub(crate) fn barrier(call: &Call<'_>, channels: &Channels, stream: StreamHandle
     })
 }
 
-/// Copies bytes on this device, from any address that it can reach.
+/// Copies bytes to memory that other ranks read, unless this rank has given up a wait: it has lost sight of who still
+/// reads what lies there.
+pub(crate) fn fill(
+    call: &Call<'_>,
+    channels: &Channels,
+    from: DeviceAddr,
+    to: DeviceAddr,
+    bytes: usize,
+    stream: StreamHandle,
+) -> Result<()> {
+    if bytes == 0 || from == to {
+        return Ok(());
+    }
+    let (kernels, broken) = (&call.shared.base.kernels, channels.barrier.broken);
+    // SAFETY: the callers vouch for both ranges; the word is one for all channels, lives as long as they do, and the
+    // stream's kernels before this one have ended.
+    call.fatal(unsafe {
+        kernels.reduce_unless(broken, &[from], to, bytes, (DType::U8, ReduceOp::Sum), stream)
+    })
+}
+
+/// Copies bytes to memory that no other rank reads, from any address that this device can reach.
 pub(crate) fn copy(
     call: &Call<'_>,
     from: DeviceAddr,

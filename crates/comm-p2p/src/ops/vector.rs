@@ -63,7 +63,7 @@ impl P2pComm {
             staging.uses(room.min(longest - done));
             let source = send.offset(done as u64);
             staging.exchange(
-                |staging, own| staging.copy(source, own, left(rank)),
+                |staging, own| staging.fill(source, own, left(rank)),
                 |staging, halves| {
                     (0..size).map(|turn| (rank + turn) % size).try_for_each(|from| {
                         let source = if from == rank { source } else { halves[from] };
@@ -147,7 +147,7 @@ impl P2pComm {
                 let place =
                     |base: DeviceAddr, pitch: usize| (base.offset((row * pitch + column) as u64), pitch);
                 staging.exchange(
-                    |_, own| copy(place(send, from_pitch), (own, columns), columns, rows),
+                    |staging, own| staging.fill_rows(place(send, from_pitch), (own, columns), columns, rows),
                     |_, halves| {
                         (0..info.size).map(|turn| (info.rank + turn) % info.size).try_for_each(|from| {
                             let to = recv.offset((from * block.rank_stride * size) as u64);
