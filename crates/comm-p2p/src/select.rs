@@ -16,6 +16,7 @@ use comm_core::tuning::{Choice, Table};
 use comm_kernels::p2p::{FLAG_CTAS, Shape, Units};
 
 pub(crate) use self::gaps::Gaps;
+use crate::room::Room;
 use crate::usage::Algorithm;
 
 mod gaps;
@@ -27,7 +28,7 @@ pub(crate) struct Limits {
     pub(crate) packet_slots: usize,
     pub(crate) lamport_slots: usize,
     pub(crate) cell_ctas: usize,
-    pub(crate) multiprocessors: u32,
+    pub(crate) room: Room,
     pub(crate) forced: Option<Algorithm>,
     pub(crate) gaps: Option<Gaps>,
     pub(crate) table: Arc<Table<Algorithm>>,
@@ -91,7 +92,7 @@ impl Limits {
         let by_packs = || table.iter().find(|&&(most, _)| wanted <= most).map_or(512, |&(_, block)| block);
         let block = choice.block.unwrap_or_else(by_packs);
         // Two blocks of up to 256 threads are resident on every multiprocessor.
-        let resident = if block <= 256 { 2 * self.multiprocessors } else { self.multiprocessors };
+        let resident = self.room.blocks(if block <= 256 { 2 } else { 1 });
         let grid = wanted.div_ceil(block as usize).min(slots / block as usize).max(1);
         let most = choice.grid.map_or(resident, |most| most.min(resident));
         Shape { grid: u32::try_from(grid).unwrap_or(u32::MAX).min(most), block }
@@ -103,7 +104,7 @@ impl Limits {
 
     /// Blocks of a kernel that has as many as fit.
     fn full(&self, choice: &Choice<Algorithm>, most: usize) -> u32 {
-        choice.grid.unwrap_or(u32::MAX).min(self.multiprocessors).min(most as u32)
+        choice.grid.unwrap_or(u32::MAX).min(self.room.multiprocessors()).min(most as u32)
     }
 
     fn cells(&self, choice: &Choice<Algorithm>) -> Plan {
@@ -191,8 +192,9 @@ impl Limits {
             }
             Algorithm::Steps if registered => {
                 // Half the multiprocessors: with less under way a step ends more sharply.
-                let half = (self.multiprocessors.div_ceil(2)).min(FLAG_CTAS);
-                let grid = choice.grid.map_or(half, |grid| grid.min(self.multiprocessors));
+                let all = self.room.multiprocessors();
+                let half = all.div_ceil(2).min(FLAG_CTAS);
+                let grid = choice.grid.map_or(half, |grid| grid.min(all));
                 Some(self.plan(choice.algorithm, Shape { grid, block: choice.block.unwrap_or(32) }))
             }
             Algorithm::Staged => Some(self.staged()),
@@ -227,16 +229,24 @@ impl Limits {
     /// `Composed` for an all-reduce and a norm of their own. A choice can only bound the blocks: their threads follow
     /// from the row.
     pub(crate) fn norm(&self, tokens: usize, row: usize) -> Plan {
-        let sm = self.multiprocessors as usize;
         let one_hop = || {
             let packs = row.div_ceil(PACKET_PAYLOAD);
-            let cluster = if packs <= 128 { 1 } else { 8 };
-            let block = packs.div_ceil(cluster).next_multiple_of(32);
-            let grid = tokens.checked_mul(cluster)?;
-            let fits = block <= 512 && grid <= sm && grid * block <= self.packet_slots;
-            let shape = Shape { grid: grid as u32, block: block as u32 };
-            let plan = Plan { chunk: cluster as u32, ..self.plan(Algorithm::OneShot, shape) };
-            fits.then_some(plan)
+            let of_clusters = |cluster: usize| {
+                let block = packs.div_ceil(cluster).next_multiple_of(32);
+                let grid = tokens.checked_mul(cluster)?;
+                let most = self.room.multiprocessors() as usize;
+                let fits = block <= 512 && grid <= most && grid * block <= self.packet_slots;
+                let shape = Shape { grid: grid as u32, block: block as u32 };
+                let plan = Plan { chunk: cluster as u32, ..self.plan(Algorithm::OneShot, shape) };
+                fits.then_some(plan)
+            };
+            let clusters: &[usize] = match packs {
+                ..=128 => &[1],
+                // The share of a device may have no room for the best.
+                _ if self.room.is_shared() => &[8, 4, 2, 1],
+                _ => &[8],
+            };
+            clusters.iter().find_map(|&cluster| of_clusters(cluster))
         };
         let two_hops = |choice: &Choice<Algorithm>| {
             let block = row.div_ceil(PACK).div_ceil(self.world).next_multiple_of(32);
@@ -246,7 +256,8 @@ impl Limits {
                 _ => 1,
             };
             let most = choice.grid.map_or(usize::MAX, |most| most as usize);
-            let grid = tokens.min(per_sm * sm).min(self.lamport_slots / block).min(most);
+            let resident = self.room.blocks(per_sm) as usize;
+            let grid = tokens.min(resident).min(self.lamport_slots / block).min(most);
             let shape = Shape { grid: grid as u32, block: block as u32 };
             (block <= 512 && grid > 0).then_some(self.plan(Algorithm::TwoShot, shape))
         };
@@ -283,7 +294,7 @@ pub(crate) mod tests {
             packet_slots: 33_792,
             lamport_slots: 67_584,
             cell_ctas: 132,
-            multiprocessors: 132,
+            room: Room::alone(132),
             forced,
             gaps: None,
             table: crate::tables::of(None, "NVIDIA H200", world).unwrap().algorithms,
@@ -294,7 +305,7 @@ pub(crate) mod tests {
     pub(crate) fn launchable(limits: &Limits, plan: &Plan, registered: bool) {
         let Shape { grid, block } = plan.shape;
         assert!(grid >= 1 && (32..=512).contains(&block), "{plan:?}");
-        assert!(grid <= limits.multiprocessors * if block <= 256 { 2 } else { 1 }, "{plan:?}");
+        assert!(grid <= limits.room.blocks(if block <= 256 { 2 } else { 1 }), "{plan:?}");
         let slots = match plan.algorithm {
             Algorithm::Packets | Algorithm::Relayed | Algorithm::OneShot => limits.packet_slots,
             _ => limits.lamport_slots,
