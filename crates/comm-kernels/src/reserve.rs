@@ -68,7 +68,9 @@ impl Reserve {
     /// Takes a place back, and says whether it was one of its own.
     pub(crate) fn free(&mut self, addr: u64) -> bool {
         let at = addr.checked_sub(self.start).and_then(|at| usize::try_from(at).ok());
-        let Some((at, mut bytes)) = at.and_then(|at| Some((at, self.used.remove(&at)?))) else { return false };
+        let Some((at, mut bytes)) = at.and_then(|at| Some((at, self.used.remove(&at)?))) else {
+            return false;
+        };
         let mut begin = at;
         if let Some(after) = self.free.remove(&(at + bytes)) {
             bytes += after;

@@ -106,7 +106,9 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result
         let prepared = words
             .as_ref()
             .map_err(Clone::clone)
-            .and_then(|words| Ok((Arc::clone(words), P2pKernels::load(&base.context, info.size, base.room.overlap())?)))
+            .and_then(|words| {
+                Ok((Arc::clone(words), P2pKernels::load(&base.context, info.size, base.room.overlap())?))
+            })
             .and_then(|(words, kernels)| Ok((words, kernels, table_of_captured(&base, info.size)?)))
             .and_then(|prepared| sentinel.as_ref().map(|_| prepared).map_err(Clone::clone));
         agree(&*control, &prepared.as_ref().map(|_| 0).map_err(Clone::clone))?;

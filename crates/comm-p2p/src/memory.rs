@@ -46,8 +46,7 @@ impl P2pComm {
         };
         // The other ranks' mappings keep their memory alive, so nobody has to wait for anybody's but on a shared device.
         let host = shared.control()?;
-        let meet =
-            || shared.meet_if_shared(&*host).map_err(|error| self.lost(&*host, OpKind::Free, error));
+        let meet = || shared.meet_if_shared(&*host).map_err(|error| self.lost(&*host, OpKind::Free, error));
         meet()?;
         drop(call.owned.table.remove(id));
         meet()

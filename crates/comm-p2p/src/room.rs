@@ -60,7 +60,11 @@ impl Room {
 
     /// Blocks of a size of which a multiprocessor holds `per_multiprocessor`.
     pub(crate) const fn blocks(self, per_multiprocessor: u32) -> u32 {
-        if self.shared { self.multiprocessors } else { self.multiprocessors.saturating_mul(per_multiprocessor) }
+        if self.shared {
+            self.multiprocessors
+        } else {
+            self.multiprocessors.saturating_mul(per_multiprocessor)
+        }
     }
 
     /// Between a kernel and the one before it on its stream.
@@ -86,7 +90,10 @@ mod tests {
                 let waiting = STREAMS * ranks as u32 * room.multiprocessors();
                 assert!(room.multiprocessors() >= 3 && waiting + SPARE <= multiprocessors, "{room:?}");
                 // Blocks of any size count as one multiprocessor each.
-                assert_eq!((room.blocks(1), room.blocks(4)), (room.multiprocessors(), room.multiprocessors()));
+                assert_eq!(
+                    (room.blocks(1), room.blocks(4)),
+                    (room.multiprocessors(), room.multiprocessors())
+                );
                 // Placing a cluster: with its own blocks not there, some GPC of 8 has 8 free multiprocessors.
                 let free = multiprocessors - (waiting - 1);
                 assert!(free.div_ceil(8) >= 8, "{room:?}");
