@@ -51,6 +51,21 @@ fn run(world: usize, script: &str, change: impl FnOnce(&mut LaunchSpec)) -> Run 
 }
 
 #[test]
+fn ranks_that_share_gpus_are_told_so_and_others_need_one_each() {
+    let script = r#"echo "$COMM_P2P_SHARE_DEVICES $CUDA_DEVICE_MAX_CONNECTIONS on $CUDA_VISIBLE_DEVICES"; event '"Done"'"#;
+    let run = run(3, script, |spec| {
+        spec.gpus = vec!["4".into(), "6".into()];
+        spec.share_gpus = true;
+    });
+    assert_eq!(run.report.problem(), None);
+    let told = run.lines.iter().filter(|line| line.ends_with("on 32 on 4,6")).count();
+    assert_eq!(told, 3, "{:?}", run.lines);
+    let spec = crate::job::spec(3, Mode::Processes, Duration::from_secs(5), Duration::from_secs(1)).unwrap();
+    let spec = LaunchSpec { gpus: vec!["4".into(), "6".into()], ..spec };
+    assert!(launch(&spec, &mut |_| {}).unwrap_err().to_string().contains("2 GPUs for 3 ranks"));
+}
+
+#[test]
 fn ranks_get_the_jobs_variables_and_their_output_gets_their_rank() {
     let run = run(
         2,
