@@ -39,6 +39,29 @@ fn memory_keeps_what_is_written() {
 }
 
 #[test]
+fn a_reserve_is_handed_out_and_taken_over_without_the_driver() {
+    let Some(_device) = common::device() else { return };
+    let memory = CudaMemory::new(0).unwrap().with_reserve(64 << 20).unwrap();
+    let places: Vec<_> = (0..60).map(|_| memory.allocate(1 << 20).unwrap()).collect();
+    assert!(places.iter().all(|place| place.is_aligned_to(256)));
+    let data: Vec<u8> = (0..1 << 20).map(|i| (i * 7 % 251) as u8).collect();
+    let mut back = vec![0; 1 << 20];
+    unsafe {
+        memory.upload(places[59], &data).unwrap();
+        memory.download(&mut back, places[59]).unwrap();
+        memory.free(places[3]).unwrap();
+        assert!(memory.free(places[3]).is_err(), "freed twice");
+    }
+    assert!(data == back);
+    let first = places[0];
+    drop(memory);
+    let next = CudaMemory::new(0).unwrap().with_reserve(64 << 20).unwrap();
+    assert_eq!(next.allocate(1).unwrap(), first);
+    // More than it has room for comes from the driver.
+    assert!(!next.allocate(100 << 20).unwrap().is_null());
+}
+
+#[test]
 fn what_cannot_be_had_is_an_error() {
     let Some(device) = common::device() else { return };
     assert!(matches!(CudaMemory::new(1000), Err(CommError::InvalidArgument { .. })));

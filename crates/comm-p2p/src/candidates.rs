@@ -98,7 +98,7 @@ mod tests {
 
     use super::*;
     use crate::select::Limits;
-    use crate::select::tests::{launchable, limits};
+    use crate::select::tests::{launchable, limits, rooms};
     use crate::tables::InUse;
 
     /// Limits whose table has nothing but one choice.
@@ -113,8 +113,8 @@ mod tests {
         for (op, registered) in TUNABLE {
             for choice in candidates(op) {
                 let mut used = 0;
-                for world in 2..=8 {
-                    let limits = only(world, op, choice.clone());
+                for (world, room) in (2..=8).flat_map(|world| rooms().map(|room| (world, room))) {
+                    let limits = Limits { room, ..only(world, op, choice.clone()) };
                     for bytes in (4..34).flat_map(|shift| [1_usize << shift, (1 << shift) + 4]) {
                         let plan = match op {
                             OpKind::AllReduce => limits.all_reduce(bytes, registered),

@@ -85,6 +85,7 @@ pub fn run(args: &TuneArgs) -> Result<()> {
         std::env::var_os("COMM_P2P_ALGO").is_none(),
         "COMM_P2P_ALGO forces an algorithm: unset it, or there is nothing to choose from"
     );
+    gpus::refuse_shared()?;
     let mut tables = read(&args.out)?;
     let rules = parse_rules(&args.op)?;
     let sizes = parse_sizes(&args.sizes)?;

@@ -28,6 +28,7 @@ pub use self::mesh::{CUBE_ROW_PAIRS, CubeRoles, MeshRoutes};
 pub use self::quantized::{QUANTIZED_PACKS, QUANTIZED_ROW};
 use crate::kernels::parameters;
 use crate::module::Function;
+pub use crate::module::Overlap;
 
 /// Packs that a thread moves per slice and chunk in kernels by cells: more make longer bursts per peer, which the links
 /// carry better, and need a longer message to fill the pipeline.
@@ -73,6 +74,7 @@ pub enum PairStep {
 pub struct P2pKernels {
     context: Arc<CudaContext>,
     world: usize,
+    overlap: Overlap,
     functions: Functions,
 }
 
@@ -118,13 +120,14 @@ fn check_direct(shape: Shape, chunk: u32) -> Result<()> {
 /// order on each channel; `stream` is a live stream of this context.
 #[allow(clippy::missing_safety_doc, reason = "the block's comment holds for every method")]
 impl P2pKernels {
-    /// Loads the kernels for `world` ranks (2 to 8) into `context`, code included, so that no launch has to.
+    /// Loads the kernels for `world` ranks (2 to 8) into `context`, code included, so that no launch has to. `overlap`:
+    /// between a kernel and the one before it on its stream, whichever that is.
     ///
     /// # Errors
     /// [`CommError::InvalidArgument`] for another number of ranks; [`CommError::Library`] when the kernels are missing
     /// or have no code for this GPU (Hopper or later); [`CommError::Cuda`].
-    pub fn load(context: &Arc<CudaContext>, world: usize) -> Result<Self> {
-        Ok(Self { context: Arc::clone(context), world, functions: Functions::load(context, world)? })
+    pub fn load(context: &Arc<CudaContext>, world: usize, overlap: Overlap) -> Result<Self> {
+        Ok(Self { context: Arc::clone(context), world, overlap, functions: Functions::load(context, world)? })
     }
 
     /// The number of ranks that the kernels are for.
@@ -140,8 +143,9 @@ impl P2pKernels {
         stream: StreamHandle,
         parameters: &mut [*mut c_void],
     ) -> Result<()> {
+        let threads = (shape.grid, shape.block);
         // SAFETY: the callers vouch for the parameters; the kernels wait for their predecessor before they touch memory.
-        unsafe { function.launch_ahead(&self.context, shape.grid, shape.block, 1, stream, parameters) }
+        unsafe { function.launch_after(&self.context, threads, 1, self.overlap, stream, parameters) }
     }
 
     /// Sum all-reduce of bf16, f16 or f32 in one hop, by packets: at most `slot_packs` of 12 bytes.

@@ -124,6 +124,14 @@ impl P2pComm {
             if rows == 0 || from.0 == to.0 {
                 return Ok(());
             }
+            if self.shared().base.room.is_shared() {
+                // Copy commands of several streams may stand in line for one engine, one that waits for another rank in
+                // front of the one that this rank waits for. Kernels do not.
+                let at = |(base, pitch): (DeviceAddr, usize), row: usize| base.offset((row * pitch) as u64);
+                return (0..rows).try_for_each(|row| {
+                    super::staged::copy(&call, at(from, row), at(to, row), width, stream)
+                });
+            }
             // SAFETY: the operands have been checked and the caller vouches for them; staging memory is as large as the
             // chunk.
             call.fatal(unsafe { raw::copy_2d(from, to, width, rows, stream) })
