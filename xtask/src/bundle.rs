@@ -216,7 +216,7 @@ mod tests {
     fn an_existing_folder_that_is_no_bundle_is_left_alone() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("precious"), "x").unwrap();
-        let args = BundleArgs { out: dir.path().to_owned(), no_kernels: true };
+        let args = BundleArgs { out: dir.path().to_owned(), no_kernels: true, arch: None };
         assert!(run(&args).unwrap_err().to_string().contains("no bundle"));
         assert!(dir.path().join("precious").exists());
     }
