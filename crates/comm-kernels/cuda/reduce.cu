@@ -1,6 +1,9 @@
 // Element-wise reduction of several buffers into one, in the order in which they are given.
+//
+// `unless`: null, or a word that makes the kernel do nothing if it is not zero (stop.cuh).
 
 #include "reduce.cuh"
+#include "stop.cuh"
 
 namespace {
 
@@ -80,7 +83,9 @@ __device__ __forceinline__ void reduce(T *out, const Inputs &inputs, u32 number,
 
 #define KERNEL(T)                                                                                    \
     extern "C" __global__ void __launch_bounds__(256)                                                \
-        reduce_##T(T *out, const __grid_constant__ Inputs inputs, u32 number, u64 count, u32 op) {   \
+        reduce_##T(T *out, const __grid_constant__ Inputs inputs, u32 number, u64 count, u32 op,     \
+                   const u32 *unless) {                                                              \
+        if (stopped(unless)) return;                                                                 \
         switch (op) {                                                                                \
             case REDUCE_SUM: return reduce<T, REDUCE_SUM>(out, inputs, number, count);               \
             case REDUCE_PROD: return reduce<T, REDUCE_PROD>(out, inputs, number, count);             \

@@ -7,7 +7,8 @@
 // What a rank computes after it has given up a wait is garbage, and the ranks it waited for may only have been late: if
 // it went on sending, they could complete with that garbage and never know. So a thread sends nothing that depends on a
 // wait it gave up, and no kernel that starts later sends anything, on any channel. The others' waits then end in errors
-// of their own, or at the abort word.
+// of their own, or at the abort word. Copies between handshakes, by kernels that do not wait themselves, look at the
+// `broken` word first (../stop.cuh).
 #pragma once
 #include "wire.cuh"
 
@@ -100,7 +101,8 @@ __device__ __forceinline__ void receive_all(const Link& link, Waiter& waiter, ui
     for (int s = 0; s < kWorld; s++) v[s] = Wire::payload(raw[s]);
 }
 
-// Tests only: makes this rank late between its sends and its first wait.
+// Tests only: makes this rank late between its sends and its first wait, or, where a kernel only waits for what others
+// then read, between the two.
 __device__ __forceinline__ void injected_stall(const Link& link) {
     if (link.stall_ns == 0) return;
     const uint64_t start = now_ns();

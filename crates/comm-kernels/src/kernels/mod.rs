@@ -2,6 +2,7 @@
 //!
 //! Each checks its arguments, chooses the launch shape, and enqueues one kernel: no allocation, no copy, no wait.
 
+mod copy;
 mod data;
 mod mark;
 mod reduce;
@@ -40,6 +41,7 @@ pub struct Kernels {
     mark: Function,
     mark_two: Function,
     reduce: PerType,
+    copy_rows: Function,
     rmsnorm: rmsnorm::Variants,
     rmsnorm_fp8: rmsnorm::Variants,
 }
@@ -88,6 +90,7 @@ impl Kernels {
             mark: mark.function("mark")?,
             mark_two: mark.function("mark_two")?,
             reduce: per_type!(reduce, "reduce"),
+            copy_rows: Module::load(context, "copy_rows")?.function("copy_rows")?,
             rmsnorm: rmsnorm::Variants::load(&Module::load(context, "rmsnorm")?)?,
             rmsnorm_fp8: rmsnorm::Variants::load_fp8(&Module::load(context, "rmsnorm_fp8")?)?,
             context: Arc::clone(context),

@@ -37,13 +37,36 @@ impl Kernels {
         op: ReduceOp,
         stream: StreamHandle,
     ) -> Result<()> {
+        // SAFETY: as the caller vouches.
+        unsafe { self.reduce_unless(None, inputs, output, count, dtype, op, stream) }
+    }
+
+    /// [`reduce`](Self::reduce) that does nothing if there is a word, an aligned 32-bit one of this device's memory, and
+    /// it is not zero when the kernel starts.
+    ///
+    /// # Errors
+    /// As [`reduce`](Self::reduce).
+    ///
+    /// # Safety
+    /// As [`reduce`](Self::reduce); the word is valid for reads.
+    pub unsafe fn reduce_unless(
+        &self,
+        unless: Option<DeviceAddr>,
+        inputs: &[DeviceAddr],
+        output: DeviceAddr,
+        count: usize,
+        dtype: DType,
+        op: ReduceOp,
+        stream: StreamHandle,
+    ) -> Result<()> {
         let packed = pack(inputs, output, count, dtype)?;
         if count == 0 {
             return Ok(());
         }
         // `pack` has limited the number.
         let (number, elements, op) = (inputs.len() as u32, count as u64, op_number(op));
-        let mut parameters = parameters![output, packed, number, elements, op];
+        let unless = unless.unwrap_or(DeviceAddr::NULL);
+        let mut parameters = parameters![output, packed, number, elements, op, unless];
         let same_phase = inputs.iter().all(|input| input.0 % 16 == output.0 % 16);
         let units = if same_phase { count.div_ceil(16 / dtype.size()) } else { count };
         // SAFETY: these are `reduce`'s parameters, in order; it reads `count` elements of each input and writes as many

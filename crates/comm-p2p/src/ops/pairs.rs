@@ -4,13 +4,17 @@
 //! waits only for what it sent in the turn before, and its peer receives that without waiting for anything later, so
 //! no order of the transfers can lock the ranks.
 //!
+//! A sender that has given up its wait for a free slot copies nothing more, here or anywhere: the receiver may only be
+//! late, and still have the chunk before to read. (Neither does a receiver that has given up; nobody but itself would see
+//! what it reads.)
+//!
 //! In a mesh with gaps, a message between ranks that are no neighbours crosses in the memory of a rank that is one of
 //! both's. That rank takes no part.
 
 use comm_core::{CommError, DType, DeviceAddr, OpKind, P2pOp, Result, StreamHandle, check};
 use comm_kernels::p2p::PairStep;
 
-use super::staged::copy;
+use super::staged::{copy, copy_unless_broken};
 use crate::comm::P2pComm;
 use crate::state::{Call, Channels};
 use crate::usage::Algorithm;
@@ -151,7 +155,7 @@ impl P2pComm {
     ) -> Result<()> {
         let (slot, mailbox) = self.crossing(channels, self.shared().info.rank, peer);
         self.step(call, channels, (peer, PairStep::AwaitFree), mailbox, stream)?;
-        copy(call, chunk.addr, slot, chunk.bytes, stream)?;
+        copy_unless_broken(call, channels, chunk.addr, slot, chunk.bytes, stream)?;
         self.step(call, channels, (peer, PairStep::Announce), mailbox, stream)
     }
 
@@ -165,7 +169,7 @@ impl P2pComm {
     ) -> Result<()> {
         let (slot, mailbox) = self.crossing(channels, peer, self.shared().info.rank);
         self.step(call, channels, (peer, PairStep::AwaitFull), mailbox, stream)?;
-        copy(call, slot, chunk.addr, chunk.bytes, stream)?;
+        copy_unless_broken(call, channels, slot, chunk.addr, chunk.bytes, stream)?;
         self.step(call, channels, (peer, PairStep::Release), mailbox, stream)
     }
 }

@@ -6,6 +6,13 @@
 //!
 //! In a mesh with gaps, a second step precedes every reading: each rank copies what it holds for others, and another
 //! barrier follows. Reading then touches neighbours' memory alone.
+//!
+//! # After a wait that was given up
+//! A rank that has given up a wait copies nothing more: each kernel here looks at the word that says so when it starts.
+//! The barriers alone would not do: a rank that is only late has this rank's flag of the barrier that this rank gave up,
+//! passes it, and reads this rank's half afterwards, or the copies that this rank holds. Both must still be what they
+//! were. (What such a rank reads from others, or writes to the caller's result, only it can see, and its error says that
+//! it is garbage. One rule for all copies is the simpler one.)
 
 use comm_core::{DType, DeviceAddr, ReduceOp, Result, StreamHandle};
 use comm_kernels::p2p::Peers;
@@ -35,9 +42,26 @@ impl<'a> Staging<'a> {
         if room < size { size } else { room / size * size }
     }
 
-    /// Copies bytes on this device, from any address that it can reach.
+    /// Copies bytes on this device, from any address that it can reach, unless this rank has given up a wait.
     pub(crate) fn copy(&self, from: DeviceAddr, to: DeviceAddr, bytes: usize) -> Result<()> {
-        copy(self.call, from, to, bytes, self.stream)
+        copy_unless_broken(self.call, self.channels, from, to, bytes, self.stream)
+    }
+
+    /// The same for `rows` rows of `width` bytes, each address with the bytes from row to row.
+    pub(crate) fn copy_rows(
+        &self,
+        from: (DeviceAddr, usize),
+        to: (DeviceAddr, usize),
+        width: usize,
+        rows: usize,
+    ) -> Result<()> {
+        if from.0 == to.0 {
+            return Ok(());
+        }
+        let unless = silence(self.call, self.channels);
+        let kernels = &self.call.shared.base.kernels;
+        // SAFETY: the operation's caller vouches for its operands; staging memory is as large as the chunk.
+        self.call.fatal(unsafe { kernels.copy_rows(from, to, width, rows, unless, self.stream) })
     }
 
     /// Says how many bytes of a half the next chunks use, from its beginning on, so that no more is copied for others.
@@ -94,7 +118,7 @@ impl<'a> Staging<'a> {
         })
     }
 
-    /// Reduces what every rank has at `offset` of its half.
+    /// Reduces what every rank has at `offset` of its half, unless this rank has given up a wait.
     pub(crate) fn reduce(
         &self,
         halves: &Peers,
@@ -107,9 +131,11 @@ impl<'a> Staging<'a> {
         let inputs = &inputs[..self.call.shared.info.size];
         // SAFETY: staging memory of all ranks, written before the barrier; the caller of the operation vouches for the
         // output.
-        let launched =
-            unsafe { self.call.shared.base.kernels.reduce(inputs, to, count, dtype, op, self.stream) };
-        self.call.fatal(launched)
+        self.call.fatal(unsafe {
+            let unless = silence(self.call, self.channels);
+            let kernels = &self.call.shared.base.kernels;
+            kernels.reduce_unless(unless, inputs, to, count, dtype, op, self.stream)
+        })
     }
 
     /// Ends the exchange.
@@ -134,11 +160,39 @@ pub(crate) fn barrier(call: &Call<'_>, channels: &Channels, stream: StreamHandle
     })
 }
 
-/// Copies bytes on this device, from any address that it can reach.
+/// The word that stops copies which other ranks can see: set once this rank has given up a wait. All channels have the
+/// same.
+fn silence(call: &Call<'_>, channels: &Channels) -> Option<DeviceAddr> {
+    (!call.shared.base.options.copies_when_broken).then_some(channels.barrier.broken)
+}
+
+/// Copies bytes on this device, from any address that it can reach, between operands of one rank alone.
 pub(crate) fn copy(
     call: &Call<'_>,
     from: DeviceAddr,
     to: DeviceAddr,
+    bytes: usize,
+    stream: StreamHandle,
+) -> Result<()> {
+    copy_unless(call, None, (from, to), bytes, stream)
+}
+
+/// The same behind a wait for other ranks: nothing is copied once this rank has given one up.
+pub(crate) fn copy_unless_broken(
+    call: &Call<'_>,
+    channels: &Channels,
+    from: DeviceAddr,
+    to: DeviceAddr,
+    bytes: usize,
+    stream: StreamHandle,
+) -> Result<()> {
+    copy_unless(call, silence(call, channels), (from, to), bytes, stream)
+}
+
+fn copy_unless(
+    call: &Call<'_>,
+    unless: Option<DeviceAddr>,
+    (from, to): (DeviceAddr, DeviceAddr),
     bytes: usize,
     stream: StreamHandle,
 ) -> Result<()> {
@@ -149,5 +203,5 @@ pub(crate) fn copy(
     // A kernel rather than a copy command: it is ordered with the other kernels at no extra cost, reads other devices'
     // memory at the speed of the link, and can be captured whatever the memory. A sum of one input is a copy.
     // SAFETY: the callers vouch for both ranges.
-    call.fatal(unsafe { kernels.reduce(&[from], to, bytes, DType::U8, ReduceOp::Sum, stream) })
+    call.fatal(unsafe { kernels.reduce_unless(unless, &[from], to, bytes, DType::U8, ReduceOp::Sum, stream) })
 }

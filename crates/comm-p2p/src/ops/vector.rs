@@ -120,17 +120,14 @@ impl P2pComm {
             return Ok(());
         }
         let (from_pitch, to_pitch) = (block.send_pitch * size, block.row_pitch * size);
-        let copy = |from: (DeviceAddr, usize), to: (DeviceAddr, usize), width: usize, rows: usize| {
-            if rows == 0 || from.0 == to.0 {
-                return Ok(());
-            }
-            // SAFETY: the operands have been checked and the caller vouches for them; staging memory is as large as the
-            // chunk.
-            call.fatal(unsafe { raw::copy_2d(from, to, width, rows, stream) })
-        };
-        let own_to = recv.offset((info.rank * block.rank_stride * size) as u64);
         let Some(channels) = &self.shared().channels else {
-            copy((send, from_pitch), (own_to, to_pitch), width, height)?;
+            // The only rank is the first, and its block lies at the beginning.
+            if send != recv {
+                // SAFETY: the operands have been checked and the caller vouches for them.
+                call.fatal(unsafe {
+                    raw::copy_2d((send, from_pitch), (recv, to_pitch), width, height, stream)
+                })?;
+            }
             call.finish(Algorithm::Local, stream);
             return Ok(());
         };
@@ -147,15 +144,15 @@ impl P2pComm {
                 let place =
                     |base: DeviceAddr, pitch: usize| (base.offset((row * pitch + column) as u64), pitch);
                 staging.exchange(
-                    |_, own| copy(place(send, from_pitch), (own, columns), columns, rows),
-                    |_, halves| {
+                    |staging, own| staging.copy_rows(place(send, from_pitch), (own, columns), columns, rows),
+                    |staging, halves| {
                         (0..info.size).map(|turn| (info.rank + turn) % info.size).try_for_each(|from| {
                             let to = recv.offset((from * block.rank_stride * size) as u64);
                             let source = match from == info.rank {
                                 true => place(send, from_pitch),
                                 false => (halves[from], columns),
                             };
-                            copy(source, place(to, to_pitch), columns, rows)
+                            staging.copy_rows(source, place(to, to_pitch), columns, rows)
                         })
                     },
                 )?;

@@ -94,14 +94,23 @@ pub(crate) enum Outcome {
     Wrong,
 }
 
-/// Takes one step. `silent`: the rank has given up a wait, so that it waits no more and sends nothing.
-/// `garbage_goes_out`: the mutant in which it does send.
-pub(crate) fn step(instr: &Instr, mem: &mut impl Mem, silent: bool, garbage_goes_out: bool) -> Outcome {
+/// What a rank goes on sending after it has given up a wait: nothing, and two mutants of that.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub(crate) enum Leak {
+    #[default]
+    Nothing,
+    /// What other kernels than those that wait copy: everything but flags.
+    Copies,
+    Everything,
+}
+
+/// Takes one step. `silent`: the rank has given up a wait, so that it waits no more and sends nothing but what leaks.
+pub(crate) fn step(instr: &Instr, mem: &mut impl Mem, silent: bool, leak: Leak) -> Outcome {
     match *instr {
         Instr::Store { at, value, order, derived } => {
             if !silent {
                 mem.store(at, value, order);
-            } else if garbage_goes_out {
+            } else if leak == Leak::Everything || (leak == Leak::Copies && order == Order::Relaxed) {
                 let value = if derived { value & 0xff00 | Value::from(GARBAGE) } else { value };
                 mem.store(at, value, order);
             }
@@ -147,8 +156,8 @@ pub(crate) enum Place {
 pub(crate) struct Protocol {
     pub(crate) ranks: Vec<Vec<Instr>>,
     pub(crate) memory: Vec<Value>,
-    /// The mutant of the rule that a rank which gave up falls silent.
-    pub(crate) garbage_goes_out: bool,
+    /// The mutants of the rule that a rank which gave up falls silent.
+    pub(crate) leak: Leak,
     places: HashMap<Place, Word>,
 }
 

@@ -1,6 +1,6 @@
 //! What each kind of kernel does to shared memory, in its order. Each function names the CUDA source that it mirrors.
 
-use super::memory::{Instr, MARK, Order, Place, Protocol, Round, Until, Value, Word, packet};
+use super::memory::{Instr, Leak, MARK, Order, Place, Protocol, Round, Until, Value, Word, packet};
 
 /// A protection taken away.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -27,6 +27,8 @@ pub(crate) enum Mutant {
     WrapIgnored,
     /// A rank that gave up goes on sending.
     GarbageGoesOut,
+    /// It goes on copying, though its flags stay as they are.
+    CopiesGoOut,
 }
 
 const ENTER: u8 = 0;
@@ -50,7 +52,11 @@ struct Writer {
 impl Writer {
     fn new(world: usize, first: Round, mutant: Mutant) -> Self {
         let mut protocol = Protocol::new(world);
-        protocol.garbage_goes_out = mutant == Mutant::GarbageGoesOut;
+        protocol.leak = match mutant {
+            Mutant::GarbageGoesOut => Leak::Everything,
+            Mutant::CopiesGoOut => Leak::Copies,
+            _ => Leak::Nothing,
+        };
         let buffers = if mutant == Mutant::OneBufferFewer { 3 } else { 4 };
         Self { protocol, mutant, world, buffers, round: first, first }
     }
@@ -399,6 +405,33 @@ pub(crate) fn pair(messages: u8, first: Round, mutant: Mutant) -> Protocol {
         w.await_flag(1, full, number);
         w.emit(1, Instr::Read { at: slot, sees: value });
         w.raise(1, free, number, true);
+    }
+    w.protocol
+}
+
+/// comm-p2p's `ops/staged.rs`: every rank fills a half of its staging memory, all meet, everybody reads, and all meet at the
+/// end. `calls`: chunks of each exchange.
+pub(crate) fn staged(world: usize, calls: &[u8], first: Round, mutant: Mutant) -> Protocol {
+    let mut w = Writer::new(world, first, mutant);
+    let halves = if mutant == Mutant::OneBufferFewer { 1 } else { 2 };
+    for &chunks in calls {
+        for chunk in 0..chunks {
+            let round = w.claim_rounds(1);
+            let half = |owner| Place::Result { owner, src: usize::from(chunk % halves) };
+            for rank in 0..world {
+                let own = w.protocol.word(half(rank), 0);
+                w.store(rank, own, packet(0, payload(round, rank)), false);
+                w.meet(rank, EXIT, round, true);
+                for src in w.others(rank) {
+                    let at = w.protocol.word(half(src), 0);
+                    w.emit(rank, Instr::Read { at, sees: packet(0, payload(round, src)) });
+                }
+            }
+        }
+        if mutant != Mutant::NoExit {
+            let round = w.claim_rounds(1);
+            (0..world).for_each(|rank| w.meet(rank, EXIT, round, true));
+        }
     }
     w.protocol
 }

@@ -107,7 +107,7 @@ impl Checked {
         let (instr, memory) = (instr.clone(), &state.memory);
         let rank = &mut state.ranks[index];
         let silent = rank.gave_up;
-        step(&instr, &mut View { memory, rank }, silent, self.protocol.garbage_goes_out)
+        step(&instr, &mut View { memory, rank }, silent, self.protocol.leak)
     }
 
     /// Takes the steps that nobody else can notice: a store only enters the rank's buffer.
@@ -300,4 +300,18 @@ fn pairs() {
     for mutant in [Mutant::RelaxedRelease, Mutant::NoAwaitFree] {
         is_caught(programs::pair(6, FIRST, mutant), Trouble::Nothing);
     }
+    is_caught(programs::pair(2, FIRST, Mutant::CopiesGoOut), Trouble::Impatience);
+}
+
+#[test]
+fn staging() {
+    for trouble in ALL {
+        holds(programs::staged(3, &[1, 1], FIRST, Mutant::None), trouble);
+        holds(programs::staged(2, &[3, 1], FIRST, Mutant::None), trouble);
+    }
+    for mutant in [Mutant::RelaxedRelease, Mutant::OneBufferFewer, Mutant::NoExit] {
+        is_caught(programs::staged(2, &[3, 1], FIRST, mutant), Trouble::Nothing);
+    }
+    // One chunk a call: the late rank's call itself ends well.
+    is_caught(programs::staged(2, &[1, 1], FIRST, Mutant::CopiesGoOut), Trouble::Impatience);
 }

@@ -5,7 +5,7 @@
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU16, Ordering, fence};
 
-use super::memory::{Mem, Order, Outcome, Protocol, Value, Word, step};
+use super::memory::{Leak, Mem, Order, Outcome, Protocol, Value, Word, step};
 use super::programs::{self, Mutant, TwoShot};
 
 struct Shared(Arc<Vec<AtomicU16>>);
@@ -48,7 +48,7 @@ fn explore(protocol: Protocol) {
                 loom::thread::spawn(move || {
                     for instr in program {
                         loop {
-                            match step(&instr, &mut memory, false, false) {
+                            match step(&instr, &mut memory, false, Leak::Nothing) {
                                 Outcome::Done => break,
                                 Outcome::Waits => loom::thread::yield_now(),
                                 Outcome::Wrong => panic!("a wrong value at {instr:?}"),
@@ -75,6 +75,7 @@ fn two_epochs_hold() {
     explore(programs::two_shot(run, FIRST, Mutant::None));
     explore(programs::broadcast(2, 2, FIRST, Mutant::None));
     explore(programs::pair(2, FIRST, Mutant::None));
+    explore(programs::staged(2, &[1], FIRST, Mutant::None));
 }
 
 fn is_caught(protocol: Protocol) -> bool {
@@ -87,5 +88,6 @@ fn weakened_orders_are_caught() {
         assert!(is_caught(programs::direct(2, 2, FIRST, mutant)), "direct stores, {mutant:?}");
         assert!(is_caught(programs::cells(2, &[2], FIRST, mutant)), "cells, {mutant:?}");
         assert!(is_caught(programs::pair(2, FIRST, mutant)), "pairs, {mutant:?}");
+        assert!(is_caught(programs::staged(2, &[1], FIRST, mutant)), "staging, {mutant:?}");
     }
 }
