@@ -19,6 +19,7 @@ pub(crate) use self::gaps::Gaps;
 use crate::usage::Algorithm;
 
 mod gaps;
+mod uneven;
 
 /// What the choice depends on besides the operation and its size. Equal on all ranks.
 #[derive(Clone, Debug)]

@@ -167,6 +167,7 @@ __device__ __forceinline__ void write_pack(char* to, const Words<kWords>& v, uin
 template <int kWords>
 struct Slices {
     static constexpr uint32_t kBytes = 4 * kWords;
+    static constexpr bool kUneven = false;
     size_t stride;
     size_t total;
 

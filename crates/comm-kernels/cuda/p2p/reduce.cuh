@@ -36,10 +36,10 @@
 namespace p2p {
 
 // What one thread needs for a reducing op over `kWorld` slices.
-template <class T, int kWorld, class Wire>
+template <class T, int kWorld, class Wire, class Slicing = Slices<Wire::kWords>>
 struct Reducer {
     using Data = Words<Wire::kWords>;
-    using Cut = Slices<Wire::kWords>;
+    using Cut = Slicing;
 
     const Link& link;
     const Cut cut;

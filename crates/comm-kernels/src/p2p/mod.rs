@@ -10,6 +10,7 @@ mod mesh;
 mod norm;
 mod quantized;
 mod steps;
+mod uneven;
 
 use std::ffi::c_void;
 use std::fmt;
@@ -26,6 +27,7 @@ pub use self::link::{
 };
 pub use self::mesh::{CUBE_ROW_PAIRS, CubeRoles, MeshRoutes};
 pub use self::quantized::{QUANTIZED_PACKS, QUANTIZED_ROW};
+pub use self::uneven::Parts;
 use crate::kernels::parameters;
 use crate::module::Function;
 

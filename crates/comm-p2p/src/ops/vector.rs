@@ -1,10 +1,13 @@
-//! Gathers and scatters of uneven parts, and of two-dimensional blocks.
+//! Gathers and scatters of uneven parts, and gathers of two-dimensional blocks.
 
 use comm_core::{Block2d, DType, DeviceAddr, OpKind, ReduceOp, Result, StreamHandle, check};
+use comm_kernels::p2p::Parts;
 use comm_kernels::raw;
 
+use super::is_fast;
 use super::staged::Staging;
 use crate::comm::P2pComm;
+use crate::select::Plan;
 use crate::state::{Call, Channels};
 use crate::usage::Algorithm;
 
@@ -23,16 +26,44 @@ impl P2pComm {
     ) -> Result<()> {
         const KIND: OpKind = OpKind::AllGatherV;
         let checked = check::all_gather_v(&self.shared().info, send, recv, counts, dtype);
-        self.compare(KIND, &checked, || format!("{counts:?} {dtype}"))?;
+        self.compare(KIND, &checked, || {
+            let place = checked.as_ref().map_or_else(|_| String::new(), |&whole| self.place(recv, whole));
+            format!("{counts:?} {dtype}{place}")
+        })?;
         let whole = checked?;
         let mut call = self.begin(KIND)?;
         call.passes(dtype, whole, &widened(counts));
         let Some(channels) = self.channels(whole) else {
             return self.local(call, send, recv, whole, stream);
         };
-        let parts: Vec<usize> = counts.iter().map(|count| count * dtype.size()).collect();
-        self.stage_all_gather(&call, channels, (send, recv), &parts, stream)?;
-        call.finish(Algorithm::Staged, stream);
+        let lengths: Vec<usize> = counts.iter().map(|count| count * dtype.size()).collect();
+        let parts = call.fatal(Parts::new(&lengths))?;
+        let found = call.owned.table.find(recv, whole);
+        let Plan { algorithm, shape, chunk, .. } =
+            self.limits().all_gather_v(parts.longest(), found.is_some());
+        let link = call.link(&channels.packet);
+        match (algorithm, found) {
+            (Algorithm::Direct, Some(found)) => {
+                call.reaches(&found, recv)?;
+                let (kernels, peers) = (&channels.kernels, &found.peers);
+                // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks,
+                // `recv` lies in a region of all ranks, and the caller vouches for the operands.
+                call.fatal(unsafe {
+                    kernels.all_gather_v_direct(&link, send, peers, (&parts, chunk), shape, stream)
+                })?;
+            }
+            (Algorithm::Staged, _) => {
+                self.stage_all_gather(&call, channels, (send, recv), &lengths, stream)?;
+            }
+            _ => {
+                self.share_a_buffer(&call, &link, stream)?;
+                // SAFETY: as above.
+                call.fatal(unsafe {
+                    channels.kernels.all_gather_v_packets(&link, (send, recv), &parts, shape, stream)
+                })?;
+            }
+        }
+        call.finish(algorithm, stream);
         Ok(())
     }
 
@@ -92,8 +123,25 @@ impl P2pComm {
         let Some(channels) = self.channels(whole) else {
             return self.local(call, send, recv, whole, stream);
         };
-        self.stage_reduce_scatter(&call, channels, (send, recv), counts, (dtype, op), stream)?;
-        call.finish(Algorithm::Staged, stream);
+        let lengths: Vec<usize> = counts.iter().map(|count| count * dtype.size()).collect();
+        let parts = call.fatal(Parts::new(&lengths))?;
+        let Plan { algorithm, shape, units, .. } = self.limits().reduce_scatter_v(parts.longest());
+        if !is_fast(dtype, op) || algorithm == Algorithm::Staged {
+            self.stage_reduce_scatter(&call, channels, (send, recv), counts, (dtype, op), stream)?;
+            call.finish(Algorithm::Staged, stream);
+            return Ok(());
+        }
+        let cells = (algorithm == Algorithm::Cells).then_some(units);
+        let link = call.link(if cells.is_some() { &channels.cells } else { &channels.lamport });
+        if cells.is_none() {
+            self.share_a_buffer(&call, &link, stream)?;
+        }
+        // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks, and the
+        // caller vouches for the operands.
+        call.fatal(unsafe {
+            channels.kernels.reduce_scatter_v(&link, cells, (send, recv), &parts, dtype, shape, stream)
+        })?;
+        call.finish(algorithm, stream);
         Ok(())
     }
 

@@ -51,3 +51,55 @@ fn every_call_counts_once_under_its_algorithm() {
         }
     });
 }
+
+/// The algorithms that calls of `op` were counted under, each with its calls.
+fn used(rank: &Rank, op: OpKind) -> Vec<(String, u64)> {
+    let usage = rank.comm.usage();
+    usage
+        .into_iter()
+        .filter(|used| used.op == op)
+        .map(|used| (used.algorithm.into_owned(), used.calls))
+        .collect()
+}
+
+#[test]
+fn uneven_parts_leave_staging_to_what_nothing_else_takes() {
+    timed("usage, uneven", || {
+        for size in worlds() {
+            world(size, PATIENT, &[], |rank| {
+                let most = 32 << 20;
+                let (send, recv) = (rank.space(most), rank.comm.allocate(most).unwrap());
+                rank.upload(send, &vec![0; most]);
+                // One rank has nothing.
+                let counts = |bytes: usize| -> Vec<usize> {
+                    (0..size).map(|rank| if rank == 1 { 0 } else { bytes / size / 2 + rank }).collect()
+                };
+                let gather = |bytes, dtype| unsafe {
+                    rank.comm.all_gather_v(send, recv, &counts(bytes), dtype, rank.stream()).unwrap();
+                };
+                let scatter = |bytes, dtype, op| unsafe {
+                    rank.comm.reduce_scatter_v(send, recv, &counts(bytes), dtype, op, rank.stream()).unwrap();
+                };
+                let count = |name: &str, calls: u64| (name.to_owned(), calls);
+                gather(4 << 10, DType::BF16);
+                assert_eq!(used(&rank, OpKind::AllGatherV), [count("packets", 1)]);
+                gather(24 << 20, DType::BF16);
+                assert_eq!(used(&rank, OpKind::AllGatherV), [count("packets", 1), count("direct", 1)]);
+                scatter(4 << 10, DType::BF16, ReduceOp::Sum);
+                assert_eq!(used(&rank, OpKind::ReduceScatterV), [count("two_shot", 1)]);
+                scatter(24 << 20, DType::BF16, ReduceOp::Sum);
+                assert_eq!(used(&rank, OpKind::ReduceScatterV), [count("two_shot", 1), count("cells", 1)]);
+                scatter(4 << 10, DType::I32, ReduceOp::Sum);
+                scatter(4 << 10, DType::BF16, ReduceOp::Max);
+                assert_eq!(
+                    used(&rank, OpKind::ReduceScatterV),
+                    [count("two_shot", 1), count("cells", 1), count("staged", 2)]
+                );
+                rank.memory.synchronize().unwrap();
+                rank.meet();
+                unsafe { rank.comm.free(recv).unwrap() };
+                rank.comm.close().unwrap();
+            });
+        }
+    });
+}
