@@ -18,6 +18,7 @@ use comm_kernels::p2p::{FLAG_CTAS, Shape, Units};
 pub(crate) use self::gaps::Gaps;
 use crate::usage::Algorithm;
 
+mod average;
 mod gaps;
 mod uneven;
 

@@ -146,11 +146,11 @@ __device__ __forceinline__ void all_gather_direct_uneven(const Link& link, const
 }
 
 // By Lamport packs. Rank r receives the sum of its part. In place (`recv == send + begin[rank]`) is allowed.
-template <class T, int kWorld>
+template <class T, int kWorld, bool kAverage = false>
 __device__ __forceinline__ void reduce_scatter_uneven(const Link& link, const T* send, T* recv, const Parts& parts) {
     using Wire = Lamport;
     using Cut = UnevenSlices<kWorld, Wire::kWords, sizeof(T)>;
-    using R = Reducer<T, kWorld, Wire, Cut>;
+    using R = Reducer<T, kWorld, Wire, kAverage, Cut>;
     allow_successor();
     wait_for_predecessor();
     const uint32_t align_out = common_alignment(address(recv));

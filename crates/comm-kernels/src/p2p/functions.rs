@@ -2,6 +2,7 @@
 
 use comm_core::{CommError, DType, Result};
 
+use super::average::AverageFunctions;
 use super::link::MAX_RANKS;
 use super::mesh::MeshFunctions;
 use super::uneven::UnevenFunctions;
@@ -73,6 +74,7 @@ pub(super) struct Functions {
     pub(super) pair: Function,
     pub(super) mesh: MeshFunctions,
     pub(super) uneven: UnevenFunctions,
+    pub(super) average: AverageFunctions,
 }
 
 impl Functions {
@@ -118,6 +120,7 @@ impl Functions {
             pair: meet.function("p2p_pair")?,
             mesh: MeshFunctions::load(context)?,
             uneven: UnevenFunctions::load(context, world)?,
+            average: AverageFunctions::load(context, world)?,
         })
     }
 }

@@ -3,6 +3,7 @@
 //! Each checks what the kernel cannot, and enqueues one kernel. Which one, in what shape and on which memory is for the
 //! caller to decide; every rank of the communicator must decide alike.
 
+mod average;
 mod captured;
 mod functions;
 mod link;

@@ -40,6 +40,13 @@ impl Parts {
         Ok(Self { begin })
     }
 
+    pub(super) fn check(&self) -> Result<()> {
+        if self.longest() == 0 {
+            return Err(CommError::invalid("counts", "all parts are empty"));
+        }
+        Ok(())
+    }
+
     /// Bytes of the longest part.
     #[must_use]
     pub fn longest(&self) -> usize {
@@ -69,13 +76,6 @@ impl UnevenFunctions {
     }
 }
 
-fn check_parts(parts: &Parts) -> Result<()> {
-    if parts.longest() == 0 {
-        return Err(CommError::invalid("counts", "all parts are empty"));
-    }
-    Ok(())
-}
-
 /// The safety contract is that of [`P2pKernels`]' other launchers. The operand of an empty part is not touched.
 #[allow(clippy::missing_safety_doc, reason = "the block's comment holds for every method")]
 impl P2pKernels {
@@ -91,7 +91,7 @@ impl P2pKernels {
         shape: Shape,
         stream: StreamHandle,
     ) -> Result<()> {
-        check_parts(parts)?;
+        parts.check()?;
         check_shape(shape, link.slot_packs.into())?;
         let function = &self.functions.uneven.packets;
         // SAFETY: these are the kernel's parameters; the caller vouches for what they name.
@@ -112,7 +112,7 @@ impl P2pKernels {
         shape: Shape,
         stream: StreamHandle,
     ) -> Result<()> {
-        check_parts(parts)?;
+        parts.check()?;
         check_direct(shape, chunk)?;
         let function = &self.functions.uneven.direct;
         // SAFETY: as above.
@@ -134,7 +134,7 @@ impl P2pKernels {
         shape: Shape,
         stream: StreamHandle,
     ) -> Result<()> {
-        check_parts(parts)?;
+        parts.check()?;
         check_shape(shape, if cells.is_some() { u64::MAX } else { link.slot_packs.into() })?;
         if cells.is_some() && (shape.grid > FLAG_CTAS || !shape.block.is_multiple_of(32)) {
             let found = format!("{} blocks of {} threads", shape.grid, shape.block);
@@ -158,8 +158,8 @@ mod tests {
         let parts = Parts::new(&[4, 0, 6]).unwrap();
         assert_eq!(parts.begin, [0, 4, 4, 10, 10, 10, 10, 10, 10]);
         assert_eq!(parts.longest(), 6);
-        assert!(check_parts(&parts).is_ok());
-        assert!(check_parts(&Parts::new(&[0; 8]).unwrap()).is_err());
+        assert!(parts.check().is_ok());
+        assert!(Parts::new(&[0; 8]).unwrap().check().is_err());
         assert!(Parts::new(&[1; 9]).is_err());
         assert!(Parts::new(&[usize::MAX, 1]).is_err());
     }

@@ -2,6 +2,7 @@
 
 use comm_core::{DType, DeviceAddr, OpKind, ReduceOp, Result, StreamHandle, check};
 
+use super::average::is_average;
 use super::is_fast;
 use super::staged::{Staging, barrier, copy};
 use crate::comm::P2pComm;
@@ -39,6 +40,13 @@ impl P2pComm {
         let Some(channels) = self.channels(bytes) else {
             return self.local(call, send, recv, bytes, stream);
         };
+        if is_average(dtype, op) {
+            let algorithm = self.average_all_reduce(&call, channels, (send, recv), count, dtype, stream)?;
+            if algorithm != Algorithm::Staged {
+                call.finish(algorithm, stream);
+                return Ok(());
+            }
+        }
         if !is_fast(dtype, op) {
             self.stage_reduce(&call, channels, (send, recv), count, (dtype, op), None, stream)?;
             call.finish(Algorithm::Staged, stream);
@@ -195,6 +203,14 @@ impl P2pComm {
         let Some(channels) = self.channels(part) else {
             return self.local(call, send, recv, part, stream);
         };
+        if is_average(dtype, op) {
+            let algorithm =
+                self.average_reduce_scatter(&call, channels, (send, recv), count, dtype, stream)?;
+            if algorithm != Algorithm::Staged {
+                call.finish(algorithm, stream);
+                return Ok(());
+            }
+        }
         let limits = self.limits();
         let plan = limits.reduce_scatter(part);
         if !is_fast(dtype, op) || plan.algorithm == Algorithm::Staged {

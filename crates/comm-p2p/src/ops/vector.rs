@@ -4,6 +4,7 @@ use comm_core::{Block2d, DType, DeviceAddr, OpKind, ReduceOp, Result, StreamHand
 use comm_kernels::p2p::Parts;
 use comm_kernels::raw;
 
+use super::average::is_average;
 use super::is_fast;
 use super::staged::Staging;
 use crate::comm::P2pComm;
@@ -125,6 +126,14 @@ impl P2pComm {
         };
         let lengths: Vec<usize> = counts.iter().map(|count| count * dtype.size()).collect();
         let parts = call.fatal(Parts::new(&lengths))?;
+        if is_average(dtype, op) {
+            let algorithm =
+                self.average_reduce_scatter_v(&call, channels, (send, recv), &parts, dtype, stream)?;
+            if algorithm != Algorithm::Staged {
+                call.finish(algorithm, stream);
+                return Ok(());
+            }
+        }
         let Plan { algorithm, shape, units, .. } = self.limits().reduce_scatter_v(parts.longest());
         if !is_fast(dtype, op) || algorithm == Algorithm::Staged {
             self.stage_reduce_scatter(&call, channels, (send, recv), counts, (dtype, op), stream)?;

@@ -52,11 +52,11 @@ fn results(rank: &Rank) -> (Vec<u64>, Vec<u64>) {
                 call(total, &mut gathered, &|from, to| unsafe {
                     rank.comm.all_gather_v(from, to, &counts, dtype, rank.stream()).unwrap()
                 });
-                call(own, &mut scattered, &|from, to| unsafe {
-                    rank.comm
-                        .reduce_scatter_v(from, to, &counts, dtype, ReduceOp::Sum, rank.stream())
-                        .unwrap()
-                });
+                for op in [ReduceOp::Sum, ReduceOp::Avg] {
+                    call(own, &mut scattered, &|from, to| unsafe {
+                        rank.comm.reduce_scatter_v(from, to, &counts, dtype, op, rank.stream()).unwrap()
+                    });
+                }
             }
         }
     }

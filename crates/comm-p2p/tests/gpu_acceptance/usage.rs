@@ -41,9 +41,12 @@ fn every_call_counts_once_under_its_algorithm() {
                 call(DeviceAddr::NULL, 8, DType::BF16, ReduceOp::Sum).unwrap_err();
                 call(send.offset(1), 8, DType::BF16, ReduceOp::Sum).unwrap_err();
                 assert_eq!((direct(&rank), all(&rank)), (0, 4), "{:?}", rank.comm.usage());
-                for (calls, bytes) in (1..).zip([4 << 10, 512 << 10, 10 << 20]) {
-                    call(send, bytes / 2, DType::BF16, ReduceOp::Sum).unwrap();
-                    assert_eq!((direct(&rank), all(&rank)), (calls, 4 + calls), "{bytes} bytes");
+                let sizes = [4 << 10, 512 << 10, 10 << 20];
+                let each =
+                    [ReduceOp::Sum, ReduceOp::Avg].into_iter().flat_map(|op| sizes.map(|bytes| (op, bytes)));
+                for (calls, (op, bytes)) in (1..).zip(each) {
+                    call(send, bytes / 2, DType::BF16, op).unwrap();
+                    assert_eq!((direct(&rank), all(&rank)), (calls, 4 + calls), "{op} of {bytes} bytes");
                 }
                 rank.memory.synchronize().unwrap();
                 rank.comm.close().unwrap();
@@ -89,11 +92,12 @@ fn uneven_parts_leave_staging_to_what_nothing_else_takes() {
                 assert_eq!(used(&rank, OpKind::ReduceScatterV), [count("two_shot", 1)]);
                 scatter(24 << 20, DType::BF16, ReduceOp::Sum);
                 assert_eq!(used(&rank, OpKind::ReduceScatterV), [count("two_shot", 1), count("cells", 1)]);
+                scatter(4 << 10, DType::F16, ReduceOp::Avg);
                 scatter(4 << 10, DType::I32, ReduceOp::Sum);
                 scatter(4 << 10, DType::BF16, ReduceOp::Max);
                 assert_eq!(
                     used(&rank, OpKind::ReduceScatterV),
-                    [count("two_shot", 1), count("cells", 1), count("staged", 2)]
+                    [count("two_shot", 2), count("cells", 1), count("staged", 2)]
                 );
                 rank.memory.synchronize().unwrap();
                 rank.meet();
