@@ -7,6 +7,10 @@ use comm_p2p::P2pFactory;
 
 use crate::cuda_device::CudaDevice;
 use crate::device::{Device, HostDevice};
+use crate::gpus;
+
+/// Memory of a rank that shares its GPU: more than the conformance suite and the fault tests use.
+const RESERVE: usize = 512 << 20;
 
 /// A backend by name, and what it needs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -51,13 +55,18 @@ pub fn registry() -> Registry {
     registry
 }
 
-/// The device that rank `local_rank` of this host works on.
+/// The device that rank `local_rank` of this host works on. Where ranks share GPUs, it takes its memory at once: later the
+/// driver might wait for the other ranks' kernels.
 ///
 /// # Errors
 /// When the backend is unknown, or the rank's GPU or its kernels cannot be used.
 pub fn open_device(backend: &str, local_rank: usize) -> Result<Box<dyn Device>> {
     if find(backend)?.on_gpus {
-        return Ok(Box::new(CudaDevice::open(local_rank)?));
+        if !gpus::are_shared() {
+            return Ok(Box::new(CudaDevice::open(local_rank, None)?));
+        }
+        let ordinal = gpus::of_rank(local_rank, comm_kernels::driver::device_count()?, true);
+        return Ok(Box::new(CudaDevice::open(ordinal, Some(RESERVE))?));
     }
     Ok(Box::new(HostDevice::default()))
 }

@@ -35,6 +35,9 @@ pub struct BundleArgs {
     /// Leave the compiled kernels out.
     #[arg(long)]
     no_kernels: bool,
+    /// Architectures of the kernels, as for `kernels`: the fewer, the lighter.
+    #[arg(long, value_name = "ARCH", conflicts_with = "no_kernels")]
+    arch: Option<String>,
 }
 
 /// Runs the command.
@@ -53,7 +56,7 @@ pub fn run(args: &BundleArgs) -> Result<()> {
         std::fs::remove_dir_all(out).with_context(|| format!("removing the old {}", out.display()))?;
     }
     // Before the long build, which would be for nothing if they cannot be had.
-    let compiled = if args.no_kernels { None } else { Some(kernels::ready_to_ship()?) };
+    let compiled = if args.no_kernels { None } else { Some(kernels::ready_to_ship(args.arch.as_deref())?) };
     std::fs::create_dir_all(out.join("tests")).with_context(|| format!("creating {}", out.display()))?;
 
     std::fs::create_dir_all(out.join("examples"))?;
@@ -213,7 +216,7 @@ mod tests {
     fn an_existing_folder_that_is_no_bundle_is_left_alone() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("precious"), "x").unwrap();
-        let args = BundleArgs { out: dir.path().to_owned(), no_kernels: true };
+        let args = BundleArgs { out: dir.path().to_owned(), no_kernels: true, arch: None };
         assert!(run(&args).unwrap_err().to_string().contains("no bundle"));
         assert!(dir.path().join("precious").exists());
     }

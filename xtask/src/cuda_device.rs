@@ -28,12 +28,18 @@ pub struct CudaDevice {
 }
 
 impl CudaDevice {
-    /// The GPU `ordinal` of those that this process may see.
+    /// The GPU `ordinal` of those that this process may see; `reserve`: the bytes of its memory that are taken at once, and
+    /// that all buffers then come out of.
     ///
     /// # Errors
     /// When it, or the compiled kernels, cannot be used.
-    pub fn open(ordinal: usize) -> Result<Self> {
-        let memory = CudaMemory::new(ordinal).with_context(|| format!("using GPU {ordinal}"))?;
+    pub fn open(ordinal: usize, reserve: Option<usize>) -> Result<Self> {
+        let memory = CudaMemory::new(ordinal)
+            .and_then(|memory| match reserve {
+                Some(bytes) => memory.with_reserve(bytes),
+                None => Ok(memory),
+            })
+            .with_context(|| format!("using GPU {ordinal}"))?;
         let kernels =
             Kernels::load(memory.context()).context("loading the kernels that make and check data")?;
         let mismatches = memory.allocate(2 * size_of::<u64>())?;

@@ -20,6 +20,33 @@ pub fn visible() -> Result<Vec<String>, String> {
     }
 }
 
+/// The variable by which ranks know that they share GPUs; the p2p backend reads it too.
+pub const SHARE_ENV: &str = "COMM_P2P_SHARE_DEVICES";
+
+/// Whether ranks share GPUs, as this process's environment says.
+pub fn are_shared() -> bool {
+    std::env::var(SHARE_ENV).is_ok_and(|value| value == "on")
+}
+
+/// For what measures.
+///
+/// # Errors
+/// When the environment lets ranks share GPUs.
+pub fn refuse_shared() -> anyhow::Result<()> {
+    anyhow::ensure!(!are_shared(), "{SHARE_ENV}=on: times of ranks that share GPUs mean nothing; unset it");
+    Ok(())
+}
+
+/// The GPUs that a world takes: one for each rank, or, where they may be shared, as many as there are and at least one.
+pub fn needed(world: usize, there: usize, share: bool) -> usize {
+    if share { world.min(there.max(1)) } else { world }
+}
+
+/// The number, among the GPUs that a process sees, of that of a rank: its own, or, where they are shared, in turn.
+pub fn of_rank(local_rank: usize, seen: usize, share: bool) -> usize {
+    if share { local_rank % seen.max(1) } else { local_rank }
+}
+
 /// The UUIDs of all GPUs by number; none where they are not to be had.
 pub fn uuids() -> Vec<String> {
     let Ok(nvml) = Nvml::init() else { return Vec::new() };
@@ -42,6 +69,20 @@ fn select(count: u32, allowed: Option<&str>) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ranks_are_dealt_over_the_gpus_there_are() {
+        let deal = |world: usize, there: usize| -> Vec<usize> {
+            let seen = needed(world, there, true);
+            (0..world).map(|rank| of_rank(rank, seen, true)).collect()
+        };
+        assert_eq!(deal(8, 4), [0, 1, 2, 3, 0, 1, 2, 3]);
+        assert_eq!(deal(5, 2), [0, 1, 0, 1, 0]);
+        assert_eq!(deal(3, 1), [0, 0, 0]);
+        // With enough of them nobody shares.
+        assert_eq!(deal(3, 8), [0, 1, 2]);
+        assert_eq!((needed(8, 4, false), of_rank(7, 4, false), needed(2, 0, true)), (8, 7, 1));
+    }
 
     #[test]
     fn the_variable_is_read_as_cuda_reads_it() {

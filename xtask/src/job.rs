@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use crate::events::Message;
+use crate::gpus;
 use crate::launch::{LaunchReport, LaunchSpec, Lease, Mode, launch, lease, stderr_sink, worker_program};
 use crate::rank::{JOB_ENV, Job};
 use crate::signal;
@@ -30,6 +31,7 @@ pub fn spec(world: usize, mode: Mode, timeout: Duration, comm_timeout: Duration)
         mode,
         gpus: Vec::new(),
         _lease: None,
+        share_gpus: false,
         standalone: false,
         timeout,
         after_fault_point: None,
@@ -40,6 +42,12 @@ pub fn spec(world: usize, mode: Mode, timeout: Duration, comm_timeout: Duration)
 }
 
 impl LaunchSpec {
+    /// The same job with several ranks on each GPU where there are fewer GPUs than ranks.
+    #[must_use]
+    pub fn sharing(self, share_gpus: bool) -> Self {
+        Self { share_gpus, ..self }
+    }
+
     /// The same job on GPUs of its own out of `available`, if `wanted`.
     ///
     /// # Errors
@@ -48,7 +56,8 @@ impl LaunchSpec {
         if !wanted {
             return Ok(self);
         }
-        let lease: Lease = lease(available, self.world, LEASE_PATIENCE)?;
+        let count = gpus::needed(self.world, available.len(), self.share_gpus);
+        let lease: Lease = lease(available, count, LEASE_PATIENCE)?;
         Ok(Self { gpus: lease.gpus().to_vec(), _lease: Some(lease), ..self })
     }
 }

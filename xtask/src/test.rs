@@ -113,7 +113,7 @@ mod tests {
     #[test]
     fn the_worlds_on_host_memory_need_no_gpu() {
         let args = worlds(&["--backend", "host", "--world", "2,4", "--quick"]).unwrap();
-        assert_eq!((args.world, args.backend, args.mode.len()), (vec![2, 4], vec!["host".to_owned()], 2));
-        assert!(args.quick && args.require_gpus.is_none());
+        assert_eq!((args.world, args.backend), (vec![2, 4], vec!["host".to_owned()]));
+        assert!(args.quick && args.mode.is_empty() && args.require_gpus.is_none() && !args.share_gpus);
     }
 }

@@ -1,6 +1,7 @@
 // Element-wise reduction of several buffers into one, in the order in which they are given.
 //
-// `unless`: null, or a word that makes the kernel do nothing if it is not zero (stop.cuh).
+// reduce_<dtype>(out, inputs, number, count, op, unless): `unless`: null, or a word that makes the kernel do nothing
+//     (stop.cuh).
 
 #include "reduce.cuh"
 #include "stop.cuh"

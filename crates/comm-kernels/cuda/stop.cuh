@@ -4,8 +4,9 @@
 //
 // # Why a look at the start is enough
 // What makes a copy unwanted is a wait before it in the same stream. The kernel of that wait has ended when this one
-// starts, so the word that it set is visible. A wait of another stream that is given up later has nothing to do with
-// this copy: the wait that this copy stands behind ended well.
+// starts, so the word that it set is visible. A wait of another stream that is given up later, even while this kernel
+// runs, has nothing to do with this copy: the wait that this copy stands behind ended well. It may then be done in part,
+// and nobody is told of it: the flags' kernel behind it looks at the word as well.
 #pragma once
 
 #include "dtype.cuh"

@@ -1,4 +1,5 @@
-//! What a library needs to know of the graph that its caller is capturing: which one it is, and when it is gone.
+//! What a library needs to know of the graph that its caller is capturing: which one it is, where the capture has got
+//! to, and when the graph is gone; and how nodes of its own in it come to wait for others.
 //!
 //! Owns nothing: what is handed over belongs to the graph.
 
@@ -12,8 +13,9 @@ use libloading::Library;
 
 use crate::raw::{check, stream};
 
-/// `cuStreamGetCaptureInfo_v3`, which every driver has whose version is high enough for this crate. Looked up here
-/// because the bindings know it under a name that depends on the toolkit they were made from.
+/// `cuStreamGetCaptureInfo_v3`. It and the functions below are in every driver whose version is high enough for this
+/// crate. They are looked up here because the bindings know them under names, and some with parameters, that depend on the
+/// toolkit they were made from.
 type GetCaptureInfo = unsafe extern "C" fn(
     sys::CUstream,
     *mut c_int,
@@ -24,26 +26,82 @@ type GetCaptureInfo = unsafe extern "C" fn(
     *mut usize,
 ) -> sys::CUresult;
 
+/// `cuGraphAddDependencies_v2` and `cuGraphRemoveDependencies_v2`: from, to, what the edges carry, and how many.
+type ChangeDependencies = unsafe extern "C" fn(
+    sys::CUgraph,
+    *const sys::CUgraphNode,
+    *const sys::CUgraphNode,
+    *const c_void,
+    usize,
+) -> sys::CUresult;
+
 const CAPTURE_NONE: c_int = 0;
 const CAPTURE_ACTIVE: c_int = 1;
 
-fn capture_info() -> Result<GetCaptureInfo> {
-    static FOUND: OnceLock<Option<GetCaptureInfo>> = OnceLock::new();
-    let found = FOUND.get_or_init(|| {
+struct Functions {
+    capture_info: GetCaptureInfo,
+    add_dependencies: ChangeDependencies,
+    remove_dependencies: ChangeDependencies,
+}
+
+impl Functions {
+    fn find() -> std::result::Result<Self, &'static str> {
         // SAFETY: the driver's library is loaded already, by whoever made the stream.
-        let library = unsafe { Library::new("libcuda.so.1") }.ok()?;
-        // SAFETY: this is the function's C signature (CUDA Driver API, Stream Management).
-        let symbol = unsafe { library.get::<GetCaptureInfo>(b"cuStreamGetCaptureInfo_v3") }.ok()?;
-        let function = *symbol;
+        let library = unsafe { Library::new("libcuda.so.1") }.map_err(|_| "all of the driver")?;
+        // SAFETY: these are the functions' C signatures (CUDA Driver API, Stream Management and Graph Management).
+        let found = unsafe {
+            Self {
+                capture_info: *library
+                    .get::<GetCaptureInfo>(b"cuStreamGetCaptureInfo_v3")
+                    .map_err(|_| "cuStreamGetCaptureInfo_v3")?,
+                add_dependencies: *library
+                    .get::<ChangeDependencies>(b"cuGraphAddDependencies_v2")
+                    .map_err(|_| "cuGraphAddDependencies_v2")?,
+                remove_dependencies: *library
+                    .get::<ChangeDependencies>(b"cuGraphRemoveDependencies_v2")
+                    .map_err(|_| "cuGraphRemoveDependencies_v2")?,
+            }
+        };
         // The driver stays loaded for the life of the process.
         std::mem::forget(library);
-        Some(function)
-    });
-    found.ok_or_else(|| CommError::Library {
+        Ok(found)
+    }
+}
+
+fn functions() -> Result<&'static Functions> {
+    static FOUND: OnceLock<std::result::Result<Functions, &'static str>> = OnceLock::new();
+    FOUND.get_or_init(Functions::find).as_ref().map_err(|name| CommError::Library {
         library: "libcuda.so.1".into(),
-        reason: "it lacks cuStreamGetCaptureInfo_v3: the driver is too old, CUDA 12.8 or later is needed"
-            .into(),
+        reason: format!("it lacks {name}: the driver is too old, CUDA 12.8 or later is needed"),
     })
+}
+
+/// Lets `node` wait for the nodes in `added`, and no longer for those in `removed`.
+///
+/// # Errors
+/// [`CommError::Cuda`], [`CommError::Library`].
+///
+/// # Safety
+/// All are nodes of the graph, which is being captured and which no other thread works on meanwhile. `node` waits for none
+/// of `added` yet, and for all of `removed`, by edges that carry no data.
+pub(crate) unsafe fn rewire(
+    graph: sys::CUgraph,
+    node: sys::CUgraphNode,
+    added: &[sys::CUgraphNode],
+    removed: &[sys::CUgraphNode],
+) -> Result<()> {
+    let Functions { add_dependencies, remove_dependencies, .. } = *functions()?;
+    // First what is new: meanwhile the node waits for more than it need, and not for less.
+    let changes = [
+        ("cuGraphAddDependencies", add_dependencies, added),
+        ("cuGraphRemoveDependencies", remove_dependencies, removed),
+    ];
+    for (name, change, from) in changes.into_iter().filter(|(_, _, from)| !from.is_empty()) {
+        let to = vec![node; from.len()];
+        // SAFETY: both arrays have that many nodes, for which the caller vouches; edges without data are full dependencies.
+        check(name, unsafe { change(graph, from.as_ptr(), to.as_ptr(), ptr::null(), from.len()) })?;
+    }
+    Ok(())
 }
 
 /// A graph that is being captured: a name, valid until the capture ends.
@@ -60,7 +118,7 @@ pub struct Position {
     after: Vec<sys::CUgraphNode>,
 }
 
-// SAFETY: the handles are used only by whoever captures into the graph at that time (`Kernels::mark_beside`).
+// SAFETY: the handles are used only by whoever captures into the graph at that time (`Kernels::mark_beside` and others).
 unsafe impl Send for Position {}
 
 impl Position {
@@ -76,6 +134,23 @@ impl Position {
 
     pub(crate) fn after(&self) -> &[sys::CUgraphNode] {
         &self.after
+    }
+
+    /// Whether both are in one capture. Then, while it goes on for one, the other's nodes live too.
+    #[must_use]
+    pub fn same_capture(&self, other: &Self) -> bool {
+        (self.graph, self.id) == (other.graph, other.id)
+    }
+
+    /// What waits for both. A position of another capture adds nothing.
+    #[must_use]
+    pub fn and(mut self, other: &Self) -> Self {
+        if self.same_capture(other) {
+            self.after.extend_from_slice(&other.after);
+            self.after.sort_unstable();
+            self.after.dedup();
+        }
+        self
     }
 }
 
@@ -100,7 +175,7 @@ pub unsafe fn capturing_graph(handle: StreamHandle) -> Result<Option<CapturingGr
 /// # Safety
 /// The stream is live, and no other thread captures on it meanwhile.
 pub unsafe fn position(handle: StreamHandle) -> Result<Option<Position>> {
-    let get = capture_info()?;
+    let get = functions()?.capture_info;
     let (mut status, mut id, mut graph) = (0, 0, ptr::null_mut());
     let (mut nodes, mut edges, mut count) = (ptr::null(), ptr::null(), 0);
     // SAFETY: the caller vouches for the stream; the pointers are valid for the writes.

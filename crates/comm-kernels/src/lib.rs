@@ -32,6 +32,7 @@ pub mod p2p;
 pub mod pattern;
 pub mod raw;
 pub mod reference;
+mod reserve;
 
 pub use graph::{CapturedGraph, EventTimer};
 pub use kernels::{Kernels, MAX_REDUCE_INPUTS, Mark, MarkNode};

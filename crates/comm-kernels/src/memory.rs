@@ -12,7 +12,9 @@ use cudarc::driver::{CudaContext, CudaStream, result, sys};
 use crate::driver;
 use crate::exit;
 use crate::graph::CapturedGraph;
+use crate::module::context_id;
 use crate::raw;
+use crate::reserve::Reserve;
 
 /// How long [`DeviceMemory::synchronize`] and the copies wait unless told otherwise.
 const TIMEOUT: Duration = Duration::from_secs(120);
@@ -28,6 +30,7 @@ pub struct CudaMemory {
     stream: Arc<CudaStream>,
     timeout: Duration,
     allocations: Mutex<HashMap<u64, usize>>,
+    reserve: Option<Mutex<Reserve>>,
 }
 
 impl fmt::Debug for CudaMemory {
@@ -49,7 +52,19 @@ impl CudaMemory {
         }
         let context = CudaContext::new(ordinal).map_err(driver::failed("cuDevicePrimaryCtxRetain"))?;
         let stream = context.new_stream().map_err(driver::failed("cuStreamCreate"))?;
-        Ok(Self { context, stream, timeout: TIMEOUT, allocations: Mutex::default() })
+        Ok(Self { context, stream, timeout: TIMEOUT, allocations: Mutex::default(), reserve: None })
+    }
+
+    /// Allocations come out of `bytes` bytes that are taken now, as far as those have room, and nothing goes back to the
+    /// driver before the context goes. For ranks that share a device: where the driver waits for the device to give memory
+    /// back, it waits for the other ranks' kernels too, and they may be waiting for this rank.
+    ///
+    /// # Errors
+    /// [`CommError::Cuda`].
+    pub fn with_reserve(mut self, bytes: usize) -> Result<Self> {
+        self.bind()?;
+        self.reserve = Some(Mutex::new(Reserve::take(context_id(&self.context)?, bytes)?));
+        Ok(self)
     }
 
     /// The longest that a copy or [`synchronize`](DeviceMemory::synchronize) waits; 120 seconds at first.
@@ -117,6 +132,10 @@ impl CudaMemory {
             .map_err(|error| CommError::io("starting a thread that frees device memory", &error))
     }
 
+    fn reserve(&self) -> Option<std::sync::MutexGuard<'_, Reserve>> {
+        Some(self.reserve.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     fn query(&self) -> Result<(), result::DriverError> {
         // SAFETY: the stream is alive, this object owns it.
         unsafe { sys::cuStreamQuery(self.stream.cu_stream()) }.result()
@@ -133,6 +152,9 @@ impl DeviceMemory for CudaMemory {
     }
 
     fn allocate(&self, bytes: usize) -> Result<DeviceAddr> {
+        if let Some(addr) = self.reserve().and_then(|mut reserve| reserve.allocate(bytes)) {
+            return Ok(DeviceAddr(addr));
+        }
         self.bind()?;
         // SAFETY: the memory is handed out as an address only, whose users must not read what they have not written.
         let addr = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(driver::failed("cuMemAlloc"))?;
@@ -141,6 +163,9 @@ impl DeviceMemory for CudaMemory {
     }
 
     unsafe fn free(&self, addr: DeviceAddr) -> Result<()> {
+        if self.reserve().is_some_and(|mut reserve| reserve.free(addr.0)) {
+            return Ok(());
+        }
         self.bind()?;
         let table = || self.allocations.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(bytes) = table().remove(&addr.0) else {
@@ -149,6 +174,10 @@ impl DeviceMemory for CudaMemory {
                 format!("{addr:?} was not allocated here or was freed already"),
             ));
         };
+        if self.reserve.is_some() {
+            // What the reserve had no room for stays until the context goes, like the reserve.
+            return Ok(());
+        }
         // SAFETY: the address came from `malloc_sync` and has just left the table, so it is freed once; the caller
         // vouches that nothing uses it.
         let outcome = unsafe { self.free_elsewhere(vec![addr.0]) }.inspect_err(|_| {
@@ -206,6 +235,16 @@ impl DeviceMemory for CudaMemory {
 impl Drop for CudaMemory {
     fn drop(&mut self) {
         let allocations = std::mem::take(self.allocations.get_mut().unwrap_or_else(PoisonError::into_inner));
+        if let Some(reserve) = self.reserve.take() {
+            // While work is running on the stream nobody else may have it.
+            if self.bind().is_ok()
+                && self.query().is_ok()
+                && let Ok(context) = context_id(&self.context)
+            {
+                reserve.into_inner().unwrap_or_else(PoisonError::into_inner).leave(context);
+            }
+            return;
+        }
         if allocations.is_empty() {
             return;
         }

@@ -38,6 +38,16 @@ unsafe impl Send for Function {}
 // SAFETY: as above.
 unsafe impl Sync for Function {}
 
+/// Whether a kernel may become resident while the stream's kernel before it still runs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Overlap {
+    /// If that one permits it (programmatic dependent launch). Kernels that permit it at their very beginning can so be
+    /// resident in any number: the successor of one that is itself only waiting for its turn may begin as well.
+    Allowed,
+    /// One of the stream's kernels is resident at a time.
+    Never,
+}
+
 /// The modules of one context, by its id: ids are never used twice, so an entry of a context that is gone is inert.
 type Loaded = HashMap<(u64, &'static str), Module>;
 
@@ -157,8 +167,8 @@ impl Function {
         .map_err(driver::failed("cuLaunchKernel"))
     }
 
-    /// Launches as [`launch`](Self::launch) does, in clusters of `cluster` blocks, and lets the kernel become resident
-    /// while the stream's kernel before it still runs, if that one permits it (programmatic dependent launch).
+    /// Launches as [`launch`](Self::launch) does, in clusters of `cluster` blocks, with `overlap` between the kernel and
+    /// the stream's kernel before it.
     ///
     /// # Errors
     /// [`CommError::Cuda`].
@@ -166,31 +176,39 @@ impl Function {
     /// # Safety
     /// As for [`launch`](Self::launch); and the kernel waits for its predecessors (`griddepcontrol.wait`) before it
     /// touches memory.
-    pub unsafe fn launch_ahead(
+    pub unsafe fn launch_after(
         &self,
         context: &Arc<CudaContext>,
-        grid: u32,
-        block: u32,
+        (grid, block): (u32, u32),
         cluster: u32,
+        overlap: Overlap,
         stream: StreamHandle,
         parameters: &mut [*mut c_void],
     ) -> Result<()> {
         context.bind_to_thread().map_err(driver::failed("cuCtxSetCurrent"))?;
         // SAFETY: the structures are plain data, for which zero is a valid value.
         let mut attributes: [sys::CUlaunchAttribute; 2] = unsafe { std::mem::zeroed() };
-        attributes[0].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-        attributes[0].value.programmaticStreamSerializationAllowed = 1;
-        attributes[1].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-        attributes[1].value.clusterDim.x = cluster;
-        attributes[1].value.clusterDim.y = 1;
-        attributes[1].value.clusterDim.z = 1;
+        let mut used = 0;
+        if overlap == Overlap::Allowed {
+            attributes[used].id =
+                sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+            attributes[used].value.programmaticStreamSerializationAllowed = 1;
+            used += 1;
+        }
+        if cluster > 1 {
+            attributes[used].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+            attributes[used].value.clusterDim.x = cluster;
+            attributes[used].value.clusterDim.y = 1;
+            attributes[used].value.clusterDim.z = 1;
+            used += 1;
+        }
         // SAFETY: as above.
         let mut config: sys::CUlaunchConfig = unsafe { std::mem::zeroed() };
         (config.gridDimX, config.gridDimY, config.gridDimZ) = (grid, 1, 1);
         (config.blockDimX, config.blockDimY, config.blockDimZ) = (block, 1, 1);
         config.hStream = stream.0 as sys::CUstream;
         config.attrs = attributes.as_mut_ptr();
-        config.numAttrs = if cluster > 1 { 2 } else { 1 };
+        config.numAttrs = used as u32;
         // SAFETY: the configuration and its attributes outlive the call; the function belongs to a module that stays
         // loaded; the caller vouches for the rest.
         unsafe {

@@ -1,4 +1,4 @@
-//! Copies of rows on the device, and the word that keeps kernels from doing anything.
+//! Copies of rows on the device, and the word that keeps them from being made.
 
 #![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
 #![allow(
@@ -8,7 +8,7 @@
 
 mod common;
 
-use comm_core::{DType, DeviceAddr, ReduceOp};
+use comm_core::DeviceAddr;
 
 fn bytes(count: usize) -> Vec<u8> {
     (0..count).map(|i| (i * 31 + i / 251) as u8).collect()
@@ -29,7 +29,8 @@ fn check(
         expected[row * pitches.1..][..width].copy_from_slice(&content[row * pitches.0..][..width]);
     }
     let (source, target) = ((from.addr(), pitches.0), (to.addr(), pitches.1));
-    unsafe { device.kernels.copy_rows(source, target, width, rows, None, device.stream()) }.unwrap();
+    let (kernels, none, stream) = (&device.kernels, DeviceAddr::NULL, device.stream());
+    unsafe { kernels.copy_rows_unless(none, source, target, width, rows, stream) }.unwrap();
     assert!(to.content() == expected, "{rows} rows of {width}, pitches {pitches:?}, phases {phases:?}");
 }
 
@@ -52,27 +53,28 @@ fn a_word_stops_them() {
     let (from, stream, kernels) = (device.filled(&content, 0), device.stream(), &device.kernels);
     for set in [0_u32, 1, 0x100] {
         let word = device.filled(&set.to_le_bytes(), 0);
-        let (rows, sum) = (device.buffer(4096, 0), device.buffer(4096, 0));
-        unsafe {
-            let unless = Some(word.addr());
-            kernels.copy_rows((from.addr(), 64), (rows.addr(), 64), 64, 64, unless, stream).unwrap();
-            let (inputs, op) = ([from.addr()], ReduceOp::Sum);
-            kernels.reduce_unless(unless, &inputs, sum.addr(), 4096, DType::U8, op, stream).unwrap();
+        // By every unit.
+        for width in [64, 8, 4, 2, 1] {
+            let to = device.buffer(4096, 0);
+            let (source, target) = ((from.addr(), width), (to.addr(), width));
+            unsafe {
+                kernels.copy_rows_unless(word.addr(), source, target, width, 4096 / width, stream).unwrap();
+            }
+            let expected = if set == 0 { content.clone() } else { vec![common::GUARD; 4096] };
+            assert!(to.content() == expected, "{set:#x}, rows of {width}");
         }
-        let expected = if set == 0 { content.clone() } else { vec![common::GUARD; 4096] };
-        assert!(rows.content() == expected && sum.content() == expected, "{set:#x}");
     }
 }
 
 #[test]
 fn nothing_to_do_and_bad_arguments() {
     let Some(device) = common::device() else { return };
-    let (buffer, stream, null) = (device.buffer(64, 0), device.stream(), (DeviceAddr::NULL, 8));
-    let at = (buffer.addr(), 8);
+    let (kernels, buffer, stream) = (&device.kernels, device.buffer(64, 0), device.stream());
+    let (none, null, at) = (DeviceAddr::NULL, (DeviceAddr::NULL, 8), (buffer.addr(), 8));
     unsafe {
-        assert!(device.kernels.copy_rows(null, null, 0, 4, None, stream).is_ok());
-        assert!(device.kernels.copy_rows(null, null, 4, 0, None, stream).is_ok());
-        assert!(device.kernels.copy_rows(null, at, 4, 1, None, stream).is_err());
-        assert!(device.kernels.copy_rows(at, null, 4, 1, None, stream).is_err());
+        assert!(kernels.copy_rows_unless(none, null, null, 0, 4, stream).is_ok());
+        assert!(kernels.copy_rows_unless(none, null, null, 4, 0, stream).is_ok());
+        assert!(kernels.copy_rows_unless(none, null, at, 4, 1, stream).is_err());
+        assert!(kernels.copy_rows_unless(none, at, null, 4, 1, stream).is_err());
     }
 }

@@ -11,8 +11,10 @@ mod common;
 use std::time::Duration;
 
 use comm_core::{CommError, DType, DeviceAddr, DeviceMemory, MemoryKind};
+use comm_kernels::capture::position;
 use comm_kernels::pattern::{Expected, Mismatches, Pattern};
 use comm_kernels::{CudaMemory, EventTimer, Kernels, Mark};
+use common::Gate;
 
 #[test]
 fn memory_keeps_what_is_written() {
@@ -34,6 +36,29 @@ fn memory_keeps_what_is_written() {
         assert!(data == back);
     }
     assert!(unsafe { memory.free(DeviceAddr(0x1234)) }.is_err());
+}
+
+#[test]
+fn a_reserve_is_handed_out_and_taken_over_without_the_driver() {
+    let Some(_device) = common::device() else { return };
+    let memory = CudaMemory::new(0).unwrap().with_reserve(64 << 20).unwrap();
+    let places: Vec<_> = (0..60).map(|_| memory.allocate(1 << 20).unwrap()).collect();
+    assert!(places.iter().all(|place| place.is_aligned_to(256)));
+    let data: Vec<u8> = (0..1 << 20).map(|i| (i * 7 % 251) as u8).collect();
+    let mut back = vec![0; 1 << 20];
+    unsafe {
+        memory.upload(places[59], &data).unwrap();
+        memory.download(&mut back, places[59]).unwrap();
+        memory.free(places[3]).unwrap();
+        assert!(memory.free(places[3]).is_err(), "freed twice");
+    }
+    assert!(data == back);
+    let first = places[0];
+    drop(memory);
+    let next = CudaMemory::new(0).unwrap().with_reserve(64 << 20).unwrap();
+    assert_eq!(next.allocate(1).unwrap(), first);
+    // More than it has room for comes from the driver.
+    assert!(!next.allocate(100 << 20).unwrap().is_null());
 }
 
 #[test]
@@ -119,7 +144,7 @@ fn marks_count_the_replays() {
     let Some(device) = common::device() else { return };
     let (memory, kernels, stream) = (&device.memory, &device.kernels, device.stream());
     let (counter, slots) = (device.filled(&[0; 8], 0), device.filled(&[0; 4 * 16], 0));
-    let mark = |tag| Mark { counter: counter.addr(), slots: slots.addr(), slot_count: 4, tag };
+    let mark = |tag| Mark { counter: counter.addr(), slots: slots.addr(), slot_count: 4, adds: 3, tag };
     let mut graph = memory.capture(|| unsafe { kernels.mark(mark(0xabc), stream) }).unwrap();
     for _ in 0..6 {
         unsafe { graph.launch(stream) }.unwrap();
@@ -127,10 +152,12 @@ fn marks_count_the_replays() {
     unsafe { kernels.mark(mark(0xdef), stream) }.unwrap();
     let words: Vec<u64> =
         slots.content().chunks(8).map(|bytes| u64::from_le_bytes(bytes.try_into().unwrap())).collect();
-    assert_eq!(words, [4, 0xabc, 5, 0xabc, 6, 0xabc, 7, 0xdef]);
-    assert_eq!(counter.content(), 7_u64.to_le_bytes());
+    // One slot after another, whatever is added.
+    assert_eq!(words, [12, 0xabc, 15, 0xabc, 18, 0xabc, 21, 0xdef]);
+    assert_eq!(counter.content(), (7_u64 << 48 | 21).to_le_bytes());
     let refused = |slots, slot_count| unsafe { kernels.mark(Mark { slots, slot_count, ..mark(0) }, stream) };
-    assert!(refused(slots.addr(), 0).is_err() && refused(slots.addr().offset(8), 2).is_err());
+    assert!(refused(slots.addr(), 0).is_err() && refused(slots.addr(), 3).is_err());
+    assert!(refused(slots.addr().offset(8), 2).is_err());
 }
 
 #[test]
@@ -145,9 +172,11 @@ fn marks_beside_a_chain_count_its_replays() {
         counter: counters.addr().offset(8 * point),
         slots: slots.addr().offset(8 * 16 * point),
         slot_count: 8,
+        adds: 1,
         tag,
     };
-    let beside = |mark, before| unsafe { kernels.mark_beside(mark, before, stream) };
+    let here = || Ok(unsafe { position(stream) }?.unwrap());
+    let beside = |mark, before| unsafe { kernels.mark_beside(mark, before, here()?) };
     let mut graph = memory
         .capture(|| {
             let start = beside(mark(0, 1), None)?;
@@ -164,7 +193,7 @@ fn marks_beside_a_chain_count_its_replays() {
         unsafe { graph.launch(stream) }.unwrap();
     }
     memory.synchronize().unwrap();
-    let counts: Vec<u8> = [6_u64, 6].iter().flat_map(|count| count.to_le_bytes()).collect();
+    let counts: Vec<u8> = [6_u64, 6].iter().flat_map(|count| (count << 48 | count).to_le_bytes()).collect();
     assert_eq!(counters.content(), counts);
     let words: Vec<u64> =
         slots.content().chunks(8).map(|bytes| u64::from_le_bytes(bytes.try_into().unwrap())).collect();
@@ -174,8 +203,74 @@ fn marks_beside_a_chain_count_its_replays() {
         tags.sort_unstable();
         assert_eq!(tags, [1, 1, 1, 2, 2, 2]);
     }
-    let refused = beside(mark(0, 1), None).unwrap_err();
-    assert!(refused.to_string().contains("not capturing"), "{refused}");
+    // Nothing is captured, so there is nothing to mark beside.
+    assert_eq!(unsafe { position(stream) }.unwrap(), None);
+}
+
+#[test]
+fn marks_beside_a_chain_can_move_along_it() {
+    let Some(device) = common::device() else { return };
+    let (memory, kernels, stream) = (&device.memory, &device.kernels, device.stream());
+    let (counters, slots) = (device.filled(&[0; 2 * 8], 0), device.filled(&[0; 2 * 2 * 16], 0));
+    let data = device.buffer(4000, 0);
+    let pattern = Pattern::new(8, None, 1);
+    let fill = || unsafe { kernels.fill(data.addr(), 1000, DType::F32, &pattern, 0, 0, stream) };
+    let mark = |point: u64, adds| Mark {
+        counter: counters.addr().offset(8 * point),
+        slots: slots.addr().offset(2 * 16 * point),
+        slot_count: 2,
+        adds,
+        tag: 7,
+    };
+    let here = || Ok(unsafe { position(stream) }?.unwrap());
+    let gate = Gate::new();
+    let mut graph = memory
+        .capture(|| {
+            fill()?;
+            let mut node = unsafe { kernels.mark_beside(mark(0, 1), None, here()?) }?;
+            let before = here()?;
+            gate.put(stream);
+            fill()?;
+            let behind = here()?;
+            assert!(before != behind && before.same_capture(&behind));
+            assert_eq!(before.clone().and(&behind), behind.clone().and(&before));
+            unsafe {
+                kernels.change_mark(&mut node, mark(0, 5))?;
+                kernels.move_mark(&mut node, behind.clone())?;
+                // To where it is already.
+                kernels.move_mark(&mut node, behind.clone())?;
+            }
+            assert_eq!(*node.position(), behind);
+            // What joins it there keeps it there, and changes by itself.
+            let mut both = unsafe { kernels.mark_beside(mark(1, 2), Some(node), behind) }?;
+            assert!(unsafe { kernels.move_mark(&mut both, before) }.is_err());
+            unsafe { kernels.change_mark(&mut both, mark(1, 3)) }
+        })
+        .unwrap();
+    assert_eq!(graph.nodes().unwrap(), 2 + 1 + 1);
+    gate.close();
+    unsafe { graph.launch(stream) }.unwrap();
+    // The mark waits for what it was moved behind, and that for the gate.
+    std::thread::sleep(Duration::from_millis(100));
+    let elsewhere = CudaMemory::new(0).unwrap();
+    let mut counts = [0; 16];
+    unsafe { elsewhere.download(&mut counts, counters.addr()) }.unwrap();
+    assert_eq!(counts, [0; 16]);
+    gate.open();
+    unsafe { graph.launch(stream) }.unwrap();
+    memory.synchronize().unwrap();
+    let expected: Vec<u8> = [10_u64, 6].iter().flat_map(|count| (2 << 48 | count).to_le_bytes()).collect();
+    assert_eq!(counters.content(), expected);
+    // A node that has its capture behind it does not go into another one.
+    let mut left = None;
+    memory
+        .capture(|| {
+            left = Some(unsafe { kernels.mark_beside(mark(0, 1), None, here()?) }?);
+            fill()
+        })
+        .unwrap();
+    let refused = memory.capture(|| unsafe { kernels.move_mark(left.as_mut().unwrap(), here()?) });
+    assert!(refused.unwrap_err().to_string().contains("another capture"));
 }
 
 #[test]

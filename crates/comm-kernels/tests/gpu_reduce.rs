@@ -112,3 +112,21 @@ fn nothing_to_do_and_bad_arguments() {
         assert!(kernels.reduce(&[at], at.offset(4), 4, DType::F32, ReduceOp::Sum, stream).is_err());
     }
 }
+
+#[test]
+fn nothing_is_done_while_the_word_is_set() {
+    let Some(device) = common::device() else { return };
+    let (kernels, stream) = (&device.kernels, device.stream());
+    let content: Vec<u8> = (0..12_000).map(|i| (i % 251) as u8).collect();
+    for word in [0_u32, 1, 0x100] {
+        let unless = device.filled(&word.to_le_bytes(), 0);
+        let (from, to) = (device.filled(&content, 0), device.buffer(content.len(), 0));
+        let what = (DType::U8, ReduceOp::Sum);
+        unsafe {
+            let inputs = [from.addr()];
+            kernels.reduce_unless(unless.addr(), &inputs, to.addr(), content.len(), what, stream).unwrap();
+        }
+        let expected = if word == 0 { content.clone() } else { vec![common::GUARD; content.len()] };
+        assert!(to.content() == expected, "the word is {word:#x}");
+    }
+}

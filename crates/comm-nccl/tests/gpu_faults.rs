@@ -50,61 +50,6 @@ fn never_arrives(rank: Rank, done: &Barrier) {
 }
 
 #[test]
-fn a_rank_that_never_replays_is_named_in_time() {
-    let Some(size) = world_size() else { return };
-    let met = Barrier::new(size);
-    world(size, SHORT, false, |rank| never_replays(rank, &met));
-}
-
-fn never_replays(rank: Rank, met: &Barrier) {
-    const CALLS: usize = 3;
-    rank.try_sum().unwrap();
-    let buffer = rank.buffer(&[1.0_f32; 8]);
-    let (at, stream) = (buffer.addr, rank.stream());
-    let mut graph = rank
-        .memory
-        .capture(|| {
-            for _ in 0..CALLS {
-                // SAFETY: the buffer holds 8 elements and outlives the graph.
-                unsafe { rank.comm.all_reduce(at, at, 8, DType::F32, ReduceOp::Max, stream)? };
-            }
-            Ok(())
-        })
-        .unwrap();
-    // The calls, a mark after each and one before the first, and what NCCL adds.
-    assert!(graph.nodes().unwrap() > 2 * CALLS);
-    for _ in 0..5 {
-        // SAFETY: the buffer is alive.
-        unsafe { graph.launch(stream).unwrap() };
-    }
-    rank.memory.synchronize().unwrap();
-    // A pause is not a wait.
-    std::thread::sleep(SHORT + Duration::from_millis(200));
-    rank.comm.poll().unwrap();
-    met.wait();
-    if rank.rank == 1 {
-        met.wait();
-        let error = rank.comm.poll().unwrap_err();
-        assert!(matches!(error, CommError::PeerFailed { .. }), "{error}");
-    } else {
-        let start = Instant::now();
-        // SAFETY: as above.
-        unsafe { graph.launch(stream).unwrap() };
-        let error = rank.await_failure(SHORT + Duration::from_secs(2));
-        let waited = start.elapsed();
-        assert!(matches!(&error, CommError::Timeout { missing, .. } if *missing == [1]), "{error}");
-        // The first captured call, after the creation and the sum.
-        assert!(error.to_string().contains("all_reduce #2 "), "{error}");
-        assert!(waited >= SHORT && waited < SHORT + Duration::from_millis(500), "took {waited:?}");
-        let _ = rank.memory.synchronize();
-        assert!(start.elapsed() < SHORT + SHORT, "the kernel stayed");
-        met.wait();
-    }
-    drop(graph);
-    drop(rank.comm);
-}
-
-#[test]
 fn a_rank_that_dies_is_named_within_a_second_and_a_new_world_forms() {
     let Some(size) = world_size() else { return };
     let comms = ThreadComm::create(size, PATIENT).unwrap();

@@ -80,6 +80,20 @@ fn shapes(op: OpKind, algorithm: Algorithm, plain: &Choice) -> Vec<Choice> {
             }
         }
         (_, A::Spread) => add(Some(66), None, None, None),
+        (_, A::Chain) => {
+            for (block, chunk) in [(128, 8192), (128, 4096), (256, 8192), (256, 16_384), (512, 16_384)] {
+                for grid in [512, 264, 132] {
+                    add(Some(grid), Some(block), Some(chunk), None);
+                }
+            }
+        }
+        (OpKind::Broadcast, A::Direct) => {
+            for (block, chunk) in [(256, 4096), (256, 8192), (512, 8192), (512, 16_384), (128, 4096)] {
+                for grid in [None, Some(264), Some(396), Some(64), Some(32)] {
+                    add(grid, Some(block), Some(chunk), None);
+                }
+            }
+        }
         (_, A::Direct) => {
             for (block, chunk) in [(256, 4096), (256, 8192), (512, 8192), (512, 16_384), (512, 32_768)] {
                 for grid in [None, Some(128), Some(64), Some(32)] {
@@ -98,7 +112,7 @@ mod tests {
 
     use super::*;
     use crate::select::Limits;
-    use crate::select::tests::{launchable, limits};
+    use crate::select::tests::{launchable, limits, rooms};
     use crate::tables::InUse;
 
     /// Limits whose table has nothing but one choice.
@@ -113,8 +127,8 @@ mod tests {
         for (op, registered) in TUNABLE {
             for choice in candidates(op) {
                 let mut used = 0;
-                for world in 2..=8 {
-                    let limits = only(world, op, choice.clone());
+                for (world, room) in (2..=8).flat_map(|world| rooms().map(|room| (world, room))) {
+                    let limits = Limits { room, ..only(world, op, choice.clone()) };
                     for bytes in (4..34).flat_map(|shift| [1_usize << shift, (1 << shift) + 4]) {
                         let plan = match op {
                             OpKind::AllReduce => limits.all_reduce(bytes, registered),
@@ -136,8 +150,9 @@ mod tests {
                     }
                 }
                 // Cells, steps and direct stores need a result that every rank can reach.
-                let needs = matches!(choice.algorithm.as_str(), "cells" | "direct" | "steps" | "spread")
-                    && op != OpKind::ReduceScatter;
+                let needs =
+                    matches!(choice.algorithm.as_str(), "cells" | "direct" | "steps" | "spread" | "chain")
+                        && op != OpKind::ReduceScatter;
                 assert!(used > 0 || needs && !registered, "{op} never takes {choice:?}");
             }
         }

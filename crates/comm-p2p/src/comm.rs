@@ -111,10 +111,17 @@ unsafe impl DeviceComm for P2pComm {
         shared.healthy()?;
         let deadline = shared.deadline();
         let lost = |error| shared.fail(shared.relocate(error, OpKind::Split));
-        let group = shared.control()?.split(color, key.into(), deadline).map_err(lost)?;
-        let Some(group) = group else { return Ok(None) };
-        let hosts = Hosts { control: group, parent: None };
-        let comm = create::create(hosts, Ok(shared.base.clone()), true)?;
+        let control = shared.control()?;
+        let group = control.split(color, key.into(), deadline).map_err(lost)?;
+        let made = group.map(|group| {
+            let hosts = Hosts { control: group, parent: None };
+            create::create(hosts, Ok(shared.base.clone()), true)
+        });
+        // Groups may be made at different speeds, and one must not be at work on a device where another is being made.
+        let met = shared.meet_if_shared(&*control).map_err(lost);
+        let Some(made) = made else { return met.map(|()| None) };
+        let comm = made?;
+        met?;
         Ok(Some(Arc::new(comm)))
     }
 

@@ -106,7 +106,9 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result
         let prepared = words
             .as_ref()
             .map_err(Clone::clone)
-            .and_then(|words| Ok((Arc::clone(words), P2pKernels::load(&base.context, info.size)?)))
+            .and_then(|words| {
+                Ok((Arc::clone(words), P2pKernels::load(&base.context, info.size, base.room.overlap())?))
+            })
             .and_then(|(words, kernels)| Ok((words, kernels, table_of_captured(&base, info.size)?)))
             .and_then(|prepared| sentinel.as_ref().map(|_| prepared).map_err(Clone::clone));
         agree(&*control, &prepared.as_ref().map(|_| 0).map_err(Clone::clone))?;
@@ -139,7 +141,7 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result
 
 fn table_of_captured(base: &Base, world: usize) -> Result<Option<Captured>> {
     let options = &base.options;
-    let table = || Captured::new(&base.context, world, options.graph_entries);
+    let table = || Captured::new(&base.context, (world, base.room.overlap()), options.graph_entries);
     options.graph_registration.then(table).transpose()
 }
 

@@ -1,6 +1,6 @@
 //! The backend's factory: what this rank can do, and communicators.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use comm_core::{
@@ -8,13 +8,14 @@ use comm_core::{
 };
 use comm_kernels::Kernels;
 use comm_kernels::driver::{device_count, error, version};
-use comm_kernels::p2p::{MAX_RANKS, P2pKernels};
+use comm_kernels::p2p::{MAX_RANKS, Overlap, P2pKernels};
 use comm_kernels::raw;
 use cudarc::driver::{CudaContext, DriverError, sys};
 
 use crate::comm::{P2pComm, hosts};
 use crate::create;
 use crate::options::Options;
+use crate::placement;
 use crate::state::{Base, Device};
 use crate::tables::MIXED;
 use crate::topology::links::Links;
@@ -39,6 +40,7 @@ const PROTOCOL: u32 = 2;
 /// | `p2p.symmetric_operands` | `on` or `off`: the promise described below | `off` |
 /// | `p2p.graph_registration` | `on` or `off`: captured results are registered after the capture, see below | `off` |
 /// | `p2p.graph_entries` | captured results that graphs may hold at a time; 128 bytes of device memory each | 8192 |
+/// | `p2p.share_devices` | for tests: `on` or `off`, as `COMM_P2P_SHARE_DEVICES`: several ranks may be on one device, see below | `off` |
 /// | `p2p.first_round` | for tests: the first round's number | 0 |
 /// | `p2p.stall_ns` | for tests: how long every kernel sleeps before its first wait, or behind it where it only waits | 0 |
 /// | `p2p.stall_rank` | for tests: the only rank whose kernels do | all |
@@ -62,6 +64,27 @@ const PROTOCOL: u32 = 2;
 /// registered buffers may lie anywhere, and travel by way of the communicator's memory. Breaking the promise corrupts
 /// results and may write into registered memory that the call does not name, or let the ranks wait for each other until
 /// the timeout. Checked mode compares the places and refuses the call.
+///
+/// # Fewer devices than ranks
+/// With `p2p.share_devices = on` several ranks may be on one device, so that worlds of up to 8 ranks can be tested on fewer
+/// GPUs, or on one. It is a facility for tests: times mean nothing. Every rank then plans kernels for a share of the device,
+/// small enough for the kernels of all its ranks to be resident at once, for two communicators at a time, and no kernel
+/// starts before the one before it on its stream has ended. Some shapes are never launched there, above all norms of many
+/// blocks in clusters of 8.
+///
+/// As threads of one process, ranks on a device share its context, and what holds up the context holds up all of them:
+/// - `CUDA_DEVICE_MAX_CONNECTIONS` must be 32 before the process uses CUDA, or streams are put in line behind one another;
+///   creation refuses less.
+/// - What may wait for the whole device, in the way that freeing memory does (`cuMemFree`, `cuMemFreeHost`,
+///   `cuCtxSynchronize`; perhaps also allocating, loading modules and dropping graphs), waits for kernels that may be
+///   waiting for this very thread. Do it where all ranks have made the same calls, and let all ranks be through with it
+///   before the next. The communicator's own such calls (creation, `split`, `allocate`, `free`, `register_captured`,
+///   `close`) are collective, and end on no rank before they have on all.
+/// - A close waits for the work of all ranks on the device: no rank may be waiting for what another is to call, on another
+///   communicator, after its close.
+///
+/// As processes, without NVIDIA's MPS, ranks take turns on a device, a few milliseconds each: every wait for another rank
+/// takes at least a turn. It works, slowly; timeouts have to be generous.
 ///
 /// # Graphs
 /// Every operation can be captured and replayed as it is; results in memory of [`allocate`](DeviceComm::allocate) are
@@ -93,12 +116,16 @@ impl P2pFactory {
     }
 }
 
-mod fact {
-    pub(super) const HOST: &str = "host";
-    pub(super) const GPU: &str = "gpu";
-    pub(super) const KIND: &str = "kind";
-    pub(super) const MULTIPROCESSORS: &str = "multiprocessors";
-    pub(super) const DRIVER: &str = "driver";
+/// What a rank reports of itself.
+pub(crate) mod fact {
+    pub(crate) const HOST: &str = "host";
+    pub(crate) const GPU: &str = "gpu";
+    pub(crate) const KIND: &str = "kind";
+    pub(crate) const MULTIPROCESSORS: &str = "multiprocessors";
+    pub(crate) const DRIVER: &str = "driver";
+    /// Whether its options let ranks share devices: [`ON`], or anything else.
+    pub(crate) const SHARE_DEVICES: &str = "share_devices";
+    pub(crate) const ON: &str = "on";
 }
 
 fn ordinal(context: &CreateContext) -> Result<usize> {
@@ -226,7 +253,7 @@ impl BackendFactory for P2pFactory {
                 "the ranks' host communicator cannot pass file descriptors; ranks of one host meet over a unix socket",
             ));
         }
-        Options::parse(&context.options)?;
+        let options = Options::parse(&context.options)?;
         // Dropping a context makes it current. In this order, the guard is dropped later and puts the caller's back.
         let (_caller, device) = {
             let device = raw::context(ordinal)?;
@@ -237,7 +264,7 @@ impl BackendFactory for P2pFactory {
         let _current = raw::Current::enter(&device)?;
         Kernels::load(&device)?;
         if ranks > 1 {
-            P2pKernels::load(&device, ranks)?;
+            P2pKernels::load(&device, ranks, Overlap::Allowed)?;
         }
         let sm = attribute(&device, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         let facts = [
@@ -246,6 +273,7 @@ impl BackendFactory for P2pFactory {
             (fact::KIND, kind(&device)?),
             (fact::MULTIPROCESSORS, sm.to_string()),
             (fact::DRIVER, driver_version()?),
+            (fact::SHARE_DEVICES, if options.share_devices { fact::ON } else { "off" }.to_owned()),
         ];
         Ok(Capability {
             protocol: PROTOCOL,
@@ -260,10 +288,8 @@ impl BackendFactory for P2pFactory {
 
 fn base(context: &CreateContext, capabilities: &[Capability]) -> Result<Base> {
     let ordinal = ordinal(context)?;
-    same_host_unique_devices(capabilities)?;
+    let room = placement::room(capabilities, context.host.same_process(), placement::connections())?;
     let device = raw::context(ordinal)?;
-    // Launch shapes must be the same on all ranks, so the smallest device decides.
-    let smallest = capabilities.iter().filter_map(|c| c.facts.get(fact::MULTIPROCESSORS)?.parse().ok()).min();
     Ok(Base {
         kernels: Kernels::load(&device)?,
         context: Arc::clone(&device),
@@ -271,7 +297,7 @@ fn base(context: &CreateContext, capabilities: &[Capability]) -> Result<Base> {
         timeout: context.timeout,
         checked: context.checked,
         options: Arc::new(Options::parse(&context.options)?),
-        multiprocessors: smallest.unwrap_or(1).max(1),
+        room,
         gpu: common_kind(capabilities),
         device: Arc::new(Device {
             uuid: uuid(&device)?,
@@ -280,30 +306,6 @@ fn base(context: &CreateContext, capabilities: &[Capability]) -> Result<Base> {
             place: context.host.rank(),
         }),
     })
-}
-
-fn same_host_unique_devices(capabilities: &[Capability]) -> Result<()> {
-    let mut devices = BTreeMap::new();
-    for (rank, capability) in capabilities.iter().enumerate() {
-        let fact = |name: &str| capability.facts.get(name).cloned().unwrap_or_default();
-        let first = capabilities[0].facts.get(fact::HOST).cloned().unwrap_or_default();
-        if fact(fact::HOST) != first {
-            return Err(CommError::invalid(
-                "host",
-                format!(
-                    "rank {rank} is on host {:?} and rank 0 on {first:?}; the p2p backend takes one host",
-                    fact(fact::HOST)
-                ),
-            ));
-        }
-        if let Some(other) = devices.insert(fact(fact::GPU), rank) {
-            return Err(CommError::invalid(
-                "memory",
-                format!("ranks {other} and {rank} are on the same GPU; each needs one of its own"),
-            ));
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -329,14 +331,5 @@ mod tests {
             common_kind(&ranks.collect::<Vec<_>>())
         };
         assert_eq!([of(&["A", "A"]), of(&["A", "B"]), of(&["A"])], ["A", MIXED, "A"]);
-    }
-
-    #[test]
-    fn ranks_share_a_host_and_no_gpu() {
-        assert!(same_host_unique_devices(&[rank("a", "1"), rank("a", "2")]).is_ok());
-        let same = same_host_unique_devices(&[rank("a", "1"), rank("a", "1")]).unwrap_err();
-        assert!(same.to_string().contains("ranks 0 and 1"), "{same}");
-        let apart = same_host_unique_devices(&[rank("a", "1"), rank("b", "2")]).unwrap_err();
-        assert!(apart.to_string().contains("rank 1"), "{apart}");
     }
 }

@@ -16,7 +16,8 @@
 //! Every operation is a fixed row of kernels on the caller's stream: it can be captured into a CUDA graph and replayed.
 //! When a communicator is made, what its GPUs store into and load from each other is checked in both directions, once
 //! for a driver and set of GPUs: the verdict is kept in the user's cache folder. `COMM_P2P_CHECK` is `skip` or `force`.
-//! `COMM_P2P_TOPOLOGY` imposes a topology ([`P2pComm::topology`]).
+//! `COMM_P2P_TOPOLOGY` imposes a topology ([`P2pComm::topology`]). `COMM_P2P_SHARE_DEVICES` lets ranks share devices, for
+//! tests ([`P2pFactory`]).
 //!
 //! Ranks that call different things, or the same with different arguments, are told so some tens of milliseconds later, by
 //! an error that ends the communicator, wherever a comparison of the calls can tell; checked mode refuses such calls.
@@ -44,6 +45,8 @@ mod memory;
 mod mesh;
 mod ops;
 mod options;
+mod placement;
+mod room;
 mod select;
 mod state;
 mod stream;

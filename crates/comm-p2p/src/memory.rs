@@ -37,18 +37,19 @@ impl P2pComm {
     pub(crate) fn free_block(&self, addr: DeviceAddr) -> Result<()> {
         let shared = self.shared();
         let mut call = shared.begin(OpKind::Free)?;
-        let table = &mut call.owned.table;
-        let region = table.allocation(addr).and_then(|id| table.remove(id));
-        // The other ranks' mappings keep their memory alive, so nobody has to wait for anybody.
-        region.map(drop).ok_or_else(|| {
-            CommError::invalid(
-                "addr",
-                format!(
-                    "{addr:?} was not allocated by communicator {:?}, or was freed already",
-                    shared.info.name
-                ),
-            )
-        })
+        let Some(id) = call.owned.table.allocation(addr) else {
+            let reason = format!(
+                "{addr:?} was not allocated by communicator {:?}, or was freed already",
+                shared.info.name
+            );
+            return Err(CommError::invalid("addr", reason));
+        };
+        // The other ranks' mappings keep their memory alive, so nobody has to wait for anybody's but on a shared device.
+        let host = shared.control()?;
+        let meet = || shared.meet_if_shared(&*host).map_err(|error| self.lost(&*host, OpKind::Free, error));
+        meet()?;
+        drop(call.owned.table.remove(id));
+        meet()
     }
 
     pub(crate) fn register_buffer(&self, addr: DeviceAddr, bytes: usize) -> Result<Registration> {

@@ -33,6 +33,8 @@ pub(crate) struct Options {
     pub(crate) algorithm: Option<Algorithm>,
     /// The topology to impose, by name.
     pub(crate) topology: Option<String>,
+    /// Ranks may share devices.
+    pub(crate) share_devices: bool,
     /// The user's own tables of algorithms.
     pub(crate) tables: Option<Arc<Tables>>,
     /// The caller's promise about operands in registered buffers.
@@ -58,6 +60,7 @@ impl Default for Options {
             copies_when_broken: false,
             algorithm: None,
             topology: None,
+            share_devices: false,
             tables: None,
             symmetric_operands: false,
             graph_registration: false,
@@ -71,6 +74,8 @@ const LEAST_STAGING: usize = 8192;
 const _: () = assert!(crate::topology::verify::NEEDED <= LEAST_STAGING);
 
 const PREFIX: &str = "p2p.";
+/// The variable that lets ranks share devices.
+pub(crate) const SHARE_DEVICES: &str = "COMM_P2P_SHARE_DEVICES";
 
 impl Options {
     /// Options of other backends are ignored; unknown ones of this backend are errors.
@@ -81,6 +86,9 @@ impl Options {
         }
         if let Some(name) = std::env::var("COMM_P2P_TOPOLOGY").ok().filter(|name| !name.is_empty()) {
             parsed.topology = Some(topology("COMM_P2P_TOPOLOGY", &name)?);
+        }
+        if let Some(value) = std::env::var(SHARE_DEVICES).ok().filter(|value| !value.is_empty()) {
+            parsed.share_devices = switch(SHARE_DEVICES, &value)?;
         }
         if let Some(path) = std::env::var_os("COMM_P2P_TABLE").filter(|path| !path.is_empty()) {
             parsed.tables = Some(Arc::new(tables::read("COMM_P2P_TABLE", Path::new(&path))?));
@@ -107,6 +115,7 @@ impl Options {
                 "test_copies_when_broken" => parsed.copies_when_broken = switch(name, value)?,
                 "algorithm" => parsed.algorithm = Some(algorithm(name, value)?),
                 "topology" => parsed.topology = Some(topology(name, value)?),
+                "share_devices" => parsed.share_devices = switch(name, value)?,
                 "table" => parsed.tables = Some(Arc::new(tables::read(name, Path::new(value))?)),
                 "graph_registration" => parsed.graph_registration = switch(name, value)?,
                 "graph_entries" => {
@@ -180,6 +189,8 @@ mod tests {
         assert!(parse("p2p.test_single_buffer", "on").unwrap().single_buffer);
         assert!(parse("p2p.test_copies_when_broken", "on").unwrap().copies_when_broken);
         assert!(!Options::default().copies_when_broken);
+        assert!(parse("p2p.share_devices", "on").unwrap().share_devices);
+        assert!(!parse("p2p.share_devices", "off").unwrap().share_devices);
         for (name, value) in [
             ("p2p.staging_bytes", "12"),
             ("p2p.x", "1"),
@@ -187,6 +198,7 @@ mod tests {
             ("p2p.topology", "torus"),
             ("p2p.table", "/nonexistent/table.json"),
             ("p2p.symmetric_operands", "true"),
+            ("p2p.share_devices", "2"),
             ("p2p.graph_registration", "auto"),
             ("p2p.graph_entries", "0"),
         ] {

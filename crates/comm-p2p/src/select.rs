@@ -16,6 +16,7 @@ use comm_core::tuning::{Choice, Table};
 use comm_kernels::p2p::{FLAG_CTAS, Shape, Units};
 
 pub(crate) use self::gaps::Gaps;
+use crate::room::Room;
 use crate::usage::Algorithm;
 
 mod average;
@@ -29,7 +30,7 @@ pub(crate) struct Limits {
     pub(crate) packet_slots: usize,
     pub(crate) lamport_slots: usize,
     pub(crate) cell_ctas: usize,
-    pub(crate) multiprocessors: u32,
+    pub(crate) room: Room,
     pub(crate) forced: Option<Algorithm>,
     pub(crate) gaps: Option<Gaps>,
     pub(crate) table: Arc<Table<Algorithm>>,
@@ -93,7 +94,7 @@ impl Limits {
         let by_packs = || table.iter().find(|&&(most, _)| wanted <= most).map_or(512, |&(_, block)| block);
         let block = choice.block.unwrap_or_else(by_packs);
         // Two blocks of up to 256 threads are resident on every multiprocessor.
-        let resident = if block <= 256 { 2 * self.multiprocessors } else { self.multiprocessors };
+        let resident = self.room.blocks(if block <= 256 { 2 } else { 1 });
         let grid = wanted.div_ceil(block as usize).min(slots / block as usize).max(1);
         let most = choice.grid.map_or(resident, |most| most.min(resident));
         Shape { grid: u32::try_from(grid).unwrap_or(u32::MAX).min(most), block }
@@ -105,7 +106,7 @@ impl Limits {
 
     /// Blocks of a kernel that has as many as fit.
     fn full(&self, choice: &Choice<Algorithm>, most: usize) -> u32 {
-        choice.grid.unwrap_or(u32::MAX).min(self.multiprocessors).min(most as u32)
+        choice.grid.unwrap_or(u32::MAX).min(self.room.multiprocessors()).min(most as u32)
     }
 
     fn cells(&self, choice: &Choice<Algorithm>) -> Plan {
@@ -121,9 +122,19 @@ impl Limits {
     }
 
     fn direct(&self, choice: &Choice<Algorithm>) -> Plan {
-        let grid = self.full(choice, FLAG_CTAS as usize);
-        let shape = Shape { grid, block: choice.block.unwrap_or(256) };
-        Plan { chunk: choice.chunk.unwrap_or(4096), ..self.plan(choice.algorithm, shape) }
+        let block = choice.block.unwrap_or(256);
+        // Kernels for blocks of 512 threads: of smaller ones as many fit as have 512 threads together.
+        let resident = self.room.blocks(512 / block.clamp(1, 512));
+        let grid = choice.grid.unwrap_or(self.room.multiprocessors()).min(resident).min(FLAG_CTAS);
+        Plan { chunk: choice.chunk.unwrap_or(4096), ..self.plan(choice.algorithm, Shape { grid, block }) }
+    }
+
+    /// Chains, with several blocks on a multiprocessor: some copy while others wait.
+    fn chain(&self, choice: &Choice<Algorithm>) -> Plan {
+        let block = choice.block.unwrap_or(128);
+        let grid = choice.grid.unwrap_or(u32::MAX);
+        let chunk = choice.chunk.unwrap_or(8192);
+        self.direct(&Choice { grid: Some(grid), block: Some(block), chunk: Some(chunk), ..*choice })
     }
 
     fn packets(&self, choice: &Choice<Algorithm>, packs: usize) -> Shape {
@@ -193,8 +204,9 @@ impl Limits {
             }
             Algorithm::Steps if registered => {
                 // Half the multiprocessors: with less under way a step ends more sharply.
-                let half = (self.multiprocessors.div_ceil(2)).min(FLAG_CTAS);
-                let grid = choice.grid.map_or(half, |grid| grid.min(self.multiprocessors));
+                let all = self.room.multiprocessors();
+                let half = all.div_ceil(2).min(FLAG_CTAS);
+                let grid = choice.grid.map_or(half, |grid| grid.min(all));
                 Some(self.plan(choice.algorithm, Shape { grid, block: choice.block.unwrap_or(32) }))
             }
             Algorithm::Staged => Some(self.staged()),
@@ -219,6 +231,7 @@ impl Limits {
                 Some(self.plan(choice.algorithm, self.packets(choice, slice)))
             }
             Algorithm::Direct if registered => Some(self.direct(choice)),
+            Algorithm::Chain if registered => Some(self.chain(choice)),
             Algorithm::Staged => Some(self.staged()),
             _ => None,
         };
@@ -229,16 +242,24 @@ impl Limits {
     /// `Composed` for an all-reduce and a norm of their own. A choice can only bound the blocks: their threads follow
     /// from the row.
     pub(crate) fn norm(&self, tokens: usize, row: usize) -> Plan {
-        let sm = self.multiprocessors as usize;
         let one_hop = || {
             let packs = row.div_ceil(PACKET_PAYLOAD);
-            let cluster = if packs <= 128 { 1 } else { 8 };
-            let block = packs.div_ceil(cluster).next_multiple_of(32);
-            let grid = tokens.checked_mul(cluster)?;
-            let fits = block <= 512 && grid <= sm && grid * block <= self.packet_slots;
-            let shape = Shape { grid: grid as u32, block: block as u32 };
-            let plan = Plan { chunk: cluster as u32, ..self.plan(Algorithm::OneShot, shape) };
-            fits.then_some(plan)
+            let of_clusters = |cluster: usize| {
+                let block = packs.div_ceil(cluster).next_multiple_of(32);
+                let grid = tokens.checked_mul(cluster)?;
+                let most = self.room.multiprocessors() as usize;
+                let fits = block <= 512 && grid <= most && grid * block <= self.packet_slots;
+                let shape = Shape { grid: grid as u32, block: block as u32 };
+                let plan = Plan { chunk: cluster as u32, ..self.plan(Algorithm::OneShot, shape) };
+                fits.then_some(plan)
+            };
+            let clusters: &[usize] = match packs {
+                ..=128 => &[1],
+                // The share of a device may have no room for the best.
+                _ if self.room.is_shared() => &[8, 4, 2, 1],
+                _ => &[8],
+            };
+            clusters.iter().find_map(|&cluster| of_clusters(cluster))
         };
         let two_hops = |choice: &Choice<Algorithm>| {
             let block = row.div_ceil(PACK).div_ceil(self.world).next_multiple_of(32);
@@ -248,7 +269,8 @@ impl Limits {
                 _ => 1,
             };
             let most = choice.grid.map_or(usize::MAX, |most| most as usize);
-            let grid = tokens.min(per_sm * sm).min(self.lamport_slots / block).min(most);
+            let resident = self.room.blocks(per_sm) as usize;
+            let grid = tokens.min(resident).min(self.lamport_slots / block).min(most);
             let shape = Shape { grid: grid as u32, block: block as u32 };
             (block <= 512 && grid > 0).then_some(self.plan(Algorithm::TwoShot, shape))
         };
@@ -276,104 +298,4 @@ impl Limits {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
-    use super::*;
-
-    pub(crate) fn limits(world: usize, forced: Option<Algorithm>) -> Limits {
-        Limits {
-            world,
-            packet_slots: 33_792,
-            lamport_slots: 67_584,
-            cell_ctas: 132,
-            multiprocessors: 132,
-            forced,
-            gaps: None,
-            table: crate::tables::of(None, "NVIDIA H200", world).unwrap().algorithms,
-        }
-    }
-
-    /// Fails unless all blocks are resident at once and what is sent has room.
-    pub(crate) fn launchable(limits: &Limits, plan: &Plan, registered: bool) {
-        let Shape { grid, block } = plan.shape;
-        assert!(grid >= 1 && (32..=512).contains(&block), "{plan:?}");
-        assert!(grid <= limits.multiprocessors * if block <= 256 { 2 } else { 1 }, "{plan:?}");
-        let slots = match plan.algorithm {
-            Algorithm::Packets | Algorithm::Relayed | Algorithm::OneShot => limits.packet_slots,
-            _ => limits.lamport_slots,
-        };
-        assert!(plan.shape.threads() <= slots as u64, "{plan:?}");
-        let direct = plan.algorithm == Algorithm::Direct;
-        assert!(!direct || registered && plan.chunk > 0 && plan.chunk.is_multiple_of(4096), "{plan:?}");
-    }
-
-    #[test]
-    fn every_plan_can_be_launched() {
-        for world in 2..=8 {
-            for forced in [
-                None,
-                Some(Algorithm::OneShot),
-                Some(Algorithm::TwoShot),
-                Some(Algorithm::Direct),
-                Some(Algorithm::Steps),
-            ] {
-                let limits = limits(world, forced);
-                for bytes in (0..34).flat_map(|shift| [1_usize << shift, (1 << shift) + 1]) {
-                    for registered in [false, true] {
-                        let plans = [
-                            limits.all_reduce(bytes, registered),
-                            limits.reduce_scatter(bytes),
-                            limits.all_gather(bytes, registered),
-                            limits.broadcast(bytes, registered),
-                        ];
-                        for plan in plans {
-                            launchable(&limits, &plan, registered);
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn small_goes_in_one_hop_and_large_by_cells() {
-        let eight = limits(8, None);
-        let shape = |plan: Plan| (plan.algorithm, plan.shape.grid, plan.shape.block);
-        assert_eq!(shape(eight.all_reduce(1 << 10, false)), (Algorithm::OneShot, 1, 128));
-        assert_eq!(shape(eight.all_reduce(64 << 10, false)), (Algorithm::OneShot, 43, 128));
-        assert_eq!(shape(eight.all_reduce(256 << 10, false)), (Algorithm::TwoShot, 32, 64));
-        assert_eq!(shape(eight.all_reduce(8 << 20, false)), (Algorithm::TwoShot, 256, 256));
-        assert_eq!(shape(eight.all_reduce(64 << 20, false)), (Algorithm::TwoShot, 264, 256));
-        assert_eq!(eight.all_reduce(64 << 20, true).algorithm, Algorithm::Cells);
-        assert_eq!(eight.all_reduce(256 << 20, true).algorithm, Algorithm::Steps);
-        assert_eq!(eight.all_reduce(256 << 20, false).algorithm, Algorithm::TwoShot);
-        assert_eq!(eight.reduce_scatter(32 << 20).algorithm, Algorithm::Steps);
-        assert_eq!(shape(eight.all_gather(8 << 20, true)), (Algorithm::Steps, 66, 32));
-        assert_eq!(shape(eight.all_gather(2 << 20, true)), (Algorithm::Spread, 132, 64));
-        assert_eq!(limits(2, None).all_reduce(256 << 20, true).algorithm, Algorithm::Cells);
-        assert_eq!(limits(2, None).all_reduce(256 << 10, false).algorithm, Algorithm::OneShot);
-        assert_eq!(limits(4, Some(Algorithm::Staged)).all_reduce(8, false).algorithm, Algorithm::Staged);
-    }
-
-    #[test]
-    fn norms_are_fused_where_a_row_fits() {
-        let eight = limits(8, None);
-        assert_eq!(eight.norm(1, 16_384).algorithm, Algorithm::OneShot);
-        assert_eq!(eight.norm(128, 16_384).algorithm, Algorithm::TwoShot);
-        assert_eq!(limits(2, None).norm(128, 32_768).algorithm, Algorithm::Composed);
-        for tokens in [1, 3, 17, 1000, 16_384] {
-            for row in [2, 1024, 5760, 16_384, 28_672, 32_768] {
-                for world in 2..=8 {
-                    let plan = limits(world, None).norm(tokens, row);
-                    let threads = plan.shape.grid as usize * plan.shape.block as usize;
-                    match plan.algorithm {
-                        Algorithm::OneShot => {
-                            assert!(threads <= 33_792 && threads >= tokens * row.div_ceil(12), "{plan:?}");
-                        }
-                        Algorithm::TwoShot => assert!(threads <= 67_584, "{plan:?}"),
-                        _ => {}
-                    }
-                }
-            }
-        }
-    }
-}
+pub(crate) mod tests;

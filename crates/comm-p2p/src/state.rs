@@ -17,6 +17,7 @@ use crate::captured::Captured;
 use crate::ledger::{Ledger, Note, mix};
 use crate::mesh::Mesh;
 use crate::options::Options;
+use crate::room::Room;
 use crate::stream::Sentinel;
 use crate::symmetric::ipc;
 use crate::symmetric::table::{Found, Table};
@@ -55,7 +56,7 @@ pub(crate) struct Base {
     pub(crate) timeout: Duration,
     pub(crate) checked: bool,
     pub(crate) options: Arc<Options>,
-    pub(crate) multiprocessors: u32,
+    pub(crate) room: Room,
     /// The kind of GPU that all ranks have.
     pub(crate) gpu: String,
     pub(crate) device: Arc<Device>,
@@ -183,6 +184,15 @@ impl Shared {
 
     pub(crate) fn control(&self) -> Result<Arc<dyn HostComm>> {
         lock(&self.host).as_ref().map(|hosts| Arc::clone(&hosts.control)).ok_or_else(|| self.closed())
+    }
+
+    /// All ranks meet, if any share a device; else nothing happens.
+    ///
+    /// What the driver does with a device's memory may wait for its kernels. On a shared device such a kernel may be
+    /// another rank's, that waits for what this rank is to enqueue next. So a call that comes to it is made between two
+    /// meetings: after the first all earlier calls have been enqueued everywhere, before the second no later one has.
+    pub(crate) fn meet_if_shared(&self, host: &dyn HostComm) -> Result<()> {
+        if self.base.room.is_shared() { host.barrier(self.deadline()) } else { Ok(()) }
     }
 
     pub(crate) fn deadline(&self) -> Deadline {

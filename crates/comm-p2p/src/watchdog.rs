@@ -133,6 +133,9 @@ fn end(shared: &Shared, collective: bool) -> Result<()> {
     let outcome = if shared.has_failed() { shared.healthy() } else { Ok(()) };
     if idle.is_ok() {
         give_back(shared);
+        if collective && outcome.is_ok() {
+            leave_together(shared);
+        }
     } else {
         // Unmapping memory under a running kernel would be worse than keeping it.
         tracing::warn!(
@@ -161,6 +164,16 @@ fn drain(deadline: Deadline) -> Result<()> {
             }
             code => return check("cuCtxSynchronize", code),
         }
+    }
+}
+
+/// On a shared device no rank goes on before all have given back: its next calls, on another communicator, would be among
+/// the work that the others wait for here, and may themselves wait for those. What has been done stays done, so that this
+/// fails is no failure of the close.
+fn leave_together(shared: &Shared) {
+    let met = shared.control().and_then(|control| shared.meet_if_shared(&*control));
+    if let Err(error) = met {
+        tracing::debug!(comm = shared.info.name, %error, "the ranks on shared devices did not leave together");
     }
 }
 

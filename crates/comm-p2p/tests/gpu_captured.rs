@@ -11,7 +11,7 @@ use comm_core::{
     BackendFactory as _, CommError, CreateContext, DType, Deadline, DeviceComm as _, DeviceMemory as _,
     HostCommExt as _, ReduceOp, create_with, run_threads,
 };
-use comm_kernels::{CapturedGraph, CudaMemory};
+use comm_kernels::CapturedGraph;
 use comm_p2p::{P2pComm, P2pFactory};
 use common::{PATIENT, Rank, SHORT, world, world_size};
 
@@ -28,7 +28,7 @@ fn connected<T: Send>(
 ) -> Vec<T> {
     run_threads(size, PATIENT, |host| {
         let (rank, size) = (host.rank(), host.size());
-        let memory = CudaMemory::new(rank).unwrap().with_timeout(PATIENT);
+        let memory = common::memory(rank).unwrap();
         let context = CreateContext {
             host: host.clone(),
             memory: memory.kind(),
@@ -259,7 +259,7 @@ fn without_the_option_captured_calls_need_nothing() {
     let Some(size) = world_size() else { return };
     run_threads(size, PATIENT, |host| {
         let rank = {
-            let memory = CudaMemory::new(host.rank()).unwrap().with_timeout(PATIENT);
+            let memory = common::memory(host.rank()).unwrap();
             let context = CreateContext::new(host.clone(), memory.kind());
             let comm = create_with(&P2pFactory, &context).unwrap();
             Rank { comm, memory, rank: host.rank(), size: host.size(), host }

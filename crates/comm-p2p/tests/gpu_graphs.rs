@@ -151,7 +151,7 @@ fn the_backend_says_how_its_gpus_are_connected_and_why_it_stages() {
     comm_core::run_threads(size, PATIENT, |host| {
         let context = CreateContext {
             host: host.clone(),
-            memory: MemoryKind::Cuda { ordinal: host.rank() },
+            memory: MemoryKind::Cuda { ordinal: common::ordinal(host.rank()) },
             timeout: PATIENT,
             checked: false,
             options: [("p2p.symmetric_operands".to_owned(), "on".to_owned())].into(),

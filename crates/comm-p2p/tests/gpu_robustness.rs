@@ -13,9 +13,8 @@ use comm_core::{
     CommError, CreateContext, DType, Deadline, DeviceComm, DeviceMemory as _, MemoryKind, ReduceOp,
     create_with, run_threads,
 };
-use comm_kernels::CudaMemory;
 use comm_p2p::P2pFactory;
-use common::{PATIENT, Rank, SHORT, connect, world, world_size};
+use common::{PATIENT, Rank, SHORT, connect, shared, skipped_where_shared, world, world_size};
 
 /// What an abort may take to reach everyone.
 const PROMPT: Duration = Duration::from_secs(1);
@@ -50,7 +49,7 @@ fn an_abort_from_another_thread_ends_a_creation() {
     let Some(size) = world_size() else { return };
     run_threads(size, PATIENT, |host| {
         let rank = host.rank();
-        let memory = CudaMemory::new(rank).unwrap();
+        let memory = common::memory(rank).unwrap();
         let context = CreateContext { timeout: PATIENT, ..CreateContext::new(host.clone(), memory.kind()) };
         host.barrier(Deadline::after(PATIENT)).unwrap();
         // The last rank never takes part; rank 0 aborts what the others wait in.
@@ -154,6 +153,9 @@ fn a_close_that_a_rank_does_not_make_names_it_in_time() {
 #[test]
 fn a_close_does_not_wait_for_what_another_communicator_waits_for() {
     let Some(size) = world_size() else { return };
+    if skipped_where_shared("a close waits for its device, and so for the other ranks' work there") {
+        return;
+    }
     world(size, PATIENT, &[], |rank| {
         let other = connect(rank.host.clone(), PATIENT, &[]).unwrap();
         let at = other.buffer(1000, 1.0);
@@ -282,6 +284,9 @@ fn handles_of_what_is_gone_are_stale() {
 #[test]
 fn memory_freed_while_registered_is_noticed_at_its_next_use() {
     let Some(size) = world_size() else { return };
+    if skipped_where_shared("memory is out of a reserve, which the driver does not see freed") {
+        return;
+    }
     // Large enough to be stored into directly.
     let count = 4 << 20;
     world(size, SHORT, &[("p2p.symmetric_operands", "on")], |rank| {
@@ -321,12 +326,12 @@ fn a_communicator_over_all_devices_is_made_within_two_seconds() {
     let Some(size) = world_size() else { return };
     let took = run_threads(size, PATIENT, |host| {
         // Starting on a device is the caller's, and done.
-        let memory = CudaMemory::new(host.rank()).unwrap();
+        let memory = common::memory(host.rank()).unwrap();
         let mut took = Vec::new();
         for _ in 0..3 {
             host.barrier(Deadline::after(PATIENT)).unwrap();
             let start = Instant::now();
-            let kind = MemoryKind::Cuda { ordinal: host.rank() };
+            let kind = MemoryKind::Cuda { ordinal: common::ordinal(host.rank()) };
             let context = CreateContext::new(Arc::clone(&host), kind);
             let comm = create_with(&P2pFactory, &context).unwrap();
             took.push(start.elapsed());
@@ -339,7 +344,7 @@ fn a_communicator_over_all_devices_is_made_within_two_seconds() {
     for turn in 0..3 {
         let slowest = took.iter().map(|rank| rank[turn]).max().unwrap();
         println!("communicator {turn} over {size} GPUs: {slowest:?} on the slowest rank");
-        assert!(slowest < Duration::from_secs(2), "{slowest:?}");
+        assert!(shared() || slowest < Duration::from_secs(2), "{slowest:?}");
     }
 }
 

@@ -11,14 +11,13 @@ use comm_core::{
     BackendFactory as _, CommError, CreateContext, DType, DeviceMemory as _, HostComm, HostCommExt as _,
     OpKind, run_threads,
 };
-use comm_kernels::CudaMemory;
 use comm_p2p::{P2pComm, P2pFactory, TUNABLE, candidates};
 use common::{PATIENT, Rank, world, world_size};
 
 /// A rank with the backend's own methods.
 fn connect(host: Arc<dyn HostComm>) -> (Rank, Arc<P2pComm>) {
     let (rank, size) = (host.rank(), host.size());
-    let memory = CudaMemory::new(rank).unwrap().with_timeout(PATIENT);
+    let memory = common::memory(rank).unwrap();
     let context = CreateContext { timeout: PATIENT, ..CreateContext::new(Arc::clone(&host), memory.kind()) };
     let capabilities = host.all_gather(&P2pFactory.probe(&context).unwrap()).unwrap();
     let own = Arc::new(P2pFactory.connect(&context, &capabilities).unwrap());

@@ -151,6 +151,7 @@ const PEER_TOLERANCE: f64 = 3.0;
 pub fn run(args: &BenchArgs) -> Result<()> {
     ensure!(args.reps > 0 && args.iters != Some(0), "--reps and --iters must be at least 1");
     ensure!(args.tolerance.is_none_or(|percent| percent >= 0.0), "--tolerance must not be negative");
+    gpus::refuse_shared()?;
     // Read before anything is measured: a mistyped name must not cost a measurement.
     let targets = args.check.as_deref().map(targets::Targets::load).transpose()?;
     let torch = args.peer.map(|Peer::Torch| find_torch());

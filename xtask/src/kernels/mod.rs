@@ -252,11 +252,13 @@ pub(crate) fn ensure() -> anyhow::Result<()> {
 }
 
 /// The folder of up-to-date kernels for a bundle: that of `COMM_KERNELS_DIR`, or the target folder's, built if need be.
+/// For the architectures that `arch` names, as the option of `kernels` does, or its default.
 ///
 /// # Errors
 /// When those that the variable names are not up to date, or the others cannot be built.
-pub(crate) fn ready_to_ship() -> anyhow::Result<PathBuf> {
-    let mut args = Defaults::try_parse_from(["kernels", "--check"])?.args;
+pub(crate) fn ready_to_ship(arch: Option<&str>) -> anyhow::Result<PathBuf> {
+    let arch = arch.map(|arch| format!("--arch={arch}"));
+    let mut args = Defaults::try_parse_from(["kernels", "--check"].into_iter().chain(arch.as_deref()))?.args;
     if let Some(named) = std::env::var_os(VARIABLE).map(PathBuf::from) {
         args.out = Some(named.clone());
         run(&args).with_context(|| format!("{VARIABLE} (--no-kernels leaves the kernels out)"))?;

@@ -60,6 +60,8 @@ pub struct LaunchSpec {
     pub mode: Mode,
     /// The GPUs that the job may see, one per rank, as `CUDA_VISIBLE_DEVICES` spells them. Empty for none.
     pub gpus: Vec<String>,
+    /// Whether several ranks may be on each of those GPUs.
+    pub share_gpus: bool,
     /// Whether the program is no rank but starts ranks of its own: then it gets no variables that describe a job.
     pub standalone: bool,
     /// What keeps those GPUs from other jobs as long as this one runs.
@@ -156,7 +158,7 @@ impl LaunchReport {
 pub fn launch(spec: &LaunchSpec, on_event: &mut dyn FnMut(&Message)) -> Result<LaunchReport> {
     ensure!(spec.world > 0, "a job needs at least one rank");
     ensure!(
-        spec.gpus.is_empty() || spec.gpus.len() >= spec.world,
+        spec.gpus.is_empty() || spec.gpus.len() >= spec.world || spec.share_gpus,
         "{} GPUs for {} ranks: every rank needs one of its own",
         spec.gpus.len(),
         spec.world

@@ -107,6 +107,9 @@ pub fn start(spec: &LaunchSpec, folder: &Path) -> Result<Ranks> {
         if !spec.gpus.is_empty() {
             command.env("CUDA_VISIBLE_DEVICES", spec.gpus.join(","));
         }
+        if spec.share_gpus {
+            command.envs(SHARE_GPUS);
+        }
         if !spec.standalone {
             command
                 .envs(job_env(spec, folder, port))
@@ -189,6 +192,11 @@ fn job_env(spec: &LaunchSpec, folder: &Path, port: u16) -> Vec<(&'static str, Os
 /// asking for it can take the GPUs down.
 pub const MULTICAST_OFF: [(&str, &str); 3] =
     [("NCCL_NVLS_ENABLE", "0"), ("NVSHMEM_DISABLE_NVLS", "1"), ("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")];
+
+/// What ranks need that share GPUs: that p2p admits it and they deal themselves out (`gpus::of_rank`), and that the driver
+/// keeps the streams of threads on one GPU apart.
+pub const SHARE_GPUS: [(&str, &str); 2] =
+    [(crate::gpus::SHARE_ENV, "on"), ("CUDA_DEVICE_MAX_CONNECTIONS", "32")];
 
 fn write_token(path: &Path) -> Result<std::path::PathBuf> {
     use std::fmt::Write as _;

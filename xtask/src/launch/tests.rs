@@ -29,6 +29,7 @@ fn run(world: usize, script: &str, change: impl FnOnce(&mut LaunchSpec)) -> Run 
         mode: Mode::Processes,
         gpus: Vec::new(),
         _lease: None,
+        share_gpus: false,
         standalone: false,
         timeout: Duration::from_secs(20),
         after_fault_point: None,
@@ -47,6 +48,21 @@ fn run(world: usize, script: &str, change: impl FnOnce(&mut LaunchSpec)) -> Run 
     .unwrap();
     let lines = std::mem::take(&mut *lines.lock().unwrap());
     Run { report, lines, phases, took: start.elapsed() }
+}
+
+#[test]
+fn ranks_that_share_gpus_are_told_so_and_others_need_one_each() {
+    let script = r#"echo "$COMM_P2P_SHARE_DEVICES $CUDA_DEVICE_MAX_CONNECTIONS on $CUDA_VISIBLE_DEVICES"; event '"Done"'"#;
+    let run = run(3, script, |spec| {
+        spec.gpus = vec!["4".into(), "6".into()];
+        spec.share_gpus = true;
+    });
+    assert_eq!(run.report.problem(), None);
+    let told = run.lines.iter().filter(|line| line.ends_with("on 32 on 4,6")).count();
+    assert_eq!(told, 3, "{:?}", run.lines);
+    let spec = crate::job::spec(3, Mode::Processes, Duration::from_secs(5), Duration::from_secs(1)).unwrap();
+    let spec = LaunchSpec { gpus: vec!["4".into(), "6".into()], ..spec };
+    assert!(launch(&spec, &mut |_| {}).unwrap_err().to_string().contains("2 GPUs for 3 ranks"));
 }
 
 #[test]
@@ -138,6 +154,7 @@ fn a_program_that_is_not_there_is_an_error() {
         mode: Mode::Processes,
         gpus: Vec::new(),
         _lease: None,
+        share_gpus: false,
         standalone: false,
         timeout: Duration::from_secs(5),
         after_fault_point: None,

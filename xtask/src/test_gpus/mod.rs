@@ -33,9 +33,13 @@ pub struct TestGpusArgs {
     /// Backends, comma separated.
     #[arg(long, value_delimiter = ',', default_value = "p2p,nccl", value_name = "NAME,..")]
     pub backend: Vec<String>,
-    /// How the ranks run, comma separated.
-    #[arg(long, value_delimiter = ',', default_value = "processes,threads")]
+    /// How the ranks run, comma separated [default: processes,threads; with --share-gpus: threads].
+    #[arg(long, value_delimiter = ',')]
     pub mode: Vec<Mode>,
+    /// Where there are fewer GPUs than ranks, let several ranks of p2p be on each, in turn. For results only: times mean
+    /// nothing. As processes they take turns on a GPU, and everything takes very long.
+    #[arg(long)]
+    pub share_gpus: bool,
     /// Only tests whose name begins with this, with or without the world in front: `conformance`, `fault/kill`,
     /// `nccl/processesx2 fault`. What follows the suite's name selects its cases: `conformance/all_reduce`. A bundle's
     /// test programs run when it begins with `program`: `program`, `program/comm-nccl__gpu_faults`; what follows a
@@ -63,6 +67,21 @@ pub struct TestGpusArgs {
     /// Fewer types and counts in the conformance suite.
     #[arg(long)]
     pub quick: bool,
+}
+
+impl TestGpusArgs {
+    /// Whether some ranks of a world share a GPU.
+    fn shares(&self, world: &World, gpus: &[String]) -> bool {
+        self.share_gpus && world.backend.on_gpus && gpus.len() < world.size
+    }
+
+    fn modes(&self) -> &[Mode] {
+        match (self.mode.as_slice(), self.share_gpus) {
+            ([], false) => &[Mode::Processes, Mode::Threads],
+            ([], true) => &[Mode::Threads],
+            (asked, _) => asked,
+        }
+    }
 }
 
 /// A world to test.
@@ -123,11 +142,11 @@ pub fn run_tests(args: &TestGpusArgs, tally: &mut Tally) -> Result<()> {
         let backend = backends::find(name)?;
         for &size in &args.world {
             ensure!(size > 0, "a world needs at least one rank");
-            worlds.extend(args.mode.iter().map(|&mode| World { backend, size, mode }));
+            worlds.extend(args.modes().iter().map(|&mode| World { backend, size, mode }));
         }
     }
     for world in worlds {
-        if let Some(reason) = cannot_run(&world, &gpus) {
+        if let Some(reason) = cannot_run(&world, &gpus, args.share_gpus) {
             report(tally, &world.name(), &not_run(args, &world, reason), None);
             continue;
         }
@@ -145,13 +164,16 @@ pub fn run_tests(args: &TestGpusArgs, tally: &mut Tally) -> Result<()> {
     programs::run(args, gpus.as_deref().unwrap_or_default(), tally)
 }
 
-fn cannot_run(world: &World, gpus: &Result<Vec<String>, String>) -> Option<String> {
+fn cannot_run(world: &World, gpus: &Result<Vec<String>, String>, share: bool) -> Option<String> {
     if !world.backend.on_gpus {
         return None;
     }
     match gpus {
         Err(reason) => Some(reason.clone()),
-        Ok(gpus) if gpus.len() < world.size => {
+        Ok(gpus) if gpus.len() < world.size && share && world.backend.name == comm_nccl::NAME => {
+            Some(format!("{} ranks on {} GPUs: NCCL takes no two on one", world.size, gpus.len()))
+        }
+        Ok(gpus) if gpus.len() < gpus::needed(world.size, gpus.len(), share) => {
             Some(format!("{} ranks need {} GPUs; {} are usable", world.size, world.size, gpus.len()))
         }
         Ok(_) => {
@@ -215,7 +237,7 @@ fn conformance(args: &TestGpusArgs, world: &World, gpus: &[String], tally: &mut 
         Job::Conformance(ConformanceJob { backend: world.backend.name.into(), filter, quick: args.quick });
     let timeout = Duration::from_secs(args.timeout);
     let spec = job::spec(world.size, world.mode, timeout, Duration::from_secs(10))?;
-    let spec = spec.with_gpus(gpus, world.backend.on_gpus)?;
+    let spec = spec.sharing(args.shares(world, gpus)).with_gpus(gpus, world.backend.on_gpus)?;
     eprintln!("running {name} ...");
     let mut cases = Tally::default();
     let (mut ran, mut not_run) = (0, Vec::new());
@@ -326,10 +348,26 @@ mod tests {
     fn worlds_larger_than_the_machine_are_skipped_with_the_reason() {
         let nccl = backends::find("nccl").unwrap();
         let world = World { backend: nccl, size: 4, mode: Mode::Threads };
-        assert!(cannot_run(&world, &Err("no driver".into())).unwrap().contains("no driver"));
-        assert!(cannot_run(&world, &Ok(vec!["0".into()])).unwrap().contains("1 are usable"));
+        assert!(cannot_run(&world, &Err("no driver".into()), false).unwrap().contains("no driver"));
+        assert!(cannot_run(&world, &Ok(vec!["0".into()]), false).unwrap().contains("1 are usable"));
         let host = World { backend: backends::find("host").unwrap(), ..world };
-        assert!(cannot_run(&host, &Err("no driver".into())).is_none());
+        assert!(cannot_run(&host, &Err("no driver".into()), false).is_none());
         assert_eq!(host.name(), "host/threadsx4");
+    }
+
+    #[test]
+    fn shared_gpus_are_enough_for_p2p_and_never_for_nccl() {
+        let world = |name| World { backend: backends::find(name).unwrap(), size: 4, mode: Mode::Threads };
+        let one = Ok(vec!["0".to_owned()]);
+        assert_eq!(cannot_run(&world("p2p"), &one, true), None);
+        assert!(cannot_run(&world("nccl"), &one, true).unwrap().contains("NCCL takes no two"));
+        assert!(cannot_run(&world("p2p"), &Ok(Vec::new()), true).is_some());
+        let args = parse(&["t", "--share-gpus"]);
+        let gpus = |count: usize| vec![String::new(); count];
+        assert!(args.shares(&world("p2p"), &gpus(3)) && !args.shares(&world("p2p"), &gpus(4)));
+        assert!(!args.shares(&world("host"), &gpus(1)));
+        assert!(!parse(&["t"]).shares(&world("p2p"), &gpus(1)));
+        assert_eq!((args.modes(), parse(&["t"]).modes().len()), (&[Mode::Threads][..], 2));
+        assert_eq!(parse(&["t", "--share-gpus", "--mode", "processes"]).modes(), [Mode::Processes]);
     }
 }

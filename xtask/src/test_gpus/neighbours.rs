@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 
 use crate::events::{CaseResult, Event};
+use crate::gpus;
 use crate::job;
 use crate::launch::{LaunchSpec, Mode, lease};
 use crate::rank::{ConformanceJob, Job};
@@ -29,18 +30,19 @@ pub fn run(args: &TestGpusArgs, world: &World, gpus: &[String], tally: &mut Tall
     for run in 1..=args.repeat {
         let number = if args.repeat > 1 { format!(" #{run}") } else { String::new() };
         let start = Instant::now();
-        let result = both(world, gpus, Duration::from_secs(args.timeout))?;
+        let result = both(world, gpus, args.shares(world, gpus), Duration::from_secs(args.timeout))?;
         report(tally, &format!("{} {test}{number}", world.name()), &result, Some(start.elapsed()));
     }
     Ok(())
 }
 
-fn both(world: &World, gpus: &[String], timeout: Duration) -> Result<CaseResult> {
-    let leased = world.backend.on_gpus.then(|| lease(gpus, world.size, job::LEASE_PATIENCE)).transpose()?;
+fn both(world: &World, gpus: &[String], share: bool, timeout: Duration) -> Result<CaseResult> {
+    let count = gpus::needed(world.size, gpus.len(), share);
+    let leased = world.backend.on_gpus.then(|| lease(gpus, count, job::LEASE_PATIENCE)).transpose()?;
     let seats = leased.as_ref().map_or_else(Vec::new, |lease| lease.gpus().to_vec());
     let seats = &seats;
     let ends = std::thread::scope(|scope| {
-        let jobs = [0, 1].map(|_| scope.spawn(move || one(world, seats, timeout)));
+        let jobs = [0, 1].map(|_| scope.spawn(move || one(world, seats, share, timeout)));
         jobs.map(|job| job.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
     });
     let mut problems = Vec::new();
@@ -51,10 +53,10 @@ fn both(world: &World, gpus: &[String], timeout: Duration) -> Result<CaseResult>
 }
 
 /// One of the jobs; what went wrong in it, if anything did.
-fn one(world: &World, seats: &[String], timeout: Duration) -> Result<Vec<String>> {
+fn one(world: &World, seats: &[String], share: bool, timeout: Duration) -> Result<Vec<String>> {
     let suite =
         ConformanceJob { backend: world.backend.name.into(), filter: Some(CASES.into()), quick: true };
-    let spec = job::spec(world.size, world.mode, timeout, PATIENCE)?;
+    let spec = job::spec(world.size, world.mode, timeout, PATIENCE)?.sharing(share);
     let words = std::sync::Arc::new(Mutex::new(Vec::new()));
     let output = {
         let words = std::sync::Arc::clone(&words);

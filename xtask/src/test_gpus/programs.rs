@@ -15,6 +15,9 @@ use crate::signal;
 use crate::tally::Tally;
 use crate::test_gpus::{TestGpusArgs, program_selected, program_tests, report};
 
+/// How the names of programs begin whose ranks can share GPUs.
+const SHARERS: &str = "program/comm-p2p__";
+
 /// Lines of a failed program's output that are shown again beside its verdict.
 const TAIL: usize = 40;
 
@@ -26,6 +29,11 @@ pub fn run(args: &TestGpusArgs, gpus: &[String], tally: &mut Tally) -> Result<()
     for program in programs()? {
         let name = format!("program/{}", program.file_name().unwrap_or_default().to_string_lossy());
         if !program_selected(args, &name) || signal::interrupted() {
+            continue;
+        }
+        if args.share_gpus && !name.starts_with(SHARERS) {
+            let why = "its ranks share no GPUs; run it without --share-gpus";
+            report(tally, &name, &CaseResult::Skipped(why.into()), None);
             continue;
         }
         if gpus.is_empty() {
@@ -51,13 +59,19 @@ fn one(args: &TestGpusArgs, program: PathBuf, gpus: &[String], name: &str, tally
     };
     let timeout = Duration::from_secs(args.program_timeout);
     let base = job::spec(1, Mode::Processes, timeout, Duration::from_secs(30))?;
+    let mut env = vec![("COMM_REQUIRE_GPUS".into(), gpus.len().to_string().into())];
+    if args.share_gpus {
+        let most = args.world.iter().copied().max().unwrap_or(1);
+        env.push(("COMM_TEST_WORLD".into(), most.to_string().into()));
+    }
     let mut words: Vec<OsString> = vec!["--test-threads=1".into(), "--nocapture".into()];
     words.extend(program_tests(args, name).map(Into::into));
     let spec = LaunchSpec {
         program,
         args: words,
+        env,
+        share_gpus: args.share_gpus,
         // The tests start ranks of their own and must not take themselves for one.
-        env: vec![("COMM_REQUIRE_GPUS".into(), gpus.len().to_string().into())],
         standalone: true,
         // The tests use as many as there are, so they wait until no other job has one.
         gpus: gpus.to_vec(),

@@ -8,6 +8,7 @@ mod explore;
 mod pick;
 pub mod rank;
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -67,6 +68,9 @@ pub struct TuneArgs {
     /// The table's file. What an older one there says of other GPUs, worlds and operations is kept.
     #[arg(long, default_value = "p2p-table.json", value_name = "FILE")]
     out: PathBuf,
+    /// Every measurement, a line each, tab separated: ranks, operation, whether registered, bytes, microseconds, choice.
+    #[arg(long, value_name = "FILE")]
+    log: Option<PathBuf>,
 }
 
 /// Runs the command.
@@ -81,6 +85,7 @@ pub fn run(args: &TuneArgs) -> Result<()> {
         std::env::var_os("COMM_P2P_ALGO").is_none(),
         "COMM_P2P_ALGO forces an algorithm: unset it, or there is nothing to choose from"
     );
+    gpus::refuse_shared()?;
     let mut tables = read(&args.out)?;
     let rules = parse_rules(&args.op)?;
     let sizes = parse_sizes(&args.sizes)?;
@@ -97,6 +102,9 @@ pub fn run(args: &TuneArgs) -> Result<()> {
         let spec =
             job::spec(world, Mode::Processes, limit, Duration::from_secs(30))?.with_gpus(&gpus, true)?;
         let (measured, problem) = measure(tune, spec, world)?;
+        if let Some(path) = &args.log {
+            measured.log(world, path)?;
+        }
         wrong += measured.wrong;
         for (op, registered) in measured.without_choice() {
             let kind = if registered { " on registered operands" } else { "" };
@@ -141,6 +149,18 @@ struct Measured {
 }
 
 impl Measured {
+    /// Adds every measurement to a file.
+    fn log(&self, world: usize, path: &Path) -> Result<()> {
+        let mut text = String::new();
+        for (op, registered, Point { bytes, times }) in &self.points {
+            for (choice, us) in times {
+                text += &format!("{world}\t{op}\t{registered}\t{bytes}\t{us:.3}\t{choice}\n");
+            }
+        }
+        let mut file = std::fs::File::options().create(true).append(true).open(path)?;
+        file.write_all(text.as_bytes()).with_context(|| format!("writing {}", path.display()))
+    }
+
     fn of_rule(&self, rule: (OpKind, bool)) -> impl Iterator<Item = &Point> {
         self.points.iter().filter(move |point| (point.0, point.1) == rule).map(|(.., point)| point)
     }

@@ -31,7 +31,7 @@
 // Within a kernel, r at least the kernel's third: A takes any step of round r after it has gathered round r - 2. That
 // brought a sum of B's, which B stored after it had gathered r - 3, so B has read everything of r - 4. All slices have
 // packs in that round: only the last slice is shorter than the first, by fewer than 8 packs (the grid has at least 32
-// threads, so that only a kernel's last round can lack them).
+// threads, so that only a kernel's last two rounds can lack them).
 //
 // Within a kernel, the second round: A scatters it after it has gathered the first, so B has started this kernel, so all
 // of B's earlier kernels have ended, and with them the round r - 4.
@@ -39,8 +39,8 @@
 // The first round of a kernel, and between kernels: A's last kernel has ended, with at least one sum or (one hop) all
 // contributions. A sum contains a contribution of every rank. So B had started that kernel and ended all before it; only
 // that kernel's own rounds are in question, and only for threads that it had. There A gathered for thread t the sum of
-// B's of the kernel's last round but one at least, so B has read everything up to the round before that one, which is r
-// - 3 or later; a kernel of one round ends at r - 1.
+// B's of the kernel's last round but two at least, so B has read everything up to the round before that one, which is r
+// - 4; a kernel of fewer rounds than that begins later.
 #pragma once
 #include "numeric.cuh"
 #include "wait.cuh"

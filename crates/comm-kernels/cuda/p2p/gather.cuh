@@ -282,7 +282,10 @@ __device__ __forceinline__ void broadcast_direct(const Link& link, const char* s
         } else {
             if (threadIdx.x == 0) {
                 const uint32_t* ours = flag(link, rank, blockIdx.x, kChunk, root);
-                waiter.until_arrived(link, first + k, [&] { return Flag::raised(ours, first + k) ? 0u : 1u << root; });
+                // Nothing holds a root back that is ahead, by however many chunks.
+                waiter.until_arrived(link, first + k, [&] {
+                    return Flag::raised(ours, first + k, kAhead + passes) ? 0u : 1u << root;
+                });
             }
             if (__syncthreads_or(waiter.gave_up)) return;
             // Other relays to pass the chunk on to. With two ranks there are none and the loop is empty.

@@ -6,8 +6,8 @@
 //
 // A message of a pair goes through one staging buffer of the sender. Sender: kAwaitFree, write the buffer, kAnnounce.
 // Receiver: kAwaitFull, read the buffer, kRelease. Whoever reads or writes it looks at `link.broken` first (../stop.cuh):
-// a sender that gave up waiting for the buffer must leave it alone. The counters live in device memory, so that a replayed graph goes on
-// counting; they wrap, and are compared by signed difference.
+// a sender that gave up waiting for the buffer must leave it alone. The counters live in device memory, so that a replayed
+// graph goes on counting; they wrap, and are compared by signed difference.
 #include "gather.cuh"
 
 namespace p2p {

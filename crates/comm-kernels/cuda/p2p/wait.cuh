@@ -7,8 +7,10 @@
 // What a rank computes after it has given up a wait is garbage, and the ranks it waited for may only have been late: if
 // it went on sending, they could complete with that garbage and never know. So a thread sends nothing that depends on a
 // wait it gave up, and no kernel that starts later sends anything, on any channel. The others' waits then end in errors
-// of their own, or at the abort word. Copies between handshakes, by kernels that do not wait themselves, look at the
-// `broken` word first (../stop.cuh).
+// of their own, or at the abort word.
+//
+// Memory that others read counts as sent: the wait may have been for their reading. So copies and sums between handshakes,
+// by kernels that do not wait themselves, look at `broken` too (../stop.cuh).
 #pragma once
 #include "wire.cuh"
 

@@ -77,9 +77,9 @@ struct Packet {
     __device__ __forceinline__ static void restore(char*) {}
 };
 
-// How far a flag may be ahead of a wait for it. Ranks are never further apart than a few rounds; a flag that was last
-// raised long ago, because other kernels or larger grids used the channel since, must not count as raised when the
-// distance wraps.
+// How far a flag may be ahead of a wait for it. Ranks are never further apart than a few rounds, unless a kernel says
+// otherwise; a flag that was last raised long ago, because other kernels or larger grids used the channel since, must not
+// count as raised when the distance wraps.
 constexpr uint32_t kAhead = 1024;
 
 // A word that says "everything I wrote before, you may read" (raise_after_writes) or only "I am here" (raise).
@@ -90,11 +90,12 @@ struct Flag {
     __device__ __forceinline__ static void raise_after_writes(uint32_t* at, uint32_t round) {
         asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(at), "r"(round) : "memory");
     }
-    // True once the flag has reached `round`; what the raiser wrote before is visible then.
-    __device__ __forceinline__ static bool raised(const uint32_t* at, uint32_t round) {
+    // True once the flag has reached `round`; what the raiser wrote before is visible then. `ahead`: more than the
+    // raiser can be ahead of the wait.
+    __device__ __forceinline__ static bool raised(const uint32_t* at, uint32_t round, uint32_t ahead = kAhead) {
         uint32_t v;
         asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
-        return v - round < kAhead;
+        return v - round < ahead;
     }
 };
 

@@ -90,7 +90,7 @@ impl Kernels {
             mark: mark.function("mark")?,
             mark_two: mark.function("mark_two")?,
             reduce: per_type!(reduce, "reduce"),
-            copy_rows: Module::load(context, "copy_rows")?.function("copy_rows")?,
+            copy_rows: Module::load(context, "copy")?.function("copy_rows")?,
             rmsnorm: rmsnorm::Variants::load(&Module::load(context, "rmsnorm")?)?,
             rmsnorm_fp8: rmsnorm::Variants::load_fp8(&Module::load(context, "rmsnorm_fp8")?)?,
             context: Arc::clone(context),

@@ -37,26 +37,26 @@ impl Kernels {
         op: ReduceOp,
         stream: StreamHandle,
     ) -> Result<()> {
-        // SAFETY: as the caller vouches.
-        unsafe { self.reduce_unless(None, inputs, output, count, dtype, op, stream) }
+        // SAFETY: as this function's.
+        unsafe { self.reduce_unless(DeviceAddr::NULL, inputs, output, count, (dtype, op), stream) }
     }
 
-    /// [`reduce`](Self::reduce) that does nothing if there is a word, an aligned 32-bit one of this device's memory, and
-    /// it is not zero when the kernel starts.
+    /// [`reduce`](Self::reduce), unless the 32-bit word in device memory at `unless` is nonzero when the kernel starts:
+    /// nothing is read or written then.
     ///
     /// # Errors
     /// As [`reduce`](Self::reduce).
     ///
     /// # Safety
-    /// As [`reduce`](Self::reduce); the word is valid for reads.
+    /// As [`reduce`](Self::reduce). The word is null, or valid for reads and aligned; if it becomes nonzero while the kernel
+    /// runs, the reduction may be done in part.
     pub unsafe fn reduce_unless(
         &self,
-        unless: Option<DeviceAddr>,
+        unless: DeviceAddr,
         inputs: &[DeviceAddr],
         output: DeviceAddr,
         count: usize,
-        dtype: DType,
-        op: ReduceOp,
+        (dtype, op): (DType, ReduceOp),
         stream: StreamHandle,
     ) -> Result<()> {
         let packed = pack(inputs, output, count, dtype)?;
@@ -65,7 +65,6 @@ impl Kernels {
         }
         // `pack` has limited the number.
         let (number, elements, op) = (inputs.len() as u32, count as u64, op_number(op));
-        let unless = unless.unwrap_or(DeviceAddr::NULL);
         let mut parameters = parameters![output, packed, number, elements, op, unless];
         let same_phase = inputs.iter().all(|input| input.0 % 16 == output.0 % 16);
         let units = if same_phase { count.div_ceil(16 / dtype.size()) } else { count };

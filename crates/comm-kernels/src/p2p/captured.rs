@@ -1,5 +1,6 @@
 //! Launchers of the large operations whose result buffers are registered after they have been captured.
 
+use std::ffi::c_void;
 use std::fmt;
 use std::sync::Arc;
 
@@ -7,7 +8,7 @@ use comm_core::{DType, DeviceAddr, Result, StreamHandle};
 use cudarc::driver::CudaContext;
 
 use super::functions::{PerFloat, by_world, float_index, per_float};
-use super::{Link, Peers, Shape, Units, check_direct, check_shape};
+use super::{Link, Overlap, Peers, Shape, Units, check_direct, check_shape};
 use crate::kernels::parameters;
 use crate::module::{Function, Module};
 
@@ -51,6 +52,7 @@ impl CapturedEntry {
 /// The kernels of one world size, loaded into one context.
 pub struct CapturedKernels {
     context: Arc<CudaContext>,
+    overlap: Overlap,
     all_reduce: [PerFloat; 2],
     all_gather: Function,
 }
@@ -67,17 +69,30 @@ impl fmt::Debug for CapturedKernels {
 /// entry names is valid for writes whenever one does. Every rank passes the entry of the same call.
 #[allow(clippy::missing_safety_doc, reason = "the block's comment holds for every method")]
 impl CapturedKernels {
-    /// Loads the kernels for `world` ranks (2 to 8) into `context`, code included.
+    /// Loads the kernels for `world` ranks (2 to 8) into `context`, code included; `overlap` as for the others.
     ///
     /// # Errors
     /// As [`P2pKernels::load`](super::P2pKernels::load).
-    pub fn load(context: &Arc<CudaContext>, world: usize) -> Result<Self> {
+    pub fn load(context: &Arc<CudaContext>, world: usize, overlap: Overlap) -> Result<Self> {
         let module = Module::load(context, "p2p_captured")?;
         Ok(Self {
             context: Arc::clone(context),
+            overlap,
             all_reduce: [per_float!(module, world, "p2p_arg2"), per_float!(module, world, "p2p_arg4")],
             all_gather: module.function(by_world!(world, "p2p_agg"))?,
         })
+    }
+
+    unsafe fn launch(
+        &self,
+        function: &Function,
+        shape: Shape,
+        stream: StreamHandle,
+        parameters: &mut [*mut c_void],
+    ) -> Result<()> {
+        let threads = (shape.grid, shape.block);
+        // SAFETY: the callers vouch for the parameters and for the kernel's waiting.
+        unsafe { function.launch_after(&self.context, threads, 1, self.overlap, stream, parameters) }
     }
 
     /// Sum all-reduce by cells, or in two shots where the entry says so. `cells` and `lamport` are those channels.
@@ -101,7 +116,7 @@ impl CapturedKernels {
         let mut parameters = parameters![*cells, *lamport, send, recv, count, entry];
         // SAFETY: these are the kernel's parameters; the caller vouches for what they name. The kernel waits for its
         // predecessor before it touches memory, but for the entry, which no kernel writes.
-        unsafe { function.launch_ahead(&self.context, shape.grid, shape.block, 1, stream, &mut parameters) }
+        unsafe { self.launch(function, shape, stream, &mut parameters) }
     }
 
     /// All-gather of `bytes` bytes a rank by stores into the peers' results, or by packets where the entry says so.
@@ -123,7 +138,7 @@ impl CapturedKernels {
         let (bytes, function) = (bytes as u64, &self.all_gather);
         let mut parameters = parameters![*link, send, recv, bytes, chunk, entry];
         // SAFETY: as above.
-        unsafe { function.launch_ahead(&self.context, shape.grid, shape.block, 1, stream, &mut parameters) }
+        unsafe { self.launch(function, shape, stream, &mut parameters) }
     }
 }
 

@@ -31,6 +31,7 @@ pub use self::quantized::{QUANTIZED_PACKS, QUANTIZED_ROW};
 pub use self::uneven::Parts;
 use crate::kernels::parameters;
 use crate::module::Function;
+pub use crate::module::Overlap;
 
 /// Packs that a thread moves per slice and chunk in kernels by cells: more make longer bursts per peer, which the links
 /// carry better, and need a longer message to fill the pipeline.
@@ -76,6 +77,7 @@ pub enum PairStep {
 pub struct P2pKernels {
     context: Arc<CudaContext>,
     world: usize,
+    overlap: Overlap,
     functions: Functions,
 }
 
@@ -121,13 +123,14 @@ fn check_direct(shape: Shape, chunk: u32) -> Result<()> {
 /// order on each channel; `stream` is a live stream of this context.
 #[allow(clippy::missing_safety_doc, reason = "the block's comment holds for every method")]
 impl P2pKernels {
-    /// Loads the kernels for `world` ranks (2 to 8) into `context`, code included, so that no launch has to.
+    /// Loads the kernels for `world` ranks (2 to 8) into `context`, code included, so that no launch has to. `overlap`:
+    /// between a kernel and the one before it on its stream, whichever that is.
     ///
     /// # Errors
     /// [`CommError::InvalidArgument`] for another number of ranks; [`CommError::Library`] when the kernels are missing
     /// or have no code for this GPU (Hopper or later); [`CommError::Cuda`].
-    pub fn load(context: &Arc<CudaContext>, world: usize) -> Result<Self> {
-        Ok(Self { context: Arc::clone(context), world, functions: Functions::load(context, world)? })
+    pub fn load(context: &Arc<CudaContext>, world: usize, overlap: Overlap) -> Result<Self> {
+        Ok(Self { context: Arc::clone(context), world, overlap, functions: Functions::load(context, world)? })
     }
 
     /// The number of ranks that the kernels are for.
@@ -143,8 +146,9 @@ impl P2pKernels {
         stream: StreamHandle,
         parameters: &mut [*mut c_void],
     ) -> Result<()> {
+        let threads = (shape.grid, shape.block);
         // SAFETY: the callers vouch for the parameters; the kernels wait for their predecessor before they touch memory.
-        unsafe { function.launch_ahead(&self.context, shape.grid, shape.block, 1, stream, parameters) }
+        unsafe { function.launch_after(&self.context, threads, 1, self.overlap, stream, parameters) }
     }
 
     /// Sum all-reduce of bf16, f16 or f32 in one hop, by packets: at most `slot_packs` of 12 bytes.
@@ -314,8 +318,8 @@ impl P2pKernels {
         12 * 2 * shape.threads() * slices
     }
 
-    /// Broadcast by stores into the peers' results, over relays. `chunk`: bytes of a block and slice between two flags,
-    /// a multiple of 4096.
+    /// Broadcast by stores into the peers' results: over relays, or `chained` from rank to rank. `chunk`: bytes of a block
+    /// (and slice, over relays) between two flags, a multiple of 4096.
     ///
     /// # Errors
     /// [`CommError::InvalidArgument`], [`CommError::Cuda`].
@@ -325,13 +329,14 @@ impl P2pKernels {
         send: DeviceAddr,
         recv: &Peers,
         bytes: usize,
-        (root, chunk): (usize, u32),
+        (root, chunk, chained): (usize, u32, bool),
         shape: Shape,
         stream: StreamHandle,
     ) -> Result<()> {
         check_direct(shape, chunk)?;
         let (bytes, root) = (bytes as u64, root as u32);
-        let function = &self.functions.broadcast_direct;
+        let function =
+            if chained { &self.functions.broadcast_chain } else { &self.functions.broadcast_direct };
         let mut parameters = parameters![*link, send, *recv, bytes, root, chunk];
         // SAFETY: as above.
         unsafe { self.launch(function, shape, stream, &mut parameters) }

@@ -101,7 +101,8 @@ impl P2pKernels {
         let launch = |function: &Function, parameters: &mut [*mut c_void]| {
             // SAFETY: these are the kernel's parameters; the caller vouches for what they name.
             unsafe {
-                function.launch_ahead(&self.context, shape.grid, shape.block, cluster, stream, parameters)
+                let threads = (shape.grid, shape.block);
+                function.launch_after(&self.context, threads, cluster, self.overlap, stream, parameters)
             }
         };
         match quantized.map(Quantized::new) {

@@ -2,11 +2,15 @@
 
 #![allow(dead_code, reason = "each test uses its part")]
 
+use std::ffi::c_void;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use comm_core::{DeviceAddr, DeviceMemory, StreamHandle};
 use comm_kernels::pattern::Mismatches;
 use comm_kernels::{CudaMemory, Kernels, driver};
+use cudarc::driver::sys;
 
 pub(crate) const GUARD: u8 = 0xA5;
 pub(crate) const MARGIN: usize = 256;
@@ -105,5 +109,48 @@ impl Drop for Buffer<'_> {
         if let Err(error) = unsafe { self.device.memory.free(self.base) } {
             println!("not freed: {error}");
         }
+    }
+}
+
+/// A place in a stream that is passed only while it is open: a host function that waits. What is behind a closed one is
+/// late, without using the device.
+pub(crate) struct Gate(&'static AtomicBool);
+
+impl Gate {
+    /// An open one.
+    pub(crate) fn new() -> Self {
+        // The driver may look at it after a failed test is over.
+        Self(Box::leak(Box::new(AtomicBool::new(true))))
+    }
+
+    pub(crate) fn close(&self) {
+        self.0.store(false, Ordering::Release);
+    }
+
+    pub(crate) fn open(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+
+    /// Puts it into the stream, here.
+    pub(crate) fn put(&self, stream: StreamHandle) {
+        let place = std::ptr::from_ref(self.0).cast_mut().cast::<c_void>();
+        // SAFETY: the stream is live; the function gets the word that it takes, which lives for ever.
+        let code = unsafe { sys::cuLaunchHostFunc(stream.0 as sys::CUstream, Some(pass_when_open), place) };
+        assert_eq!(code, sys::CUresult::CUDA_SUCCESS);
+    }
+}
+
+impl Drop for Gate {
+    fn drop(&mut self) {
+        self.open();
+    }
+}
+
+unsafe extern "C" fn pass_when_open(place: *mut c_void) {
+    // SAFETY: the pointer is the one that `put` gave.
+    let open = unsafe { &*place.cast::<AtomicBool>() };
+    let start = Instant::now();
+    while !open.load(Ordering::Acquire) && start.elapsed() < Duration::from_secs(60) {
+        std::thread::sleep(Duration::from_millis(1));
     }
 }

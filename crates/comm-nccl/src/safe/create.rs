@@ -65,7 +65,8 @@ pub(crate) fn draft(base: Base, hosts: Hosts, ordinal: usize) -> Result<Draft> {
     let barrier = driver::allocate(256)?;
     let staging = if staging_bytes == 0 { Ok(DeviceAddr::NULL) } else { driver::allocate(staging_bytes) };
     let tracker = staging.and_then(|staging| {
-        Tracker::new(base.graph_watch()).map(|tracker| (staging, tracker)).inspect_err(|_| {
+        let tracker = Tracker::new(base.graph_watch(), base.timeout);
+        tracker.map(|tracker| (staging, tracker)).inspect_err(|_| {
             // SAFETY: it has just been allocated.
             unsafe { driver::free(staging) }
         })

@@ -2,12 +2,13 @@
 //!
 //! The rank that notices reports its failure on the control communicator. That wakes every other rank's watchdog, and
 //! all of them exchange on the diagnosis communicator how far they are, in calls and in replayed graphs. A rank that does
-//! not answer is stopped or gone; a rank that answers but has begun fewer collectives has not arrived.
+//! not answer is stopped or gone; [`laggards`] tells which of those that answer have not arrived.
 
 use std::time::{Duration, Instant};
 
 use comm_core::{CommError, Deadline, OpKind, Result};
 
+use super::laggards::{Report, laggards};
 use super::state::{Shared, lock};
 use super::track::{Arrival, Issued};
 use crate::sys;
@@ -17,59 +18,6 @@ use crate::sys;
 const ANSWER_TIME: Duration = Duration::from_millis(150);
 /// How long a death may take to be known on the host side after NCCL has seen its effects.
 const NAME_TIME: Duration = Duration::from_millis(600);
-
-/// How far one rank is.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Report {
-    /// Collectives begun: called, and in replays.
-    begun: [u64; 2],
-    /// How many of those must have begun on a rank that has arrived where this one waits; zero where it does not wait.
-    wanted: [u64; 2],
-}
-
-impl Report {
-    const WORDS: usize = 4;
-
-    const fn new(begun: [u64; 2], stuck: Option<Arrival>) -> Self {
-        let wanted = match stuck {
-            Some(Arrival::Called(before)) => [before + 1, 0],
-            Some(Arrival::Replayed(count)) => [0, count],
-            None => [0, 0],
-        };
-        Self { begun, wanted }
-    }
-
-    fn encode(self) -> [u8; 8 * Self::WORDS] {
-        let mut bytes = [0; 8 * Self::WORDS];
-        let words = self.begun.into_iter().chain(self.wanted);
-        for (place, word) in bytes.chunks_exact_mut(8).zip(words) {
-            place.copy_from_slice(&word.to_le_bytes());
-        }
-        bytes
-    }
-
-    fn decode(bytes: &[u8]) -> Option<Self> {
-        let (words, []) = bytes.as_chunks::<8>() else { return None };
-        let &[called, replayed, wanted_called, wanted_replayed] = words else { return None };
-        let number = u64::from_le_bytes;
-        Some(Self {
-            begun: [number(called), number(replayed)],
-            wanted: [number(wanted_called), number(wanted_replayed)],
-        })
-    }
-}
-
-/// The ranks that have not arrived at the earliest collective that a rank waits in.
-fn laggards(reports: &[Option<Report>]) -> Vec<usize> {
-    let earliest = [0, 1].map(|way| {
-        let wanted = reports.iter().flatten().map(|report| report.wanted[way]).filter(|&count| count > 0);
-        wanted.min().unwrap_or(0)
-    });
-    let behind = |report: &Option<Report>| {
-        report.is_none_or(|report| (0..2).any(|way| report.begun[way] < earliest[way]))
-    };
-    reports.iter().enumerate().filter(|(_, report)| behind(report)).map(|(rank, _)| rank).collect()
-}
 
 /// Whether a peer's end may be what NCCL reports.
 pub(crate) fn may_come_from_a_peer(error: &CommError) -> bool {
@@ -121,7 +69,11 @@ impl Shared {
     /// A rank that is known dead, and the ranks that did not answer or are behind.
     fn missing(&self, stuck: Option<Arrival>) -> (Option<usize>, Vec<usize>) {
         let Ok(hosts) = self.hosts() else { return (None, Vec::new()) };
-        let own = Report::new([self.collectives(), self.replayed()], stuck);
+        let stuck = stuck.and_then(|arrival| match arrival {
+            Arrival::Called(before) => Some(before),
+            Arrival::Replayed => None,
+        });
+        let own = Report::new(self.collectives(), stuck, self.replayed());
         match hosts.diagnosis.all_gather_bytes(&own.encode(), Deadline::after(ANSWER_TIME)) {
             Ok(all) => {
                 let reports: Vec<_> = all.iter().map(|bytes| Report::decode(bytes)).collect();
@@ -179,43 +131,5 @@ impl Shared {
             CommError::Aborted { .. } => CommError::Aborted { at: site() },
             other => other,
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn at(begun: [u64; 2], stuck: Option<Arrival>) -> Option<Report> {
-        Some(Report::new(begun, stuck))
-    }
-
-    #[test]
-    fn silent_and_late_ranks_are_missing() {
-        let called = |before| Some(Arrival::Called(before));
-        let waiting = at([5, 0], called(4));
-        assert_eq!(laggards(&[waiting, at([4, 0], None), waiting]), [1]);
-        assert_eq!(laggards(&[waiting, None, waiting]), [1]);
-        assert_eq!(laggards(&[waiting, at([6, 0], None), at([9, 0], called(8))]), Vec::<usize>::new());
-        assert_eq!(laggards(&[at([5, 0], None), at([1, 0], None)]), Vec::<usize>::new());
-    }
-
-    #[test]
-    fn ranks_late_in_a_replay_are_missing() {
-        let replayed = |count| Some(Arrival::Replayed(count));
-        let waiting = at([20, 41], replayed(41));
-        assert_eq!(laggards(&[waiting, at([20, 40], None), waiting]), [1]);
-        // The rank in the later call has passed the earlier one, and is not to blame.
-        assert_eq!(laggards(&[waiting, at([20, 42], replayed(42)), at([20, 20], None)]), [2]);
-        // Never replayed at all, but further in calls.
-        assert_eq!(laggards(&[waiting, at([21, 0], None)]), [1]);
-    }
-
-    #[test]
-    fn reports_survive_the_wire() {
-        let own = Report::new([7, 1 << 40], Some(Arrival::Replayed(9)));
-        assert_eq!(Report::decode(&own.encode()), Some(own));
-        assert_eq!(Report::decode(&[0; 31]), None);
-        assert_eq!(Report::decode(&[0; 40]), None);
     }
 }

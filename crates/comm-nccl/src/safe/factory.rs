@@ -14,7 +14,7 @@ use crate::driver;
 use crate::result::NcclLibrary;
 
 /// Raised when ranks of different builds would no longer understand each other's facts or reports.
-const PROTOCOL: u32 = 4;
+const PROTOCOL: u32 = 5;
 
 /// Makes communicators over NCCL.
 ///
@@ -26,6 +26,12 @@ const PROTOCOL: u32 = 4;
 /// call before it was through, whichever is later. What the caller enqueued ahead of it on the stream counts too: choose
 /// a timeout longer than the longest work between two calls, or calls behind such work end in a time-out that names ranks
 /// which are only computing. A captured call's time begins when the replay reaches it.
+///
+/// Captured calls that follow one another on their streams with nothing captured in between are a run, and have one
+/// timeout together, from when the replay reaches the first of them: up to 32 calls and up to 256 MiB of operands, or what
+/// a tenth of the timeout moves at 1 GB/s where that is less; a larger call is alone. Their own work is a small part of the
+/// timeout then. But where another rank computes between the same calls, all that it computes there within a run has to
+/// fit the timeout; `inline` below gives each call its own. An error names the first call of the run that does not end.
 ///
 /// # Options
 /// From [`CreateContext::options`], all optional, all whole numbers unless said otherwise. Ranks whose options
@@ -45,14 +51,15 @@ const PROTOCOL: u32 = 4;
 /// Where `nccl.watch_graphs` is not given, `COMM_NCCL_WATCH_GRAPHS` in the environment decides, with the same values, and on
 /// all ranks alike.
 ///
-/// Graphs are watched by a tiny kernel where a captured call starts and one where it is finished. `inline` puts them into
-/// the stream's chain, which costs each call 2.5 us between two H200s, at every size. `beside` makes them nodes that only
-/// the graph's end waits for, one per call where calls follow one another directly; a kernel of the caller's that leaves
-/// not one thread's place on the device for as long as the timeout can then make a call look stuck that is through. `on`
-/// is `beside`. Calls that are not captured are
-/// watched by events, which cost the device nothing; but they reach NCCL through a thread that it starts for each call on
-/// a non-blocking communicator, which takes some 48 us of host time more than a blocking one would (`benches/enqueue.rs`).
-/// Replayed graphs pay nothing of that.
+/// Graphs are watched by tiny kernels. `beside` puts one before and one behind each run of calls, as nodes that only the
+/// graph's end waits for: what they cost, some 2.5 us between two H200s at every size, is shared by the run's calls. A
+/// kernel of the caller's that leaves not one thread's place on the device for as long as the timeout can make a run look
+/// stuck that is through. `inline` puts them before and behind each call, into the stream's chain, which costs each call
+/// some 2.5 us: each has a timeout and a name of its own. `on` is `beside`.
+///
+/// Calls that are not captured are watched by events, which cost the device nothing; but they reach NCCL through a thread
+/// that it starts for each call on a non-blocking communicator, which takes some 48 us of host time more than a blocking
+/// one would (`benches/enqueue.rs`). Replayed graphs pay nothing of that.
 ///
 /// # Why not blocking
 /// A call on a blocking communicator can wait inside NCCL, on the caller's thread, for ranks that never come: the first

@@ -33,9 +33,9 @@ impl NcclComm {
         if block.height == 0 || block.width == 0 {
             return shared.healthy();
         }
-        let call = shared.begin_on(KIND, stream)?;
         // The choice uses only what all ranks share; the send pitch may differ between them.
         let row_bytes = block.width * block.dtype.size();
+        let call = shared.begin_on(KIND, row_bytes * block.height * shared.info.size, stream)?;
         let side_by_side = block.rank_stride == block.width;
         let contiguous = block.row_pitch == block.width && block.rank_stride == block.height * block.width;
         let staged_rows = shared.scratch.staging_bytes / (row_bytes * shared.info.size);

@@ -44,7 +44,7 @@ impl NcclComm {
             return self.shared().healthy();
         }
         let norm = self.norm(kind)?;
-        let call = self.shared().begin_on(kind, stream)?;
+        let call = self.shared().begin_on(kind, count * args.dtype.size(), stream)?;
         let (dtype, sum) = (limits::element(args.dtype), limits::reduction(ReduceOp::Sum));
         // SAFETY: the operands have been checked and the caller vouches for them; the sums go to `output`, which is
         // `input` only if the caller said so.
@@ -104,7 +104,8 @@ impl NcclComm {
         self.supported(kind, args.dtype, None, own)?;
         let norm = self.norm(kind)?;
         let at = |row: usize| row_address(args.hidden_states, row, args.hidden, args.dtype);
-        let call = shared.begin_on(kind, stream)?;
+        let rows: usize = args.reduce_tokens.iter().sum();
+        let call = shared.begin_on(kind, rows * args.hidden * args.dtype.size(), stream)?;
         // SAFETY: the operands have been checked and the caller vouches for them; this rank's part is received in place.
         unsafe {
             self.enqueue_reduce_scatter_v(

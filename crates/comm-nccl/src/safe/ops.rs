@@ -77,12 +77,12 @@ impl NcclComm {
         const KIND: OpKind = OpKind::AllReduce;
         let checked = check::same_size(send, recv, count, dtype);
         self.compare(KIND, &checked, || format!("{count} {dtype} ({op})"))?;
-        checked?;
+        let bytes = checked?;
         self.supported(KIND, dtype, Some(op), count)?;
         if count == 0 {
             return self.shared().healthy();
         }
-        let call = self.shared().begin_on(KIND, stream)?;
+        let call = self.shared().begin_on(KIND, bytes, stream)?;
         let (element, reduction) = (limits::element(dtype), limits::reduction(op));
         // SAFETY: the operands have been checked and the caller vouches for them.
         call.nccl(|library, comm| unsafe {
@@ -104,11 +104,11 @@ impl NcclComm {
         const KIND: OpKind = OpKind::AllGather;
         let checked = check::all_gather(&self.shared().info, send, recv, count, dtype);
         self.compare(KIND, &checked, || format!("{count} {dtype}"))?;
-        checked?;
+        let part = checked?;
         if count == 0 {
             return self.shared().healthy();
         }
-        let call = self.shared().begin_on(KIND, stream)?;
+        let call = self.shared().begin_on(KIND, part * self.shared().info.size, stream)?;
         let moved = limits::moved(dtype);
         // SAFETY: the operands have been checked and the caller vouches for them.
         call.nccl(|library, comm| unsafe { library.all_gather(send, recv, count, moved, comm, stream) })?;
@@ -128,10 +128,11 @@ impl NcclComm {
         const KIND: OpKind = OpKind::AllGatherV;
         let checked = check::all_gather_v(&self.shared().info, send, recv, counts, dtype);
         self.compare(KIND, &checked, || format!("{counts:?} {dtype}"))?;
-        if checked? == 0 {
+        let bytes = checked?;
+        if bytes == 0 {
             return self.shared().healthy();
         }
-        let call = self.shared().begin_on(KIND, stream)?;
+        let call = self.shared().begin_on(KIND, bytes, stream)?;
         // SAFETY: the operands have been checked and the caller vouches for them.
         let algorithm =
             unsafe { self.enqueue_all_gather_v(&call, send, recv, &|rank| counts[rank], dtype, stream) }?;
@@ -152,12 +153,12 @@ impl NcclComm {
         const KIND: OpKind = OpKind::ReduceScatter;
         let checked = check::reduce_scatter(&self.shared().info, send, recv, count, dtype);
         self.compare(KIND, &checked, || format!("{count} {dtype} ({op})"))?;
-        checked?;
+        let part = checked?;
         self.supported(KIND, dtype, Some(op), count)?;
         if count == 0 {
             return self.shared().healthy();
         }
-        let call = self.shared().begin_on(KIND, stream)?;
+        let call = self.shared().begin_on(KIND, part * self.shared().info.size, stream)?;
         let (element, reduction) = (limits::element(dtype), limits::reduction(op));
         // SAFETY: the operands have been checked and the caller vouches for them.
         call.nccl(|library, comm| unsafe {
@@ -185,7 +186,7 @@ impl NcclComm {
         if bytes == 0 {
             return self.shared().healthy();
         }
-        let call = self.shared().begin_on(KIND, stream)?;
+        let call = self.shared().begin_on(KIND, bytes, stream)?;
         // SAFETY: the operands have been checked and the caller vouches for them.
         let algorithm = unsafe {
             self.enqueue_reduce_scatter_v(&call, send, recv, &|rank| counts[rank], (dtype, op), stream)
@@ -208,11 +209,11 @@ impl NcclComm {
         let info = &self.shared().info;
         let checked = check::broadcast(info, send, recv, count, dtype, root);
         self.compare(KIND, &checked, || format!("{count} {dtype} from rank {root}"))?;
-        checked?;
+        let bytes = checked?;
         if count == 0 {
             return self.shared().healthy();
         }
-        let call = self.shared().begin_on(KIND, stream)?;
+        let call = self.shared().begin_on(KIND, bytes, stream)?;
         let moved = limits::moved(dtype);
         // `send` means nothing on the other ranks, so NCCL does not get to see it.
         let from = if info.rank == root { send } else { recv };
@@ -239,12 +240,12 @@ impl NcclComm {
         let info = &self.shared().info;
         let checked = check::reduce(info, send, recv, count, dtype, root);
         self.compare(KIND, &checked, || format!("{count} {dtype} ({op}) to rank {root}"))?;
-        checked?;
+        let bytes = checked?;
         self.supported(KIND, dtype, Some(op), count)?;
         if count == 0 {
             return self.shared().healthy();
         }
-        let call = self.shared().begin_on(KIND, stream)?;
+        let call = self.shared().begin_on(KIND, bytes, stream)?;
         let (element, reduction) = (limits::element(dtype), limits::reduction(op));
         // `recv` means nothing on the other ranks, so NCCL does not get to see it.
         let to = if info.rank == root { recv } else { send };
@@ -269,11 +270,11 @@ impl NcclComm {
         let shared = self.shared();
         let checked = check::all_to_all(&shared.info, send, recv, count, dtype);
         self.compare(KIND, &checked, || format!("{count} {dtype}"))?;
-        let part = checked? as u64;
+        let part = checked?;
         if count == 0 {
             return shared.healthy();
         }
-        let call = shared.begin_on(KIND, stream)?;
+        let call = shared.begin_on(KIND, part * shared.info.size, stream)?;
         let moved = limits::moved(dtype);
         if shared.base.limits.has_all_to_all() {
             // SAFETY: the operands have been checked and the caller vouches for them.
@@ -283,7 +284,7 @@ impl NcclComm {
         call.nccl(|library, comm| {
             let group = library.group()?;
             for rank in 0..shared.info.size {
-                let at = rank as u64 * part;
+                let at = (rank * part) as u64;
                 // SAFETY: the operands have been checked and the caller vouches for them.
                 let _ = unsafe { library.send(send.offset(at), count, moved, rank, comm, stream) }?;
                 // SAFETY: as above.
@@ -300,7 +301,7 @@ impl NcclComm {
         const KIND: OpKind = OpKind::Barrier;
         let shared = self.shared();
         self.compare(KIND, &Ok(()), String::new)?;
-        let call = shared.begin_on(KIND, stream)?;
+        let call = shared.begin_on(KIND, 4, stream)?;
         let word = shared.scratch.barrier;
         // SAFETY: the word belongs to the communicator and lives as long as it; no one reads its value.
         call.nccl(|library, comm| unsafe {

@@ -109,7 +109,7 @@ impl Options {
     }
 }
 
-/// How captured work is watched by a setting's text: `on` is the placement that costs the chain less.
+/// How captured work is watched by a setting's text: `on` is what costs calls that follow one another nothing.
 fn placement(name: &str, text: &str) -> Result<Option<Placement>> {
     match text {
         "on" | "beside" => Ok(Some(Placement::Beside)),

@@ -13,7 +13,7 @@ use super::limits::Limits;
 use super::marks::Placement;
 use super::memory::Buffers;
 use super::options::Options;
-use super::track::{Arrival, Issued, Tracker};
+use super::track::{Arrival, Issued, Replayed, Tracker};
 use super::usage::{Algorithm, Usage};
 use crate::driver::{self, Current};
 use crate::result::{NcclLibrary, Progress};
@@ -105,7 +105,7 @@ pub(crate) struct Shared {
     settling: Mutex<Option<(Issued, Instant)>>,
     seq: AtomicU64,
     collectives: AtomicU64,
-    replayed: AtomicU64,
+    replayed: Mutex<Replayed>,
 }
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -133,7 +133,7 @@ impl Shared {
             settling: Mutex::new(None),
             seq: AtomicU64::new(0),
             collectives: AtomicU64::new(0),
-            replayed: AtomicU64::new(0),
+            replayed: Mutex::default(),
         }
     }
 
@@ -163,12 +163,12 @@ impl Shared {
 
     /// Keeps how far replays are, for those who cannot take the lock to ask.
     pub(crate) fn note_replayed(&self, tracker: &Tracker) {
-        self.replayed.store(tracker.replayed(), Ordering::Relaxed);
+        *lock(&self.replayed) = tracker.replayed();
     }
 
-    /// Captured collectives begun in replays, when that was last noted.
-    pub(crate) fn replayed(&self) -> u64 {
-        self.replayed.load(Ordering::Relaxed)
+    /// How far replays were when that was last noted.
+    pub(crate) fn replayed(&self) -> Replayed {
+        *lock(&self.replayed)
     }
 
     pub(crate) fn seq(&self) -> u64 {
@@ -256,17 +256,18 @@ impl Shared {
         };
         let issued = Issued { kind, seq: self.seq.fetch_add(1, Ordering::Relaxed), arrival };
         native.last = issued;
-        Ok(Call { shared: self, native, issued, capturing: false, _current: current })
+        Ok(Call { shared: self, native, issued, bytes: 0, capturing: false, _current: current })
     }
 
-    /// Begins a call that will enqueue work on `stream`.
-    pub(crate) fn begin_on(&self, kind: OpKind, stream: StreamHandle) -> Result<Call<'_>> {
+    /// Begins a call that will enqueue work on `stream`, on operands of which the longest has `bytes` bytes.
+    pub(crate) fn begin_on(&self, kind: OpKind, bytes: usize, stream: StreamHandle) -> Result<Call<'_>> {
         let mut call = self.begin(kind)?;
+        call.bytes = bytes;
         call.capturing = driver::is_capturing(stream);
         if call.capturing
             && let Some(tracker) = &mut call.native.tracker
         {
-            let marked = tracker.capture_start(call.issued, stream);
+            let marked = tracker.capture_start(call.issued, bytes, stream);
             call.fatal(marked)?;
         }
         Ok(call)
@@ -278,6 +279,7 @@ pub(crate) struct Call<'a> {
     pub(crate) shared: &'a Shared,
     pub(crate) native: MutexGuard<'a, Native>,
     issued: Issued,
+    bytes: usize,
     capturing: bool,
     _current: Current,
 }
@@ -317,6 +319,10 @@ impl Call<'_> {
             }
             let waited = pause.wait();
             if waited > self.shared.base.timeout {
+                // Nobody else can look as long as this call has the lock.
+                if let Some(tracker) = &self.native.tracker {
+                    self.shared.note_replayed(tracker);
+                }
                 return Err(self.shared.overdue(self.issued, waited));
             }
         }
@@ -332,7 +338,7 @@ impl Call<'_> {
         let issued = self.issued;
         if let Some(tracker) = &mut self.native.tracker {
             let watched = if self.capturing {
-                tracker.capture_finish(issued, stream)
+                tracker.capture_finish(issued, self.bytes, stream)
             } else {
                 tracker.record(issued, stream)
             };

@@ -12,6 +12,7 @@ use comm_core::{OpKind, Result, StreamHandle};
 use comm_kernels::Kernels;
 
 use super::marks::{Marks, Placement};
+use super::runs::Bounds;
 use crate::driver::Event;
 
 /// A call, as far as diagnosis needs it.
@@ -29,8 +30,26 @@ pub(crate) struct Issued {
 pub(crate) enum Arrival {
     /// The collectives called before it.
     Called(u64),
-    /// The captured collectives that replays have begun, this one included.
-    Replayed(u64),
+    /// One that a replay is in: [`Replayed`] tells which it may be.
+    Replayed,
+}
+
+/// How far replays are, in captured collectives.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Replayed {
+    /// Those of the runs that are over.
+    pub(crate) finished: u64,
+    /// Those of the runs that have begun. Inside a run, all of its collectives count, though the later ones may not have
+    /// begun.
+    pub(crate) begun: u64,
+}
+
+impl Replayed {
+    /// How many have begun, exactly, where no run is under way.
+    pub(crate) fn rest(self) -> Option<u64> {
+        // The mark of a beginning may be late.
+        (self.begun <= self.finished).then_some(self.finished)
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -59,8 +78,8 @@ pub(crate) struct Tracker {
 }
 
 impl Tracker {
-    /// With `kernels`, captured calls are watched too.
-    pub(crate) fn new(kernels: Option<(Arc<Kernels>, Placement)>) -> Result<Self> {
+    /// With `kernels`, captured calls are watched too, in runs that fit the timeout `allowed`.
+    pub(crate) fn new(kernels: Option<(Arc<Kernels>, Placement)>, allowed: Duration) -> Result<Self> {
         let first = Event::new()?;
         let second = match Event::new() {
             Ok(second) => second,
@@ -70,7 +89,8 @@ impl Tracker {
             }
         };
         let mut tracker = Self { events: [first, second], oldest: None, newest: None, marks: None };
-        match kernels.map(|(kernels, placement)| Marks::new(kernels, placement)).transpose() {
+        let bounds = Bounds::within(allowed);
+        match kernels.map(|(kernels, placement)| Marks::new(kernels, placement, bounds)).transpose() {
             Ok(marks) => {
                 tracker.marks = marks;
                 Ok(tracker)
@@ -82,19 +102,24 @@ impl Tracker {
         }
     }
 
-    /// Marks that a call is about to be captured.
-    pub(crate) fn capture_start(&mut self, issued: Issued, stream: StreamHandle) -> Result<()> {
-        self.marks.as_mut().map_or(Ok(()), |marks| marks.start(issued, stream))
+    /// Marks that a call that moves `bytes` bytes is about to be captured.
+    pub(crate) fn capture_start(&mut self, issued: Issued, bytes: usize, stream: StreamHandle) -> Result<()> {
+        self.marks.as_mut().map_or(Ok(()), |marks| marks.start(issued, bytes, stream))
     }
 
-    /// Marks that a call has just been captured.
-    pub(crate) fn capture_finish(&mut self, issued: Issued, stream: StreamHandle) -> Result<()> {
-        self.marks.as_mut().map_or(Ok(()), |marks| marks.finish(issued, stream))
+    /// Marks that the call that was last about to be captured has been.
+    pub(crate) fn capture_finish(
+        &mut self,
+        issued: Issued,
+        bytes: usize,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        self.marks.as_mut().map_or(Ok(()), |marks| marks.finish(issued, bytes, stream))
     }
 
-    /// Captured collectives begun in all replays so far.
-    pub(crate) fn replayed(&self) -> u64 {
-        self.marks.as_ref().map_or(0, Marks::replayed)
+    /// How far all replays so far are.
+    pub(crate) fn replayed(&self) -> Replayed {
+        self.marks.as_ref().map_or_else(Replayed::default, Marks::replayed)
     }
 
     /// Marks a call that has just been enqueued.

@@ -14,7 +14,7 @@ impl NcclComm {
     pub(super) unsafe fn transfer(&self, op: P2pOp, stream: StreamHandle) -> Result<()> {
         let kind = if matches!(op, P2pOp::Send { .. }) { OpKind::Send } else { OpKind::Recv };
         let (P2pOp::Send { addr, count, dtype, peer } | P2pOp::Recv { addr, count, dtype, peer }) = op;
-        check::p2p(&self.shared().info, addr, count, dtype, peer)?;
+        let bytes = check::p2p(&self.shared().info, addr, count, dtype, peer)?;
         if peer == self.shared().info.rank {
             return Err(CommError::invalid(
                 "peer",
@@ -24,7 +24,7 @@ impl NcclComm {
         if count == 0 {
             return self.shared().healthy();
         }
-        let call = self.shared().begin_on(kind, stream)?;
+        let call = self.shared().begin_on(kind, bytes, stream)?;
         // SAFETY: the operands have been checked and the caller vouches for them.
         call.nccl(|library, comm| unsafe { enqueue_transfer(library, comm, op, stream) })?;
         call.finish(stream, Algorithm::Native)
@@ -39,7 +39,8 @@ impl NcclComm {
         if ops.iter().all(is_empty) {
             return shared.healthy();
         }
-        let call = shared.begin_on(OpKind::Group, stream)?;
+        let bytes = ops.iter().map(bytes_of).fold(0, usize::saturating_add);
+        let call = shared.begin_on(OpKind::Group, bytes, stream)?;
         call.nccl(|library, comm| {
             let group = library.group()?;
             for &op in ops.iter().filter(|op| !is_empty(op)) {
@@ -55,6 +56,11 @@ impl NcclComm {
 const fn is_empty(op: &P2pOp) -> bool {
     let (P2pOp::Send { count, .. } | P2pOp::Recv { count, .. }) = op;
     *count == 0
+}
+
+const fn bytes_of(op: &P2pOp) -> usize {
+    let (P2pOp::Send { count, dtype, .. } | P2pOp::Recv { count, dtype, .. }) = op;
+    count.saturating_mul(dtype.size())
 }
 
 /// # Safety

@@ -2,9 +2,10 @@
 
 #![allow(dead_code, reason = "each test uses its part")]
 
+use std::ffi::c_void;
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -14,6 +15,7 @@ use comm_core::{
 };
 use comm_kernels::CudaMemory;
 use comm_nccl::NcclFactory;
+use cudarc::driver::sys;
 
 /// Long enough for a cold start on a busy machine, and the bound on everything that goes well.
 pub(crate) const PATIENT: Duration = Duration::from_secs(60);
@@ -112,6 +114,16 @@ pub(crate) struct Rank {
 
 /// Makes a communicator the way a registry does: probe, exchange, create.
 pub(crate) fn connect(host: Arc<dyn HostComm>, timeout: Duration, checked: bool) -> Result<Rank> {
+    connect_with(host, timeout, checked, &[])
+}
+
+/// As [`connect`], with options of one's own.
+pub(crate) fn connect_with(
+    host: Arc<dyn HostComm>,
+    timeout: Duration,
+    checked: bool,
+    options: &[(&str, &str)],
+) -> Result<Rank> {
     let (rank, size) = (host.rank(), host.size());
     let memory = CudaMemory::new(rank)?.with_timeout(PATIENT);
     let context = CreateContext {
@@ -119,7 +131,11 @@ pub(crate) fn connect(host: Arc<dyn HostComm>, timeout: Duration, checked: bool)
         memory: memory.kind(),
         timeout,
         checked,
-        options: [("nccl.staging_bytes".to_owned(), "4096".to_owned())].into(),
+        options: [("nccl.staging_bytes", "4096")]
+            .iter()
+            .chain(options)
+            .map(|&(name, value)| (name.to_owned(), value.to_owned()))
+            .collect(),
     };
     let factory = NcclFactory::new();
     let capabilities: Vec<Result<_>> = host.all_gather(&factory.probe(&context))?;
@@ -135,9 +151,20 @@ pub(crate) fn world<T: Send>(
     checked: bool,
     body: impl Fn(Rank) -> T + Sync,
 ) -> Vec<T> {
+    world_with(size, timeout, checked, &[], body)
+}
+
+/// As [`world`], with options of one's own.
+pub(crate) fn world_with<T: Send>(
+    size: usize,
+    timeout: Duration,
+    checked: bool,
+    options: &[(&str, &str)],
+    body: impl Fn(Rank) -> T + Sync,
+) -> Vec<T> {
     let clock = Clock::new(size);
     let connected = |host| {
-        let rank = connect(host, timeout, checked).unwrap();
+        let rank = connect_with(host, timeout, checked, options).unwrap();
         clock.made();
         rank
     };
@@ -243,5 +270,48 @@ impl<T: Element> Buffer<'_, T> {
 
     pub(crate) fn at(&self, index: usize) -> DeviceAddr {
         self.addr.offset((index * size_of::<T>()) as u64)
+    }
+}
+
+/// A place in a stream that is passed only while it is open: a host function that waits. What is behind a closed one is
+/// late, without using the device.
+pub(crate) struct Gate(&'static AtomicBool);
+
+impl Gate {
+    /// An open one.
+    pub(crate) fn new() -> Self {
+        // The driver may look at it after a failed test is over.
+        Self(Box::leak(Box::new(AtomicBool::new(true))))
+    }
+
+    pub(crate) fn close(&self) {
+        self.0.store(false, Ordering::Release);
+    }
+
+    pub(crate) fn open(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+
+    /// Puts it into the stream, here.
+    pub(crate) fn put(&self, stream: StreamHandle) {
+        let place = std::ptr::from_ref(self.0).cast_mut().cast::<c_void>();
+        // SAFETY: the stream is live; the function gets the word that it takes, which lives for ever.
+        let code = unsafe { sys::cuLaunchHostFunc(stream.0 as sys::CUstream, Some(pass_when_open), place) };
+        assert_eq!(code, sys::CUresult::CUDA_SUCCESS);
+    }
+}
+
+impl Drop for Gate {
+    fn drop(&mut self) {
+        self.open();
+    }
+}
+
+unsafe extern "C" fn pass_when_open(place: *mut c_void) {
+    // SAFETY: the pointer is the one that `put` gave.
+    let open = unsafe { &*place.cast::<AtomicBool>() };
+    let start = Instant::now();
+    while !open.load(Ordering::Acquire) && start.elapsed() < Duration::from_secs(60) {
+        std::thread::sleep(Duration::from_millis(1));
     }
 }

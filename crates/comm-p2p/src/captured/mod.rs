@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use comm_core::{CommError, DeviceAddr, Result};
 use comm_kernels::capture::{CapturingGraph, when_gone};
-use comm_kernels::p2p::{CAPTURED_ENTRY_BYTES, CapturedEntry, CapturedKernels};
+use comm_kernels::p2p::{CAPTURED_ENTRY_BYTES, CapturedEntry, CapturedKernels, Overlap};
 use comm_kernels::raw::{self, check};
 use cudarc::driver::{CudaContext, sys};
 
@@ -41,8 +41,12 @@ pub(crate) struct Captured {
 
 impl Captured {
     /// A table of `capacity` unset entries.
-    pub(crate) fn new(context: &Arc<CudaContext>, world: usize, capacity: u32) -> Result<Self> {
-        let kernels = CapturedKernels::load(context, world)?;
+    pub(crate) fn new(
+        context: &Arc<CudaContext>,
+        (world, overlap): (usize, Overlap),
+        capacity: u32,
+    ) -> Result<Self> {
+        let kernels = CapturedKernels::load(context, world, overlap)?;
         let bytes = capacity as usize * CAPTURED_ENTRY_BYTES;
         let clearing = Stream::new()?;
         let memory = raw::allocate(bytes)?;

@@ -55,7 +55,7 @@ impl P2pComm {
             packet_slots: options.packet_slots,
             lamport_slots: options.lamport_slots,
             cell_ctas: options.cell_ctas,
-            multiprocessors: shared.base.multiprocessors,
+            room: shared.base.room,
             forced: options.algorithm,
             gaps: shared
                 .channels

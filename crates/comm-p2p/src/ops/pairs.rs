@@ -4,10 +4,6 @@
 //! waits only for what it sent in the turn before, and its peer receives that without waiting for anything later, so
 //! no order of the transfers can lock the ranks.
 //!
-//! A sender that has given up its wait for a free slot copies nothing more, here or anywhere: the receiver may only be
-//! late, and still have the chunk before to read. (Neither does a receiver that has given up; nobody but itself would see
-//! what it reads.)
-//!
 //! In a mesh with gaps, a message between ranks that are no neighbours crosses in the memory of a rank that is one of
 //! both's. That rank takes no part.
 
@@ -155,6 +151,7 @@ impl P2pComm {
     ) -> Result<()> {
         let (slot, mailbox) = self.crossing(channels, self.shared().info.rank, peer);
         self.step(call, channels, (peer, PairStep::AwaitFree), mailbox, stream)?;
+        // Not after a wait that was given up: the peer may be reading the last message, which it has been told of.
         copy_unless_broken(call, channels, chunk.addr, slot, chunk.bytes, stream)?;
         self.step(call, channels, (peer, PairStep::Announce), mailbox, stream)
     }

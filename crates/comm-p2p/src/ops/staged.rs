@@ -8,11 +8,11 @@
 //! barrier follows. Reading then touches neighbours' memory alone.
 //!
 //! # After a wait that was given up
-//! A rank that has given up a wait copies nothing more: each kernel here looks at the word that says so when it starts.
-//! The barriers alone would not do: a rank that is only late has this rank's flag of the barrier that this rank gave up,
-//! passes it, and reads this rank's half afterwards, or the copies that this rank holds. Both must still be what they
-//! were. (What such a rank reads from others, or writes to the caller's result, only it can see, and its error says that
-//! it is garbage. One rule for all copies is the simpler one.)
+//! A rank that has given up a barrier must not write its halves again, nor what it holds for others: the barrier was to
+//! show that the others have read them, and one that is only late reads on and may then complete, because this rank's flags
+//! came before. So whatever copies or sums behind a barrier looks at the word that says so when it starts: here, and for
+//! the messages of pairs (`pairs.rs`). What such a rank would read from others, or write to the caller's result, only it
+//! could see; one rule for all is the simpler one, and it lets the others' memory alone.
 
 use comm_core::{DType, DeviceAddr, ReduceOp, Result, StreamHandle};
 use comm_kernels::p2p::Peers;
@@ -42,12 +42,13 @@ impl<'a> Staging<'a> {
         if room < size { size } else { room / size * size }
     }
 
-    /// Copies bytes on this device, from any address that it can reach, unless this rank has given up a wait.
+    /// Copies bytes to or from this rank's memory, from any address that it can reach, unless this rank has given up a
+    /// wait.
     pub(crate) fn copy(&self, from: DeviceAddr, to: DeviceAddr, bytes: usize) -> Result<()> {
         copy_unless_broken(self.call, self.channels, from, to, bytes, self.stream)
     }
 
-    /// The same for `rows` rows of `width` bytes, each address with the bytes from row to row.
+    /// The same for `rows` rows of `width` bytes, which begin the given bytes apart.
     pub(crate) fn copy_rows(
         &self,
         from: (DeviceAddr, usize),
@@ -58,10 +59,10 @@ impl<'a> Staging<'a> {
         if from.0 == to.0 {
             return Ok(());
         }
-        let unless = silence(self.call, self.channels);
-        let kernels = &self.call.shared.base.kernels;
-        // SAFETY: the operation's caller vouches for its operands; staging memory is as large as the chunk.
-        self.call.fatal(unsafe { kernels.copy_rows(from, to, width, rows, unless, self.stream) })
+        let (kernels, unless) = (&self.call.shared.base.kernels, silence(self.call, self.channels));
+        // SAFETY: the operation's caller vouches for its operands; a half is as large as the chunk; the word lives as long
+        // as the channels.
+        self.call.fatal(unsafe { kernels.copy_rows_unless(unless, from, to, width, rows, self.stream) })
     }
 
     /// Says how many bytes of a half the next chunks use, from its beginning on, so that no more is copied for others.
@@ -118,23 +119,24 @@ impl<'a> Staging<'a> {
         })
     }
 
-    /// Reduces what every rank has at `offset` of its half, unless this rank has given up a wait.
+    /// Reduces what every rank has at `offset` of its half to an operand of this rank or, where no other rank reads it
+    /// yet, to its half, unless this rank has given up a wait.
     pub(crate) fn reduce(
         &self,
         halves: &Peers,
         offset: usize,
         to: DeviceAddr,
         count: usize,
-        (dtype, op): (DType, ReduceOp),
+        reduction: (DType, ReduceOp),
     ) -> Result<()> {
         let inputs = shifted(halves, offset);
         let inputs = &inputs[..self.call.shared.info.size];
         // SAFETY: staging memory of all ranks, written before the barrier; the caller of the operation vouches for the
-        // output.
+        // output; the word as above.
         self.call.fatal(unsafe {
             let unless = silence(self.call, self.channels);
             let kernels = &self.call.shared.base.kernels;
-            kernels.reduce_unless(unless, inputs, to, count, dtype, op, self.stream)
+            kernels.reduce_unless(unless, inputs, to, count, reduction, self.stream)
         })
     }
 
@@ -160,13 +162,16 @@ pub(crate) fn barrier(call: &Call<'_>, channels: &Channels, stream: StreamHandle
     })
 }
 
-/// The word that stops copies which other ranks can see: set once this rank has given up a wait. All channels have the
-/// same.
-fn silence(call: &Call<'_>, channels: &Channels) -> Option<DeviceAddr> {
-    (!call.shared.base.options.copies_when_broken).then_some(channels.barrier.broken)
+/// The word that keeps kernels behind a wait from copying once this rank has given one up. All channels have the same, and
+/// it lives as long as they do. Null, which keeps nothing, where a test wants to see what happens then.
+fn silence(call: &Call<'_>, channels: &Channels) -> DeviceAddr {
+    match call.shared.base.options.copies_when_broken {
+        false => channels.barrier.broken,
+        true => DeviceAddr::NULL,
+    }
 }
 
-/// Copies bytes on this device, from any address that it can reach, between operands of one rank alone.
+/// Copies bytes between operands of this rank, behind no wait.
 pub(crate) fn copy(
     call: &Call<'_>,
     from: DeviceAddr,
@@ -174,7 +179,7 @@ pub(crate) fn copy(
     bytes: usize,
     stream: StreamHandle,
 ) -> Result<()> {
-    copy_unless(call, None, (from, to), bytes, stream)
+    copy_unless(call, DeviceAddr::NULL, (from, to), bytes, stream)
 }
 
 /// The same behind a wait for other ranks: nothing is copied once this rank has given one up.
@@ -191,7 +196,7 @@ pub(crate) fn copy_unless_broken(
 
 fn copy_unless(
     call: &Call<'_>,
-    unless: Option<DeviceAddr>,
+    unless: DeviceAddr,
     (from, to): (DeviceAddr, DeviceAddr),
     bytes: usize,
     stream: StreamHandle,
@@ -202,6 +207,8 @@ fn copy_unless(
     let kernels = &call.shared.base.kernels;
     // A kernel rather than a copy command: it is ordered with the other kernels at no extra cost, reads other devices'
     // memory at the speed of the link, and can be captured whatever the memory. A sum of one input is a copy.
-    // SAFETY: the callers vouch for both ranges.
-    call.fatal(unsafe { kernels.reduce_unless(unless, &[from], to, bytes, DType::U8, ReduceOp::Sum, stream) })
+    // SAFETY: the callers vouch for both ranges, and the word lives as long as the channels.
+    call.fatal(unsafe {
+        kernels.reduce_unless(unless, &[from], to, bytes, (DType::U8, ReduceOp::Sum), stream)
+    })
 }

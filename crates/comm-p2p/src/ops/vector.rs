@@ -2,7 +2,6 @@
 
 use comm_core::{Block2d, DType, DeviceAddr, OpKind, ReduceOp, Result, StreamHandle, check};
 use comm_kernels::p2p::Parts;
-use comm_kernels::raw;
 
 use super::average::is_average;
 use super::is_fast;
@@ -180,9 +179,10 @@ impl P2pComm {
         let Some(channels) = &self.shared().channels else {
             // The only rank is the first, and its block lies at the beginning.
             if send != recv {
-                // SAFETY: the operands have been checked and the caller vouches for them.
+                let (kernels, from, to) = (&self.shared().base.kernels, (send, from_pitch), (recv, to_pitch));
+                // SAFETY: the operands have been checked and the caller vouches for them; there is no word.
                 call.fatal(unsafe {
-                    raw::copy_2d((send, from_pitch), (recv, to_pitch), width, height, stream)
+                    kernels.copy_rows_unless(DeviceAddr::NULL, from, to, width, height, stream)
                 })?;
             }
             call.finish(Algorithm::Local, stream);

@@ -30,17 +30,17 @@ impl Limits {
 #[cfg(test)]
 mod tests {
     use super::super::Gaps;
-    use super::super::tests::{launchable, limits};
+    use super::super::tests::{launchable, limits, rooms};
     use super::*;
 
     #[test]
     fn averages_go_by_packs() {
         use Algorithm as A;
-        for world in 2..=8 {
+        for (world, room) in (2..=8).flat_map(|world| rooms().map(|room| (world, room))) {
             for forced in
                 [None, Some(A::OneShot), Some(A::Cells), Some(A::Steps), Some(A::Pull), Some(A::Staged)]
             {
-                let limits = limits(world, forced);
+                let limits = Limits { room, ..limits(world, forced) };
                 for bytes in (0..33).flat_map(|shift| [1_usize << shift, (1 << shift) + 1]) {
                     for plan in [limits.all_reduce_average(bytes), limits.reduce_scatter_average(bytes)] {
                         assert_eq!(plan.algorithm == A::Staged, forced == Some(A::Staged), "{plan:?}");

@@ -51,20 +51,24 @@ impl Limits {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::limits;
+    use super::super::tests::{limits, rooms};
     use super::*;
 
     #[test]
     fn meshes_with_gaps_use_what_keeps_to_neighbours() {
         for forced in [None, Some(Algorithm::OneShot), Some(Algorithm::Cells), Some(Algorithm::Pull)] {
             for gaps in [Gaps::Cube, Gaps::Mesh] {
-                let limits = Limits { gaps: Some(gaps), ..limits(8, forced) };
                 let cube = if gaps == Gaps::Cube { Algorithm::CubeMesh } else { Algorithm::Staged };
-                for bytes in (0..34).flat_map(|shift| [1_usize << shift, (1 << shift) + 1]) {
+                let sizes = || (0..34).flat_map(|shift| [1_usize << shift, (1 << shift) + 1]);
+                for (room, bytes) in
+                    rooms().into_iter().flat_map(|room| sizes().map(move |bytes| (room, bytes)))
+                {
+                    let limits = Limits { gaps: Some(gaps), room, ..limits(8, forced) };
                     for plan in [limits.all_reduce(bytes, true), limits.all_gather(bytes, true)] {
                         assert_eq!(plan.algorithm, cube);
                         let threads = plan.shape.threads();
                         assert!(cube == Algorithm::Staged || (32..=33_792).contains(&threads), "{plan:?}");
+                        assert!(plan.shape.grid <= room.blocks(2), "{plan:?} in {room:?}");
                     }
                     let (slices, shape) = limits.cube_all_reduce(bytes);
                     assert!(slices || bytes.div_ceil(12) <= 33_792 && shape.block >= 32);

@@ -31,35 +31,31 @@ impl Limits {
 #[cfg(test)]
 mod tests {
     use super::super::Gaps;
-    use super::super::tests::{launchable, limits};
+    use super::super::tests::{launchable, limits, rooms};
     use super::*;
 
     #[test]
     fn uneven_parts_go_by_what_there_is_for_them() {
         use Algorithm as A;
-        for world in 2..=8 {
-            for forced in
-                [None, Some(A::Steps), Some(A::Spread), Some(A::Staged), Some(A::Packets), Some(A::OneShot)]
-            {
-                let limits = limits(world, forced);
+        let forced =
+            [None, Some(A::Steps), Some(A::Spread), Some(A::Staged), Some(A::Packets), Some(A::OneShot)];
+        for (world, room) in (2..=8).flat_map(|world| rooms().map(|room| (world, room))) {
+            for forced in forced {
+                let limits = Limits { room, ..limits(world, forced) };
+                let right = |plan: &Plan, taken: bool, registered: bool| {
+                    assert!(taken, "{plan:?}");
+                    assert_eq!(plan.algorithm == A::Staged, forced == Some(A::Staged));
+                    if plan.algorithm != A::Staged {
+                        launchable(&limits, plan, registered);
+                    }
+                };
                 for longest in (0..33).flat_map(|shift| [1_usize << shift, (1 << shift) + 1]) {
-                    let scattered = limits.reduce_scatter_v(longest);
-                    assert!(
-                        matches!(scattered.algorithm, A::TwoShot | A::Cells | A::Staged),
-                        "{scattered:?}"
-                    );
+                    let plan = limits.reduce_scatter_v(longest);
+                    right(&plan, matches!(plan.algorithm, A::TwoShot | A::Cells | A::Staged), false);
                     for registered in [false, true] {
-                        let gathered = limits.all_gather_v(longest, registered);
-                        assert!(
-                            matches!(gathered.algorithm, A::Packets | A::Direct | A::Staged),
-                            "{gathered:?}"
-                        );
-                        for plan in [gathered, scattered] {
-                            assert_eq!(plan.algorithm == A::Staged, forced == Some(A::Staged));
-                            if plan.algorithm != A::Staged {
-                                launchable(&limits, &plan, registered);
-                            }
-                        }
+                        let plan = limits.all_gather_v(longest, registered);
+                        let taken = matches!(plan.algorithm, A::Packets | A::Direct | A::Staged);
+                        right(&plan, taken, registered);
                     }
                 }
             }

@@ -92,7 +92,10 @@ pub(crate) struct Opened {
 /// Opens another rank's export for device `ordinal`, whose context is current.
 pub(crate) fn open(export: &Export, ordinal: usize) -> Result<Opened> {
     if export.handle.is_empty() {
-        enable_peer(export.ordinal)?;
+        // Ranks on one device share its context; a context is no peer of itself.
+        if export.ordinal != ordinal {
+            enable_peer(export.ordinal)?;
+        }
         return Ok(Opened { addr: DeviceAddr(export.addr), key: None });
     }
     let key = (ordinal, export.handle.clone());

@@ -22,6 +22,11 @@ pub(crate) enum Hold {
 }
 
 /// Equally long memory on every rank, mapped on this rank's device: its own, and that of the ranks it reaches.
+///
+/// Where ranks share a device, each still maps the others' memory at addresses of its own, so that a rank that unmaps takes
+/// nothing from under the others. In one context memory then has several addresses, which the L1 cache may hold apart. That
+/// does no harm: what a kernel stores for another rank goes to L2, and the other loads it at system scope, or behind an
+/// acquiring load, or in a later kernel, none of which finds it in L1. Stores from another device ask for the same.
 pub(crate) struct Block {
     own: Mapping,
     others: Vec<Option<Mapping>>,

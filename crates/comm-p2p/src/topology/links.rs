@@ -9,7 +9,7 @@ use nvml_wrapper::struct_wrappers::device::PciInfo;
 use serde::{Deserialize, Serialize};
 
 /// Links that NVML numbers, at most.
-const MOST_LINKS: u32 = 18;
+pub(crate) const MOST_LINKS: u32 = 18;
 
 /// One device's place on the bus, and where its active links lead.
 #[derive(Clone, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]

@@ -8,7 +8,7 @@ pub(crate) mod verify;
 use comm_core::topology::{LinkMesh, Topology};
 use comm_core::{CommError, OpKind, Result};
 
-use self::links::Links;
+use self::links::{Links, MOST_LINKS};
 use self::routes::Routes;
 
 /// A rank of the communicator that was made first, before any split: an imposed mesh is about these. Where there are
@@ -49,9 +49,13 @@ pub(crate) fn of_ranks(
     Ok((topology, Some(routes)))
 }
 
-/// Links over switches count for every pair of devices that both have some.
+/// Links over switches count for every pair of devices that both have some. Ranks on one device reach each other over
+/// nothing but its memory, as if over all links.
 fn mesh(links: &[Links]) -> Result<LinkMesh> {
     let between = |a: &Links, b: &Links| {
+        if !a.bus.is_empty() && a.bus == b.bus {
+            return MOST_LINKS;
+        }
         let direct = a.direct.iter().filter(|&bus| *bus == b.bus).count();
         let back = b.direct.iter().filter(|&bus| *bus == a.bus).count();
         // Both ends must see a link for it to be one.
@@ -78,6 +82,21 @@ mod tests {
         assert_eq!(mesh(&pairs).unwrap().between(0, 1), 2);
         let one_sided = [device("a", 0, &["b"]), device("b", 0, &[])];
         assert_eq!(of_ranks(&one_sided, None, &[]).unwrap(), (Topology::Other, None));
+    }
+
+    #[test]
+    fn ranks_on_one_device_reach_each_other_whatever_its_links() {
+        let lone = vec![device("a", 0, &[]); 8];
+        assert_eq!(of_ranks(&lone, None, &[]).unwrap(), (Topology::FullyConnected, None));
+        // Two on each of two that a bridge joins: no cycle with gaps.
+        let (a, b) = (device("a", 0, &["b"]), device("b", 0, &["a"]));
+        let joined = [a.clone(), b.clone(), a, b];
+        assert_eq!(of_ranks(&joined, None, &[]).unwrap(), (Topology::FullyConnected, None));
+        let switched: Vec<_> = ["a", "b", "c", "a", "b"].map(|bus| device(bus, 18, &[])).to_vec();
+        assert_eq!(of_ranks(&switched, None, &[]).unwrap(), (Topology::FullyConnected, None));
+        // What is not told apart by its place is not known to be one device.
+        let nameless = vec![device("", 0, &[]); 2];
+        assert_eq!(of_ranks(&nameless, None, &[]).unwrap().0, Topology::Other);
     }
 
     #[test]

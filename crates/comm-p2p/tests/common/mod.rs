@@ -1,4 +1,5 @@
-//! What the GPU tests share: ranks as threads, one device each.
+//! What the GPU tests share: ranks as threads, one device each, or, where `COMM_P2P_SHARE_DEVICES` lets the backend have
+//! it so, several on each of the devices that there are.
 
 #![allow(dead_code, reason = "each test uses its part")]
 
@@ -17,8 +18,36 @@ pub(crate) const PATIENT: Duration = Duration::from_secs(20);
 /// The timeout of tests in which a rank is missing.
 pub(crate) const SHORT: Duration = Duration::from_secs(2);
 
+/// Memory of a rank that shares its device: more than all but the longest tests use.
+const RESERVE: usize = 512 << 20;
+
+/// Whether ranks share devices.
+pub(crate) fn shared() -> bool {
+    std::env::var("COMM_P2P_SHARE_DEVICES").is_ok_and(|value| value == "on")
+}
+
+/// Whether ranks share devices, after printing why a test cannot hold there.
+pub(crate) fn skipped_where_shared(why: &str) -> bool {
+    if shared() {
+        println!("SKIP: ranks share devices: {why}");
+    }
+    shared()
+}
+
+/// The device of a rank: its own, or else the ranks are dealt out over those there are.
+pub(crate) fn ordinal(rank: usize) -> usize {
+    if shared() { rank % comm_kernels::driver::device_count().unwrap().max(1) } else { rank }
+}
+
+/// The memory of a rank. On a shared device none is taken or given back while ranks are at work, since the driver may wait
+/// for the device then, and so for kernels that wait for this rank.
+pub(crate) fn memory(rank: usize) -> Result<CudaMemory> {
+    let memory = CudaMemory::new(ordinal(rank))?.with_timeout(PATIENT);
+    if shared() { memory.with_reserve(RESERVE) } else { Ok(memory) }
+}
+
 /// The largest world to test, or `None` after printing why the test is skipped. Where `COMM_REQUIRE_GPUS` asks for
-/// GPUs, their absence is a failure. `COMM_TEST_WORLD` bounds the size.
+/// GPUs, their absence is a failure. `COMM_TEST_WORLD` bounds the size; it is the size where ranks share devices, or 8.
 pub(crate) fn world_size() -> Option<usize> {
     let number = |name| std::env::var(name).ok().map(|text: String| text.parse::<usize>().unwrap());
     let required = number("COMM_REQUIRE_GPUS").unwrap_or(0);
@@ -28,6 +57,7 @@ pub(crate) fn world_size() -> Option<usize> {
         "COMM_REQUIRE_GPUS is {required}, but: {found:?}"
     );
     match found {
+        Ok(count) if count >= 1 && shared() => Some(number("COMM_TEST_WORLD").unwrap_or(8).clamp(2, 8)),
         Ok(count) if count >= 2 => Some(count.min(number("COMM_TEST_WORLD").unwrap_or(8)).clamp(2, 8)),
         Ok(count) => {
             println!("SKIP: there are {count} GPUs, 2 are needed");
@@ -50,7 +80,7 @@ pub(crate) struct Rank {
 
 pub(crate) fn connect(host: Arc<dyn HostComm>, timeout: Duration, options: &[(&str, &str)]) -> Result<Rank> {
     let (rank, size) = (host.rank(), host.size());
-    let memory = CudaMemory::new(rank)?.with_timeout(PATIENT);
+    let memory = memory(rank)?;
     let context = CreateContext {
         host: Arc::clone(&host),
         memory: memory.kind(),

@@ -6,10 +6,12 @@ use std::time::{Duration, Instant};
 use comm_core::{DType, DeviceAddr, DeviceMemory as _, P2pOp, ReduceOp, Result, RmsNormArgs};
 use comm_kernels::pattern::{self, Expected, Pattern};
 
-use crate::common::{PATIENT, Rank, world};
+use crate::common::{PATIENT, Rank, shared, world};
 use crate::data::{Judge, SUM, at, encode, sums, timed, two_worlds};
 
 const CALLS: usize = 1_000_000;
+/// Where ranks share devices, and every call takes much longer.
+const CALLS_WHERE_SHARED: usize = 100_000;
 const GRAPHS: usize = 8;
 const CALLS_OF_A_GRAPH: usize = 250;
 const EAGER_CALLS: usize = 20;
@@ -261,6 +263,7 @@ fn possessions(rank: &Rank) -> [usize; 4] {
 
 fn soak(rank: &Rank) {
     let start = Instant::now();
+    let most = if shared() { CALLS_WHERE_SHARED } else { CALLS };
     let judge = Judge::new(rank);
     let buffers = Buffers::new(rank);
     let plans: Vec<Plan> =
@@ -287,7 +290,7 @@ fn soak(rank: &Rank) {
         judge.all_right(rank, &format!("after {done} calls"));
         before = before.or_else(|| Some(possessions(rank)));
         assert!(start.elapsed() < LIMIT, "{done} calls took {:?}", start.elapsed());
-        if done >= CALLS {
+        if done >= most {
             break;
         }
     }

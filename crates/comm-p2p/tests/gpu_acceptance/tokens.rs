@@ -2,7 +2,7 @@
 
 use comm_core::{DType, DeviceComm};
 
-use crate::common::{PATIENT, Rank, world, world_size};
+use crate::common::{PATIENT, Rank, shared, world, world_size};
 use crate::data::{Judge, SUM, at, sums, timed};
 
 const HIDDEN: usize = 2048;
@@ -13,6 +13,8 @@ pub(crate) const TOKENS: [usize; 26] = [
 ];
 const CALLS_OF_A_GRAPH: usize = 100;
 const REPLAYS: usize = 100;
+/// Where ranks share devices, and every call takes much longer.
+const REPLAYS_WHERE_SHARED: usize = 3;
 /// Results of different calls of a graph that are looked at after it, as far as this many bytes hold them.
 const LOOKED_AT: usize = 32 << 20;
 const MOST: usize = 2 * TOKENS[TOKENS.len() - 1] * HIDDEN;
@@ -23,6 +25,7 @@ fn iterate(rank: &Rank, comm: &dyn DeviceComm, seed: usize) {
     let judge = Judge::new(rank);
     let send = rank.space(MOST * DTYPE.size());
     let recv = comm.allocate(MOST * DTYPE.size()).unwrap();
+    let replays = if shared() { REPLAYS_WHERE_SHARED } else { REPLAYS };
     for (turn, tokens) in TOKENS.into_iter().enumerate() {
         let count = tokens * HIDDEN;
         let places = (LOOKED_AT / (count * DTYPE.size())).clamp(2, CALLS_OF_A_GRAPH);
@@ -35,7 +38,7 @@ fn iterate(rank: &Rank, comm: &dyn DeviceComm, seed: usize) {
                 })
             })
             .unwrap();
-        for replay in 0..REPLAYS {
+        for replay in 0..replays {
             let data = sums(seed + turn * REPLAYS + replay, comm.size());
             judge.fill(rank, (send, places * count, DTYPE), &data, comm.rank(), 0).unwrap();
             unsafe { graph.launch(rank.stream()).unwrap() };
@@ -70,6 +73,10 @@ fn ten_thousand_iterations_in_two_halves_at_once() {
             let color = u32::from(rank.rank >= half);
             let group = rank.comm.split(Some(color), rank.rank as i32).unwrap().unwrap();
             iterate(&rank, &*group, (1 + color as usize) << 20);
+            if shared() {
+                // A close waits for the whole device, which may not be while another rank captures there.
+                rank.host.barrier(comm_core::Deadline::after(3 * PATIENT)).unwrap();
+            }
             group.close().unwrap();
             rank.comm.close().unwrap();
         });

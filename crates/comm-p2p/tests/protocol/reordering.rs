@@ -6,35 +6,40 @@
 use stateright::{Checker, HasDiscoveries, Model, Property};
 
 use super::memory::{Instr, Mem, Order, Outcome, Protocol, Value, Word, step};
-use super::programs::{self, Mutant, TwoShot};
+use super::programs::{self, TwoShot};
+use super::writer::Mutant;
 
 /// A store on its way.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
-struct Pending {
-    at: Word,
-    value: Value,
+pub(crate) struct Pending {
+    pub(crate) at: Word,
+    pub(crate) value: Value,
     /// Lands after all of smaller epochs.
     epoch: u8,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
-struct Rank {
-    at: u16,
-    pending: Vec<Pending>,
+pub(crate) struct Rank {
+    pub(crate) at: u16,
+    /// The place that it has taken last, of a queue.
+    taken: Value,
+    /// Kernels that it has ended, where it has to wait for others of its rank.
+    ended: u8,
+    pub(crate) pending: Vec<Pending>,
     epoch: u8,
     crashed: bool,
     gave_up: bool,
-    wrong: bool,
+    pub(crate) wrong: bool,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
-struct State {
+pub(crate) struct State {
     memory: Vec<Value>,
-    ranks: Vec<Rank>,
+    pub(crate) ranks: Vec<Rank>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Action {
+pub(crate) enum Action {
     Step(usize),
     Land(usize, usize),
     GiveUp(usize),
@@ -43,7 +48,7 @@ enum Action {
 
 /// Memory as one rank reaches it.
 struct View<'a> {
-    memory: &'a [Value],
+    memory: &'a mut [Value],
     rank: &'a mut Rank,
 }
 
@@ -73,6 +78,15 @@ impl Mem for View<'_> {
         }
     }
 
+    fn increment(&mut self, at: Word) -> Option<Value> {
+        // Atomics on a word come after the rank's earlier stores to it, and after all stores that a fence stands behind.
+        if self.rank.pending.iter().any(|store| store.at == at || store.epoch < self.rank.epoch) {
+            return None;
+        }
+        self.memory[usize::from(at)] += 1;
+        Some(self.memory[usize::from(at)] - 1)
+    }
+
     fn drained(&mut self) -> bool {
         self.rank.pending.is_empty()
     }
@@ -80,7 +94,7 @@ impl Mem for View<'_> {
 
 /// What may go wrong with the ranks themselves.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Trouble {
+pub(crate) enum Trouble {
     Nothing,
     /// One rank may stop anywhere.
     Crash,
@@ -88,13 +102,13 @@ enum Trouble {
     Impatience,
 }
 
-struct Checked {
-    protocol: Protocol,
-    trouble: Trouble,
+pub(crate) struct Checked {
+    pub(crate) protocol: Protocol,
+    pub(crate) trouble: Trouble,
 }
 
 impl Checked {
-    fn instr(&self, state: &State, rank: usize) -> Option<&Instr> {
+    pub(crate) fn instr<'a>(&'a self, state: &State, rank: usize) -> Option<&'a Instr> {
         self.protocol.ranks[rank].get(usize::from(state.ranks[rank].at))
     }
 
@@ -102,20 +116,69 @@ impl Checked {
         state.ranks[rank].crashed || self.instr(state, rank).is_none()
     }
 
-    fn try_step(&self, state: &mut State, index: usize) -> Outcome {
-        let Some(instr) = self.instr(state, index) else { return Outcome::Waits };
-        let (instr, memory) = (instr.clone(), &state.memory);
+    pub(crate) fn unwell(&self, state: &State) -> bool {
+        state.ranks.iter().any(|rank| rank.crashed || rank.gave_up)
+    }
+
+    pub(crate) fn all_ended(&self, state: &State) -> bool {
+        (0..state.ranks.len()).all(|rank| self.ended(state, rank))
+    }
+
+    /// Indices of those of the same rank.
+    fn siblings(&self, index: usize) -> impl Iterator<Item = usize> {
+        let homes = &self.protocol.homes;
+        (0..homes.len()).filter(move |&other| homes[other] == homes[index])
+    }
+
+    /// Whether something happened; if so, the state has changed.
+    fn try_step(&self, state: &mut State, index: usize) -> bool {
+        let Some(instr) = self.instr(state, index) else { return false };
+        if *instr == Instr::KernelBegin {
+            let ended = state.ranks[index].ended;
+            let through = |rank: &Rank| rank.ended >= ended || rank.gave_up || rank.crashed;
+            if !self.siblings(index).all(|other| through(&state.ranks[other])) {
+                return false;
+            }
+            if self.siblings(index).any(|other| state.ranks[other].gave_up) {
+                self.give_up(state, index);
+                return true;
+            }
+        }
         let rank = &mut state.ranks[index];
-        let silent = rank.gave_up;
-        step(&instr, &mut View { memory, rank }, silent, self.protocol.leak)
+        let (silent, mut taken) = (rank.gave_up, rank.taken);
+        let mut view = View { memory: &mut state.memory, rank };
+        let outcome = step(instr, &mut view, &mut taken, silent, self.protocol.garbage_goes_out);
+        rank.taken = taken;
+        rank.at = match outcome {
+            Outcome::Waits => return false,
+            Outcome::Done | Outcome::Wrong => rank.at + 1,
+            Outcome::Skips(skipped) => rank.at + 1 + skipped,
+            Outcome::Goes(to) => to,
+        };
+        rank.wrong |= outcome == Outcome::Wrong;
+        if *instr == Instr::KernelEnd && self.protocol.has_agents() {
+            rank.ended += 1;
+        }
+        true
+    }
+
+    fn give_up(&self, state: &mut State, index: usize) {
+        let rank = &mut state.ranks[index];
+        rank.gave_up = true;
+        rank.at = match self.protocol.has_agents() && !self.protocol.garbage_goes_out {
+            true => u16::try_from(self.protocol.ranks[index].len()).unwrap_or(u16::MAX),
+            false => rank.at + 1,
+        };
     }
 
     /// Takes the steps that nobody else can notice: a store only enters the rank's buffer.
     fn run_ahead(&self, state: &mut State, index: usize) {
-        while let Some(Instr::Store { .. } | Instr::Fence) = self.instr(state, index) {
-            let outcome = self.try_step(state, index);
-            debug_assert_eq!(outcome, Outcome::Done);
-            state.ranks[index].at += 1;
+        while let Some(Instr::Store { .. } | Instr::Unguarded { .. } | Instr::Fence | Instr::Go { .. }) =
+            self.instr(state, index)
+        {
+            if !self.try_step(state, index) {
+                break;
+            }
         }
         let rank = &mut state.ranks[index];
         // Only differences of epochs matter.
@@ -139,7 +202,7 @@ impl Model for Checked {
     }
 
     fn actions(&self, state: &State, actions: &mut Vec<Action>) {
-        let unwell = state.ranks.iter().any(|rank| rank.crashed || rank.gave_up);
+        let unwell = self.unwell(state);
         for (index, rank) in state.ranks.iter().enumerate() {
             for (number, store) in rank.pending.iter().enumerate() {
                 let first_there = !rank.pending[..number].iter().any(|earlier| earlier.at == store.at);
@@ -150,10 +213,9 @@ impl Model for Checked {
             if self.ended(state, index) {
                 continue;
             }
-            let outcome = self.try_step(&mut state.clone(), index);
-            if outcome != Outcome::Waits {
+            if self.try_step(&mut state.clone(), index) {
                 actions.push(Action::Step(index));
-            } else if matches!(self.instr(state, index), Some(Instr::Await { .. }))
+            } else if matches!(self.instr(state, index), Some(Instr::Await { .. } | Instr::Collect { .. }))
                 && (unwell || self.trouble == Trouble::Impatience)
             {
                 actions.push(Action::GiveUp(index));
@@ -168,9 +230,7 @@ impl Model for Checked {
         let mut state = last.clone();
         match action {
             Action::Step(index) => {
-                let outcome = self.try_step(&mut state, index);
-                state.ranks[index].wrong |= outcome == Outcome::Wrong;
-                state.ranks[index].at += 1;
+                self.try_step(&mut state, index);
                 self.run_ahead(&mut state, index);
             }
             Action::Land(index, number) => {
@@ -179,11 +239,14 @@ impl Model for Checked {
                 self.run_ahead(&mut state, index);
             }
             Action::GiveUp(index) => {
-                state.ranks[index].gave_up = true;
-                state.ranks[index].at += 1;
+                self.give_up(&mut state, index);
                 self.run_ahead(&mut state, index);
             }
-            Action::Crash(index) => state.ranks[index].crashed = true,
+            Action::Crash(index) => {
+                for other in self.siblings(index) {
+                    state.ranks[other].crashed = true;
+                }
+            }
         }
         Some(state)
     }
@@ -196,36 +259,36 @@ impl Model for Checked {
             Property::always("nobody is stuck", |model: &Self, state: &State| {
                 let mut actions = Vec::new();
                 model.actions(state, &mut actions);
-                !actions.is_empty() || (0..state.ranks.len()).all(|rank| model.ended(state, rank))
+                !actions.is_empty() || model.all_ended(state)
             }),
         ]
     }
 }
 
 /// The properties that do not hold, and the number of states that were visited.
-fn check(protocol: Protocol, trouble: Trouble) -> (Vec<&'static str>, usize) {
+pub(crate) fn check(protocol: Protocol, trouble: Trouble) -> (Vec<&'static str>, usize) {
     let checker = Checked { protocol, trouble }.checker().finish_when(HasDiscoveries::Any).spawn_dfs().join();
     (checker.discoveries().into_keys().collect(), checker.unique_state_count())
 }
 
 /// Rounds begin where they wrap soon.
-const FIRST: u8 = 253;
+pub(crate) const FIRST: u8 = 253;
 
 #[track_caller]
-fn holds(protocol: Protocol, trouble: Trouble) {
+pub(crate) fn holds(protocol: Protocol, trouble: Trouble) {
     let (broken, states) = check(protocol, trouble);
     assert_eq!(broken, Vec::<&str>::new(), "after {states} states");
     eprintln!("{states} states with {trouble:?}");
 }
 
 #[track_caller]
-fn is_caught(protocol: Protocol, trouble: Trouble) {
+pub(crate) fn is_caught(protocol: Protocol, trouble: Trouble) {
     let (broken, states) = check(protocol, trouble);
     assert!(!broken.is_empty(), "not caught in {states} states");
     eprintln!("caught: {broken:?} after {states} states");
 }
 
-const ALL: [Trouble; 3] = [Trouble::Nothing, Trouble::Crash, Trouble::Impatience];
+pub(crate) const ALL: [Trouble; 3] = [Trouble::Nothing, Trouble::Crash, Trouble::Impatience];
 
 #[test]
 fn direct_stores() {
@@ -294,28 +357,4 @@ fn broadcast_tokens() {
     holds(programs::broadcast(3, 6, FIRST, Mutant::None), Trouble::Nothing);
     is_caught(programs::broadcast(3, 6, FIRST, Mutant::NoToken), Trouble::Nothing);
     is_caught(programs::broadcast(3, 1, FIRST, Mutant::GarbageGoesOut), Trouble::Impatience);
-}
-
-#[test]
-fn pairs() {
-    for trouble in ALL {
-        holds(programs::pair(6, FIRST, Mutant::None), trouble);
-    }
-    for mutant in [Mutant::RelaxedRelease, Mutant::NoAwaitFree] {
-        is_caught(programs::pair(6, FIRST, mutant), Trouble::Nothing);
-    }
-    is_caught(programs::pair(2, FIRST, Mutant::CopiesGoOut), Trouble::Impatience);
-}
-
-#[test]
-fn staging() {
-    for trouble in ALL {
-        holds(programs::staged(3, &[1, 1], FIRST, Mutant::None), trouble);
-        holds(programs::staged(2, &[3, 1], FIRST, Mutant::None), trouble);
-    }
-    for mutant in [Mutant::RelaxedRelease, Mutant::OneBufferFewer, Mutant::NoExit] {
-        is_caught(programs::staged(2, &[3, 1], FIRST, mutant), Trouble::Nothing);
-    }
-    // One chunk a call: the late rank's call itself ends well.
-    is_caught(programs::staged(2, &[1, 1], FIRST, Mutant::CopiesGoOut), Trouble::Impatience);
 }

@@ -5,8 +5,11 @@
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU16, Ordering, fence};
 
-use super::memory::{Leak, Mem, Order, Outcome, Protocol, Value, Word, step};
-use super::programs::{self, Mutant, TwoShot};
+use super::direct;
+use super::memory::{Mem, Order, Outcome, Protocol, Value, Word, step};
+use super::programs::{self, TwoShot};
+use super::staged::{self, Exchanges};
+use super::writer::Mutant;
 
 struct Shared(Arc<Vec<AtomicU16>>);
 
@@ -23,6 +26,10 @@ impl Mem for Shared {
 
     fn fence(&mut self) {
         fence(Ordering::AcqRel);
+    }
+
+    fn increment(&mut self, at: Word) -> Option<Value> {
+        Some(self.0[usize::from(at)].fetch_add(1, Ordering::Relaxed))
     }
 
     fn drained(&mut self) -> bool {
@@ -46,14 +53,18 @@ fn explore(protocol: Protocol) {
             .map(|program| {
                 let mut memory = Shared(Arc::clone(&words));
                 loom::thread::spawn(move || {
-                    for instr in program {
-                        loop {
-                            match step(&instr, &mut memory, false, Leak::Nothing) {
-                                Outcome::Done => break,
-                                Outcome::Waits => loom::thread::yield_now(),
-                                Outcome::Wrong => panic!("a wrong value at {instr:?}"),
+                    let (mut at, mut taken) = (0, 0);
+                    while let Some(instr) = program.get(at) {
+                        at = match step(instr, &mut memory, &mut taken, false, false) {
+                            Outcome::Done => at + 1,
+                            Outcome::Skips(skipped) => at + 1 + usize::from(skipped),
+                            Outcome::Goes(to) => to.into(),
+                            Outcome::Wrong => panic!("a wrong value at {instr:?}"),
+                            Outcome::Waits => {
+                                loom::thread::yield_now();
+                                at
                             }
-                        }
+                        };
                     }
                 })
             })
@@ -74,9 +85,16 @@ fn two_epochs_hold() {
     let run = TwoShot { world: 2, parts: 1, kernels: &[2], short: false };
     explore(programs::two_shot(run, FIRST, Mutant::None));
     explore(programs::broadcast(2, 2, FIRST, Mutant::None));
-    explore(programs::pair(2, FIRST, Mutant::None));
-    explore(programs::staged(2, &[1], FIRST, Mutant::None));
+    explore(staged::pair(2, FIRST, Mutant::None));
+    explore(direct::broadcast(2, &[2], FIRST, Mutant::None));
 }
+
+#[test]
+fn two_exchanges_hold() {
+    explore(staged::exchanges(EXCHANGES, FIRST, Mutant::None));
+}
+
+const EXCHANGES: Exchanges<'_> = Exchanges { world: 2, chunks: &[1, 1], twice: false, gap: false };
 
 fn is_caught(protocol: Protocol) -> bool {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| explore(protocol))).is_err()
@@ -87,7 +105,8 @@ fn weakened_orders_are_caught() {
     for mutant in [Mutant::RelaxedAcquire, Mutant::RelaxedRelease] {
         assert!(is_caught(programs::direct(2, 2, FIRST, mutant)), "direct stores, {mutant:?}");
         assert!(is_caught(programs::cells(2, &[2], FIRST, mutant)), "cells, {mutant:?}");
-        assert!(is_caught(programs::pair(2, FIRST, mutant)), "pairs, {mutant:?}");
-        assert!(is_caught(programs::staged(2, &[1], FIRST, mutant)), "staging, {mutant:?}");
+        assert!(is_caught(staged::pair(2, FIRST, mutant)), "pairs, {mutant:?}");
+        assert!(is_caught(staged::exchanges(EXCHANGES, FIRST, mutant)), "exchanges, {mutant:?}");
+        assert!(is_caught(direct::broadcast(2, &[2], FIRST, mutant)), "direct broadcast, {mutant:?}");
     }
 }

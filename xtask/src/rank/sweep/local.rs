@@ -2,8 +2,9 @@
 //! time.)
 
 use anyhow::Result;
-use comm_core::{DeviceAddr, DeviceMemory, ReduceOp, RmsNormArgs};
+use comm_core::{CommError, DeviceAddr, DeviceMemory, ReduceOp, RmsNormArgs};
 use comm_kernels::Mark;
+use comm_kernels::capture::position;
 use comm_kernels::layer::{Heads, LayerKernels, UniformBlock};
 
 use super::{Bench, FLOATS};
@@ -46,15 +47,18 @@ impl Bench {
             }
         }
         self.poison(one, 64)?;
-        let mark = Mark { counter: one, slots: one.offset(16), slot_count: 2, tag: 7 };
+        let mark = Mark { counter: one, slots: one.offset(16), slot_count: 2, adds: 1, tag: 7 };
         // SAFETY: the counter is the first eight bytes, the slots lie behind it.
         unsafe { self.kernels.mark(mark, stream)? };
         // Both of a node's marks.
         let mut beside = self.memory.capture(|| {
             // SAFETY: as above, also in the replay, which the wait below ends; this thread alone captures.
             unsafe {
-                let node = self.kernels.mark_beside(mark, None, stream)?;
-                self.kernels.mark_beside(mark, Some(node), stream).map(drop)
+                let Some(here) = position(stream)? else {
+                    return Err(CommError::invalid("stream", "it is not capturing"));
+                };
+                let node = self.kernels.mark_beside(mark, None, here.clone())?;
+                self.kernels.mark_beside(mark, Some(node), here).map(drop)
             }
         })?;
         // SAFETY: the stream is the memory's own.

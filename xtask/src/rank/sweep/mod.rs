@@ -57,7 +57,10 @@ pub fn run(context: &RankContext) -> Result<()> {
     let (rank, world) = (context.host.rank(), context.host.size());
     let mut bench = Bench { memory, kernels, words, rank, world, seed: 0 };
     bench.local(context)?;
-    let algorithms = ["one_shot", "two_shot", "cells", "packets", "relayed", "direct", "staged", "composed"];
+    let algorithms = [
+        "one_shot", "two_shot", "cells", "steps", "packets", "relayed", "direct", "spread", "chain",
+        "staged", "composed",
+    ];
     for algorithm in algorithms {
         context.events.phase(format!("algorithm {algorithm}"));
         let mut options = SMALL.to_vec();
