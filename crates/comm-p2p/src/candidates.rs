@@ -80,16 +80,11 @@ fn shapes(op: OpKind, algorithm: Algorithm, plain: &Choice) -> Vec<Choice> {
             }
         }
         (_, A::Spread) => add(Some(66), None, None, None),
-        (_, A::Chain) => {
-            for (block, chunk) in [(128, 8192), (128, 4096), (256, 8192), (256, 16_384), (512, 16_384)] {
-                for grid in [512, 264, 132] {
-                    add(Some(grid), Some(block), Some(chunk), None);
-                }
-            }
-        }
         (OpKind::Broadcast, A::Direct) => {
-            for (block, chunk) in [(256, 4096), (256, 8192), (512, 8192), (512, 16_384), (128, 4096)] {
-                for grid in [None, Some(264), Some(396), Some(64), Some(32)] {
+            for (block, chunk) in
+                [(256, 4096), (256, 8192), (256, 16_384), (512, 8192), (512, 16_384), (512, 32_768)]
+            {
+                for grid in [None, Some(96), Some(64), Some(32)] {
                     add(grid, Some(block), Some(chunk), None);
                 }
             }
@@ -150,9 +145,8 @@ mod tests {
                     }
                 }
                 // Cells, steps and direct stores need a result that every rank can reach.
-                let needs =
-                    matches!(choice.algorithm.as_str(), "cells" | "direct" | "steps" | "spread" | "chain")
-                        && op != OpKind::ReduceScatter;
+                let needs = matches!(choice.algorithm.as_str(), "cells" | "direct" | "steps" | "spread")
+                    && op != OpKind::ReduceScatter;
                 assert!(used > 0 || needs && !registered, "{op} never takes {choice:?}");
             }
         }

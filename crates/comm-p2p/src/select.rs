@@ -122,19 +122,9 @@ impl Limits {
     }
 
     fn direct(&self, choice: &Choice<Algorithm>) -> Plan {
-        let block = choice.block.unwrap_or(256);
-        // Kernels for blocks of 512 threads: of smaller ones as many fit as have 512 threads together.
-        let resident = self.room.blocks(512 / block.clamp(1, 512));
-        let grid = choice.grid.unwrap_or(self.room.multiprocessors()).min(resident).min(FLAG_CTAS);
-        Plan { chunk: choice.chunk.unwrap_or(4096), ..self.plan(choice.algorithm, Shape { grid, block }) }
-    }
-
-    /// Chains, with several blocks on a multiprocessor: some copy while others wait.
-    fn chain(&self, choice: &Choice<Algorithm>) -> Plan {
-        let block = choice.block.unwrap_or(128);
-        let grid = choice.grid.unwrap_or(u32::MAX);
-        let chunk = choice.chunk.unwrap_or(8192);
-        self.direct(&Choice { grid: Some(grid), block: Some(block), chunk: Some(chunk), ..*choice })
+        let grid = self.full(choice, FLAG_CTAS as usize);
+        let shape = Shape { grid, block: choice.block.unwrap_or(256) };
+        Plan { chunk: choice.chunk.unwrap_or(4096), ..self.plan(choice.algorithm, shape) }
     }
 
     fn packets(&self, choice: &Choice<Algorithm>, packs: usize) -> Shape {
@@ -231,7 +221,6 @@ impl Limits {
                 Some(self.plan(choice.algorithm, self.packets(choice, slice)))
             }
             Algorithm::Direct if registered => Some(self.direct(choice)),
-            Algorithm::Chain if registered => Some(self.chain(choice)),
             Algorithm::Staged => Some(self.staged()),
             _ => None,
         };

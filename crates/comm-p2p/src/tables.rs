@@ -100,7 +100,7 @@ pub(crate) const fn of_op(op: OpKind) -> &'static [Algorithm] {
         OpKind::AllReduce => &[A::OneShot, A::TwoShot, A::Cells, A::Steps, A::Pull, A::Staged],
         OpKind::ReduceScatter => &[A::TwoShot, A::Cells, A::Steps, A::Staged],
         OpKind::AllGather => &[A::Packets, A::Direct, A::Spread, A::Steps, A::Staged],
-        OpKind::Broadcast => &[A::Packets, A::Relayed, A::Direct, A::Chain, A::Staged],
+        OpKind::Broadcast => &[A::Packets, A::Relayed, A::Direct, A::Staged],
         OpKind::AllReduceRmsNorm => &[A::OneShot, A::TwoShot, A::Composed],
         _ => &[],
     }

@@ -25,8 +25,6 @@ pub(crate) enum Algorithm {
     Direct,
     /// The same, each piece read once and stored to all.
     Spread,
-    /// Stores into the registered buffers, from each rank to the next.
-    Chain,
     /// Copies through staging memory, between barriers.
     Staged,
     /// Flags alone.
@@ -40,7 +38,7 @@ pub(crate) enum Algorithm {
 }
 
 impl Algorithm {
-    const ALL: [Self; 16] = [
+    const ALL: [Self; 15] = [
         Self::OneShot,
         Self::TwoShot,
         Self::Cells,
@@ -51,7 +49,6 @@ impl Algorithm {
         Self::Relayed,
         Self::Direct,
         Self::Spread,
-        Self::Chain,
         Self::Staged,
         Self::Flags,
         Self::Local,
@@ -71,7 +68,6 @@ impl Algorithm {
             Self::Relayed => "relayed",
             Self::Direct => "direct",
             Self::Spread => "spread",
-            Self::Chain => "chain",
             Self::Staged => "staged",
             Self::Flags => "flags",
             Self::Local => "local",

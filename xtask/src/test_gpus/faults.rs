@@ -57,7 +57,7 @@ pub fn run(
                 continue;
             }
             let name = format!("{} {test}", world.name());
-            if let Some(reason) = does_not_fit(fault, world, case == "graph") {
+            if let Some(reason) = does_not_fit(fault, world, case == "graph", share) {
                 // Only what was asked for by name is worth a line; the standard set is simply what fits.
                 if faults.is_some() {
                     report(tally, &name, &CaseResult::Skipped(reason), None);
@@ -133,7 +133,12 @@ fn standard(world: usize) -> Vec<Fault> {
     faults
 }
 
-fn does_not_fit(fault: &Fault, world: &World, graph: bool) -> Option<String> {
+fn does_not_fit(fault: &Fault, world: &World, graph: bool, share: bool) -> Option<String> {
+    if share {
+        return Some(
+            "ranks that share a GPU also wait for one another's driver calls: nothing to time".into(),
+        );
+    }
     if fault.rank >= world.size {
         return Some(format!("there is no rank {}", fault.rank));
     }
@@ -243,10 +248,14 @@ mod tests {
     fn only_faults_that_make_sense_are_run() {
         let world = |name, mode| World { backend: backends::find(name).unwrap(), size: 2, mode };
         let kill = Fault { kind: FaultKind::Kill, rank: 1, case: None };
-        assert!(does_not_fit(&kill, &world("nccl", Mode::Processes), true).is_none());
-        assert!(does_not_fit(&kill, &world("nccl", Mode::Threads), true).is_some());
-        assert!(does_not_fit(&kill, &world("host", Mode::Processes), true).is_some());
-        assert!(does_not_fit(&Fault { rank: 2, ..kill }, &world("host", Mode::Processes), false).is_some());
+        assert!(does_not_fit(&kill, &world("nccl", Mode::Processes), true, false).is_none());
+        // Whatever else holds, not on shared GPUs.
+        assert!(does_not_fit(&kill, &world("nccl", Mode::Processes), true, true).is_some());
+        assert!(does_not_fit(&kill, &world("nccl", Mode::Threads), true, false).is_some());
+        assert!(does_not_fit(&kill, &world("host", Mode::Processes), true, false).is_some());
+        assert!(
+            does_not_fit(&Fault { rank: 2, ..kill }, &world("host", Mode::Processes), false, false).is_some()
+        );
         assert_eq!(standard(4).iter().filter(|fault| fault.rank == 0).count(), 2);
     }
 }

@@ -5,12 +5,12 @@
 //     12 * 2 * threads bytes.
 // p2p_bc2_packet_w<world>: through relays, two hops; at most 12 * 2 * threads * (world - 1) bytes.
 // p2p_ag_direct_w<world>(link, send, peers, bytes, chunk), p2p_bc_direct_w<world>(link, send, peers, bytes, root,
-// chunk), p2p_bc_chain_w<world>(link, send, peers, bytes, root, chunk):
+// chunk):
 //     `peers.at[r]` is rank r's result buffer as mapped here. At most kFlagCtas CTAs, at least 32 threads each.
 //
 // `link` is the packet channel's. Launch: one-dimensional, equal on all ranks, resident as a whole, at most 512 threads
 // a CTA; packet forms: threads <= slot_packs.
-#include "chain.cuh"
+#include "gather.cuh"
 
 #define P2P_GATHER(WORLD)                                                                                              \
     extern "C" __global__ void __launch_bounds__(512)                                                                  \
@@ -34,11 +34,6 @@
         p2p_bc_direct_w##WORLD(const __grid_constant__ p2p::Link link, const char* send,                               \
                                const __grid_constant__ p2p::Peers recv, size_t bytes, uint32_t root, uint32_t chunk) { \
         p2p::broadcast_direct<WORLD>(link, send, recv, bytes, int(root), chunk);                                       \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(512)                                                                  \
-        p2p_bc_chain_w##WORLD(const __grid_constant__ p2p::Link link, const char* send,                                \
-                              const __grid_constant__ p2p::Peers recv, size_t bytes, uint32_t root, uint32_t chunk) {  \
-        p2p::broadcast_chain<WORLD>(link, send, recv, bytes, int(root), chunk);                                        \
     }
 
 #ifndef P2P_WORLDS

@@ -235,9 +235,32 @@ __device__ __forceinline__ void all_gather_direct(const Link& link, const char* 
     gather_direct<kWorld>(link, send, recv, [&] { return link.rank * bytes; }, bytes, bytes, chunk);
 }
 
+// The passes of a broadcast by stores: what each of `ctas` CTAs stores of every slice between two flags, in pieces of
+// kDirectChunk bytes. Relays have nothing to do in the first pass and the root nothing while the last is passed on, so
+// passes grow from one piece to `most` and shrink again at the end.
+struct Passes {
+    size_t left;  // pieces of a slice that this pass and those after it have for each CTA
+    uint32_t most;
+    uint32_t pieces = 1;
+
+    __device__ __forceinline__ static Passes of(size_t slice, uint32_t ctas, uint32_t most) {
+        const size_t all = (slice + kDirectChunk - 1) / kDirectChunk;
+        return {(all + ctas - 1) / ctas, most};
+    }
+    __device__ __forceinline__ void next() {
+        left -= pieces;
+        pieces = uint32_t(min(min(size_t(pieces) * 2, size_t(most)), (left + 1) / 2));
+    }
+    __device__ __forceinline__ uint32_t count() const {
+        uint32_t n = 0;
+        for (Passes passes = *this; passes.left > 0; passes.next()) n++;
+        return n;
+    }
+};
+
 // Two hops by stores: the root writes slice i into relay i's `recv`, chunk by chunk, and raises a flag; the relay
-// passes each chunk on. CTA b of every rank handles the same chunks, so a flag per CTA is enough. `chunk`: bytes of one
-// CTA and slice between two flags, a multiple of kDirectChunk.
+// passes each chunk on. CTA b of every rank handles the same chunks, so a flag per CTA is enough. `chunk`: the most bytes
+// of one CTA and slice between two flags, a multiple of kDirectChunk.
 //
 // The relay reads what the root wrote: the root's CTA barrier and release store, and the relay's acquiring load and CTA
 // barrier, order the two.
@@ -247,8 +270,8 @@ __device__ __forceinline__ void broadcast_direct(const Link& link, const char* s
     allow_successor();
     wait_for_predecessor();
     const auto cut = Slices<4>::cut(bytes, kWorld - 1);
-    const size_t per_pass = size_t(gridDim.x) * chunk;
-    const uint32_t passes = uint32_t((cut.stride + per_pass - 1) / per_pass);
+    Passes pass = Passes::of(cut.stride, gridDim.x, chunk / kDirectChunk);
+    const uint32_t passes = pass.count();
     Waiter waiter;
     const uint32_t first = claim_rounds_by_thread(link, passes + 1, waiter.gave_up);
     const int rank = link.rank, mine = rank - root - 1 < 0 ? rank - root - 1 + kWorld : rank - root - 1;
@@ -265,9 +288,10 @@ __device__ __forceinline__ void broadcast_direct(const Link& link, const char* s
     };
     if (!meet<kWorld>(link, waiter, kEnter, first, false)) return;
     injected_stall(link);
-    const uint32_t pieces = chunk / kDirectChunk;
-    for (uint32_t k = 0; k < passes; k++) {
-        const size_t begin = (size_t(k) * gridDim.x + blockIdx.x) * chunk;
+    size_t done = 0;  // pieces of a slice, of each CTA
+    for (uint32_t k = 0; k < passes; k++, done += pass.pieces, pass.next()) {
+        const uint32_t pieces = pass.pieces;
+        const size_t begin = (done * gridDim.x + size_t(blockIdx.x) * pieces) * kDirectChunk;
         if (rank == root) {
             for (uint32_t i = warp; i < pieces * (kWorld - 1); i += warps) {
                 size_t n;

@@ -318,8 +318,8 @@ impl P2pKernels {
         12 * 2 * shape.threads() * slices
     }
 
-    /// Broadcast by stores into the peers' results: over relays, or `chained` from rank to rank. `chunk`: bytes of a block
-    /// (and slice, over relays) between two flags, a multiple of 4096.
+    /// Broadcast by stores into the peers' results, over relays. `chunk`: bytes of a block and slice between two flags,
+    /// a multiple of 4096.
     ///
     /// # Errors
     /// [`CommError::InvalidArgument`], [`CommError::Cuda`].
@@ -329,14 +329,13 @@ impl P2pKernels {
         send: DeviceAddr,
         recv: &Peers,
         bytes: usize,
-        (root, chunk, chained): (usize, u32, bool),
+        (root, chunk): (usize, u32),
         shape: Shape,
         stream: StreamHandle,
     ) -> Result<()> {
         check_direct(shape, chunk)?;
         let (bytes, root) = (bytes as u64, root as u32);
-        let function =
-            if chained { &self.functions.broadcast_chain } else { &self.functions.broadcast_direct };
+        let function = &self.functions.broadcast_direct;
         let mut parameters = parameters![*link, send, *recv, bytes, root, chunk];
         // SAFETY: as above.
         unsafe { self.launch(function, shape, stream, &mut parameters) }

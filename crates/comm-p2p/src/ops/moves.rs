@@ -115,10 +115,9 @@ impl P2pComm {
         let kernels = &channels.kernels;
         let link = call.link(&channels.packet);
         match (plan.algorithm, found) {
-            (Algorithm::Direct | Algorithm::Chain, Some(found)) => {
+            (Algorithm::Direct, Some(found)) => {
                 call.reaches(&found, recv)?;
                 let peers = found.peers;
-                let chained = plan.algorithm == Algorithm::Chain;
                 // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks,
                 // `recv` lies in a region of all ranks, and the caller vouches for the operands.
                 call.fatal(unsafe {
@@ -127,7 +126,7 @@ impl P2pComm {
                         send,
                         &peers,
                         bytes,
-                        (root, plan.chunk, chained),
+                        (root, plan.chunk),
                         plan.shape,
                         stream,
                     )

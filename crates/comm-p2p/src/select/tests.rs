@@ -19,14 +19,13 @@ pub(crate) fn limits(world: usize, forced: Option<Algorithm>) -> Limits {
 pub(crate) fn launchable(limits: &Limits, plan: &Plan, registered: bool) {
     let Shape { grid, block } = plan.shape;
     assert!(grid >= 1 && (32..=512).contains(&block), "{plan:?}");
-    let direct = matches!(plan.algorithm, Algorithm::Direct | Algorithm::Chain);
-    let on_each = if direct { 512 / block } else { 512 / block.max(256) };
-    assert!(grid <= limits.room.blocks(on_each), "{plan:?} in {:?}", limits.room);
+    assert!(grid <= limits.room.blocks(if block <= 256 { 2 } else { 1 }), "{plan:?} in {:?}", limits.room);
     let slots = match plan.algorithm {
         Algorithm::Packets | Algorithm::Relayed | Algorithm::OneShot => limits.packet_slots,
         _ => limits.lamport_slots,
     };
     assert!(plan.shape.threads() <= slots as u64, "{plan:?}");
+    let direct = plan.algorithm == Algorithm::Direct;
     assert!(!direct || registered && plan.chunk > 0 && plan.chunk.is_multiple_of(4096), "{plan:?}");
 }
 
@@ -44,7 +43,6 @@ fn every_plan_can_be_launched() {
             Some(Algorithm::OneShot),
             Some(Algorithm::TwoShot),
             Some(Algorithm::Direct),
-            Some(Algorithm::Chain),
             Some(Algorithm::Steps),
         ] {
             let limits = Limits { room, ..limits(world, forced) };

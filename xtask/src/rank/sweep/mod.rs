@@ -58,8 +58,8 @@ pub fn run(context: &RankContext) -> Result<()> {
     let mut bench = Bench { memory, kernels, words, rank, world, seed: 0 };
     bench.local(context)?;
     let algorithms = [
-        "one_shot", "two_shot", "cells", "steps", "packets", "relayed", "direct", "spread", "chain",
-        "staged", "composed",
+        "one_shot", "two_shot", "cells", "steps", "packets", "relayed", "direct", "spread", "staged",
+        "composed",
     ];
     for algorithm in algorithms {
         context.events.phase(format!("algorithm {algorithm}"));
