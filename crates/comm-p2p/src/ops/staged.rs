@@ -206,7 +206,8 @@ fn copy_unless(
     }
     let kernels = &call.shared.base.kernels;
     // A kernel rather than a copy command: it is ordered with the other kernels at no extra cost, reads other devices'
-    // memory at the speed of the link, and can be captured whatever the memory. A sum of one input is a copy.
+    // memory at the speed of the link, and can be captured whatever the memory. Nor does it stand in line for a copy engine,
+    // where ranks share a device, behind a copy that waits for this rank. A sum of one input is a copy.
     // SAFETY: the callers vouch for both ranges, and the word lives as long as the channels.
     call.fatal(unsafe {
         kernels.reduce_unless(unless, &[from], to, bytes, (DType::U8, ReduceOp::Sum), stream)
