@@ -1,9 +1,10 @@
 // Element-wise reduction of several buffers into one, in the order in which they are given.
 //
-// reduce_<dtype>(out, inputs, number, count, op, unless): `unless` is null, or a word in device memory; while it is nonzero
-//     nothing is read or written.
+// reduce_<dtype>(out, inputs, number, count, op, unless): `unless`: null, or a word that makes the kernel do nothing
+//     (stop.cuh).
 
 #include "reduce.cuh"
+#include "stop.cuh"
 
 namespace {
 
@@ -85,7 +86,7 @@ __device__ __forceinline__ void reduce(T *out, const Inputs &inputs, u32 number,
     extern "C" __global__ void __launch_bounds__(256)                                                \
         reduce_##T(T *out, const __grid_constant__ Inputs inputs, u32 number, u64 count, u32 op,     \
                    const u32 *unless) {                                                              \
-        if (unless != nullptr && *unless != 0) return;                                               \
+        if (stopped(unless)) return;                                                                 \
         switch (op) {                                                                                \
             case REDUCE_SUM: return reduce<T, REDUCE_SUM>(out, inputs, number, count);               \
             case REDUCE_PROD: return reduce<T, REDUCE_PROD>(out, inputs, number, count);             \

@@ -42,10 +42,11 @@ const PROTOCOL: u32 = 2;
 /// | `p2p.graph_entries` | captured results that graphs may hold at a time; 128 bytes of device memory each | 8192 |
 /// | `p2p.share_devices` | for tests: `on` or `off`, as `COMM_P2P_SHARE_DEVICES`: several ranks may be on one device, see below | `off` |
 /// | `p2p.first_round` | for tests: the first round's number | 0 |
-/// | `p2p.stall_ns` | for tests: how long every kernel sleeps before its first wait | 0 |
+/// | `p2p.stall_ns` | for tests: how long every kernel sleeps before its first wait, or behind it where it only waits | 0 |
 /// | `p2p.stall_rank` | for tests: the only rank whose kernels do | all |
 /// | `p2p.test_clear_peers` | for checkers of uninitialised reads, which do not see what other processes store: every rank clears all ranks' staging memory at first | `off` |
 /// | `p2p.test_single_buffer` | for tests only, **gives wrong results**: calls by packs use one buffer instead of four | `off` |
+/// | `p2p.test_copies_when_broken` | for tests only, **may give others wrong results**: a rank that has given up a wait goes on copying | `off` |
 ///
 /// # Memory
 /// A communicator takes memory on each rank's device, in proportion to the number of ranks where not said otherwise. With

@@ -28,6 +28,8 @@ pub(crate) struct Options {
     pub(crate) clear_peers: bool,
     /// What double buffering does is switched off.
     pub(crate) single_buffer: bool,
+    /// Copies go on after a wait that was given up.
+    pub(crate) copies_when_broken: bool,
     pub(crate) algorithm: Option<Algorithm>,
     /// The topology to impose, by name.
     pub(crate) topology: Option<String>,
@@ -55,6 +57,7 @@ impl Default for Options {
             stall_rank: None,
             clear_peers: false,
             single_buffer: false,
+            copies_when_broken: false,
             algorithm: None,
             topology: None,
             share_devices: false,
@@ -109,6 +112,7 @@ impl Options {
                 "stall_rank" => parsed.stall_rank = Some(number(name, value, 0..=usize::MAX)?),
                 "test_clear_peers" => parsed.clear_peers = switch(name, value)?,
                 "test_single_buffer" => parsed.single_buffer = switch(name, value)?,
+                "test_copies_when_broken" => parsed.copies_when_broken = switch(name, value)?,
                 "algorithm" => parsed.algorithm = Some(algorithm(name, value)?),
                 "topology" => parsed.topology = Some(topology(name, value)?),
                 "share_devices" => parsed.share_devices = switch(name, value)?,
@@ -183,6 +187,8 @@ mod tests {
         assert!(!parse("p2p.symmetric_operands", "off").unwrap().symmetric_operands);
         assert_eq!(parse("p2p.stall_rank", "3").unwrap().stall_rank, Some(3));
         assert!(parse("p2p.test_single_buffer", "on").unwrap().single_buffer);
+        assert!(parse("p2p.test_copies_when_broken", "on").unwrap().copies_when_broken);
+        assert!(!Options::default().copies_when_broken);
         assert!(parse("p2p.share_devices", "on").unwrap().share_devices);
         assert!(!parse("p2p.share_devices", "off").unwrap().share_devices);
         for (name, value) in [

@@ -19,7 +19,9 @@ pub(crate) use self::gaps::Gaps;
 use crate::room::Room;
 use crate::usage::Algorithm;
 
+mod average;
 mod gaps;
+mod uneven;
 
 /// What the choice depends on besides the operation and its size. Equal on all ranks.
 #[derive(Clone, Debug)]

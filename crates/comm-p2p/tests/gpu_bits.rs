@@ -48,6 +48,7 @@ fn operand(dtype: DType, rank: usize, count: usize) -> Vec<u8> {
 struct Cases<'a> {
     counts: &'a (dyn Fn(DType) -> Vec<usize> + Sync),
     times: usize,
+    op: ReduceOp,
 }
 
 /// The digests of each case's results with these options, one where all are alike; equal on all ranks. `used` must have
@@ -72,9 +73,7 @@ fn results(size: usize, options: &[(&str, &str)], used: &str, cases: &Cases<'_>)
                         unsafe {
                             rank.memory.upload(to, &vec![0xff; bytes.len()]).unwrap();
                             rank.memory.upload(from, &bytes).unwrap();
-                            rank.comm
-                                .all_reduce(from, to, count, dtype, ReduceOp::Sum, rank.stream())
-                                .unwrap();
+                            rank.comm.all_reduce(from, to, count, dtype, cases.op, rank.stream()).unwrap();
                             rank.memory.download(&mut bytes, to).unwrap();
                         }
                         let mut digest = DefaultHasher::new();
@@ -104,7 +103,7 @@ fn results(size: usize, options: &[(&str, &str)], used: &str, cases: &Cases<'_>)
 #[test]
 fn pushing_gives_the_bits_of_reading() {
     let Some(most) = world_size() else { return };
-    let cases = Cases { counts: &|_| COUNTS.to_vec(), times: 1 };
+    let cases = Cases { counts: &|_| COUNTS.to_vec(), times: 1, op: ReduceOp::Sum };
     for size in [2, 3, most] {
         if size > most {
             continue;
@@ -117,6 +116,20 @@ fn pushing_gives_the_bits_of_reading() {
         if size == 8 {
             let found = results(size, &[("p2p.topology", "hybrid_cube_mesh")], "cube_mesh", &cases);
             assert_eq!(found, expected, "the cube mesh gives other bits than reading");
+        }
+    }
+}
+
+/// Staging divides by the kernel that is held to the host's arithmetic by a test of its own (comm-kernels, `gpu_reduce`).
+#[test]
+fn averages_have_the_bits_of_staging() {
+    let Some(most) = world_size() else { return };
+    let cases = Cases { counts: &|_| COUNTS.to_vec(), times: 1, op: ReduceOp::Avg };
+    for size in 2..=most {
+        let expected = results(size, &[("p2p.algorithm", "staged")], "staged", &cases);
+        for algorithm in ["one_shot", "two_shot"] {
+            let found = results(size, &[("p2p.algorithm", algorithm)], algorithm, &cases);
+            assert_eq!(found, expected, "{algorithm} of {size} ranks gives other bits than staging");
         }
     }
 }
@@ -138,7 +151,7 @@ fn steps_with_a_tile_that_is_empty_on_the_last_rank() {
             };
             [4, 5, 8].into_iter().flat_map(of_tiles).collect()
         };
-        let cases = |times| Cases { counts: &counts, times };
+        let cases = |times| Cases { counts: &counts, times, op: ReduceOp::Sum };
         let expected = results(size, &[("p2p.algorithm", "pull")], "pull", &cases(1));
         let steps = [("p2p.algorithm", "steps"), ("p2p.cell_ctas", "1")];
         let found = results(size, &steps, "steps", &cases(8));

@@ -59,7 +59,7 @@ fn every_algorithm() {
             ("p2p.lamport_slots", "1024"),
             ("p2p.symmetric_operands", "on"),
         ];
-        for case in ["all_", "reduce_scatter/", "broadcast", "register", "allocate"] {
+        for case in ["all_", "reduce_scatter/", "reduce_scatter_v/", "broadcast", "register", "allocate"] {
             run(most, &config(&options).only(case));
         }
     }

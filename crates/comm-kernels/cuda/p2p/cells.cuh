@@ -42,9 +42,9 @@ __device__ __forceinline__ char* cell(const Link& link, int owner, uint32_t roun
 }
 
 // `kGatherToo`: an all-reduce, else a reduce-scatter. `cut` describes `send`; `to(r)` is where slice `link.rank`
-// lies in rank r's result; `align` divides all addresses and strides.
-template <class T, int kWorld, bool kGatherToo, int kUnits, class To>
-__device__ __forceinline__ void reduce_by_cells(const Link& link, const char* send, const Slices<4>& cut, To to,
+// lies in rank r's result; `align` divides all addresses and strides. Uneven slices (uneven.cuh) are for reduce-scatter.
+template <class T, int kWorld, bool kGatherToo, int kUnits, class Cut, class To>
+__device__ __forceinline__ void reduce_by_cells(const Link& link, const char* send, const Cut& cut, To to,
                                                 uint32_t align) {
     using Data = Words<4>;
     const int rank = link.rank;
@@ -58,6 +58,8 @@ __device__ __forceinline__ void reduce_by_cells(const Link& link, const char* se
     const uint32_t first = claim_rounds(link, kGatherToo ? rounds + 1 : rounds, waiter.gave_up);
     if (waiter.gave_up) return;
     const size_t whole = moves_wide<4>(align) ? cut.whole_packs(kWorld) : 0;
+    size_t own_whole = whole;
+    if constexpr (Cut::kUneven) own_whole = moves_wide<4>(align) ? cut.whole_packs_of(rank) : 0;
     auto peer = [&](int d) { return rank + d >= kWorld ? rank + d - kWorld : rank + d; };
 
     auto chunk = [&](uint32_t k) { return k * per_round + size_t(blockIdx.x) * per_cta; };
@@ -81,6 +83,26 @@ __device__ __forceinline__ void reduce_by_cells(const Link& link, const char* se
                     const uint32_t g = (warp * kUnits + u) * (kWorld - 1) + i;
                     store_pack(cell<kWorld>(link, peer(1 + g / rows), first + k, rank, g % rows * 32 + lane), v[i].w[0],
                                v[i].w[1], v[i].w[2], v[i].w[3]);
+                }
+            }
+        } else if constexpr (Cut::kUneven) {
+            // Where slices end at different places, this is the common case: dealt out alike, each pack if it is there.
+            const uint32_t rows = per_cta / 32;
+#pragma unroll
+            for (int u = 0; u < kUnits; u++) {
+                Data v[kWorld - 1];
+                uint32_t there = 0;
+#pragma unroll
+                for (int i = 0; i < kWorld - 1; i++) {
+                    const uint32_t g = (warp * kUnits + u) * (kWorld - 1) + i;
+                    if (cut.read(v[i], send, peer(1 + g / rows), begin + g % rows * 32 + lane, align)) there |= 1u << i;
+                }
+#pragma unroll
+                for (int i = 0; i < kWorld - 1; i++) {
+                    const uint32_t g = (warp * kUnits + u) * (kWorld - 1) + i;
+                    if (there >> i & 1)
+                        store_pack(cell<kWorld>(link, peer(1 + g / rows), first + k, rank, g % rows * 32 + lane),
+                                   v[i].w[0], v[i].w[1], v[i].w[2], v[i].w[3]);
                 }
             }
         } else {
@@ -125,7 +147,7 @@ __device__ __forceinline__ void reduce_by_cells(const Link& link, const char* se
     };
     auto reduce = [&](uint32_t k) {
         const size_t begin = chunk(k);
-        if (begin + per_cta <= whole) {
+        if (begin + per_cta <= own_whole) {
             Data v[kUnits];
 #pragma unroll
             for (int u = 0; u < kUnits; u++) {

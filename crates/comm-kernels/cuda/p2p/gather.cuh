@@ -195,19 +195,20 @@ __device__ __forceinline__ void warp_copy(char* to, const char* from, size_t byt
 // What one warp copies to one peer on end: fine enough that every peer is written to all the time.
 constexpr size_t kDirectChunk = 4096;
 
-// One hop by stores into the peers' `recv`. The warps are dealt out over the peers, `chunk` bytes (a multiple of 4096)
-// at a time. Entry: a peer's buffer may be written once that peer has entered. Exit: a
-// rank leaves once everybody's stores to it are visible.
-template <int kWorld>
-__device__ __forceinline__ void all_gather_direct(const Link& link, const char* send, const Peers& recv, size_t bytes,
-                                                  uint32_t chunk) {
+// One hop by stores into the peers' `recv`: this rank's `bytes` bytes come to `at()` of each; `strides` divides as `at()`
+// does. The warps are dealt out over
+// the peers, `chunk` bytes (a multiple of 4096) at a time. Entry: a peer's buffer may be written once that peer has
+// entered. Exit: a rank leaves once everybody's stores to it are visible. Neither depends on how much anybody stores.
+template <int kWorld, class At>
+__device__ __forceinline__ void gather_direct(const Link& link, const char* send, const Peers& recv, At at,
+                                              size_t bytes, uint64_t strides, uint32_t chunk) {
     allow_successor();
     wait_for_predecessor();
     Waiter waiter;
     const uint32_t round = claim_rounds_by_thread(link, 1, waiter.gave_up);
     if (!meet<kWorld>(link, waiter, kEnter, round, false)) return;
     injected_stall(link);
-    uint64_t bits = address(send) | bytes;
+    uint64_t bits = address(send) | strides;
 #pragma unroll
     for (int r = 0; r < kWorld; r++) bits |= address(recv.at[r]);
     const uint32_t align = common_alignment(bits);
@@ -218,14 +219,20 @@ __device__ __forceinline__ void all_gather_direct(const Link& link, const char* 
         const int d = 1 + int(i % (kWorld - 1));
         const size_t begin = i / (kWorld - 1) * chunk;
         const int to = int(link.rank) + d >= kWorld ? int(link.rank) + d - kWorld : int(link.rank) + d;
-        warp_copy(recv.at[to] + link.rank * bytes + begin, send + begin, min(size_t(chunk), bytes - begin), align);
+        warp_copy(recv.at[to] + at() + begin, send + begin, min(size_t(chunk), bytes - begin), align);
     }
-    char* const own = recv.at[link.rank] + link.rank * bytes;
+    char* const own = recv.at[link.rank] + at();
     if (own != send) {
         for (size_t i = warp; i < chunks; i += warps)
             warp_copy(own + i * chunk, send + i * chunk, min(size_t(chunk), bytes - i * chunk), align);
     }
     meet<kWorld>(link, waiter, kExit, round, true);
+}
+
+template <int kWorld>
+__device__ __forceinline__ void all_gather_direct(const Link& link, const char* send, const Peers& recv, size_t bytes,
+                                                  uint32_t chunk) {
+    gather_direct<kWorld>(link, send, recv, [&] { return link.rank * bytes; }, bytes, bytes, chunk);
 }
 
 // Two hops by stores: the root writes slice i into relay i's `recv`, chunk by chunk, and raises a flag; the relay

@@ -69,7 +69,7 @@ struct Link {
     const uint32_t* abort;  // host-mapped word; nonzero ends all waits
     ErrorRecord* error;
     uint64_t timeout_ns;  // longest single wait
-    uint64_t stall_ns;    // tests only: each CTA sleeps this long between its sends and its first wait
+    uint64_t stall_ns;    // tests only: how long each CTA is late (injected_stall)
     uint32_t rank;
     uint32_t slot_packs;  // packs that one source may have in one (buffer, stage)
     uint32_t op;          // the host's sequence number for this kernel; goes into the error record only

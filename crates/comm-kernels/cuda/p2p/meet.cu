@@ -5,8 +5,9 @@
 //     `counters` points to this rank's PairCounters, zero at the start.
 //
 // A message of a pair goes through one staging buffer of the sender. Sender: kAwaitFree, write the buffer, kAnnounce.
-// Receiver: kAwaitFull, read the buffer, kRelease. The counters live in device memory, so that a replayed graph goes on
-// counting; they wrap, and are compared by signed difference.
+// Receiver: kAwaitFull, read the buffer, kRelease. Whoever reads or writes it looks at `link.broken` first (../stop.cuh):
+// a sender that gave up waiting for the buffer must leave it alone. The counters live in device memory, so that a replayed
+// graph goes on counting; they wrap, and are compared by signed difference.
 #include "gather.cuh"
 
 namespace p2p {
@@ -37,7 +38,10 @@ extern "C" __global__ void __launch_bounds__(32)
     switch (step) {
         case kAwaitFree: await(kFree, counters->sent[peer]); break;
         case kAnnounce: raise(kFull, ++counters->sent[peer]); break;
-        case kAwaitFull: await(kFull, counters->received[peer] + 1); break;
+        case kAwaitFull:
+            await(kFull, counters->received[peer] + 1);
+            injected_stall(link);
+            break;
         case kRelease: raise(kFree, ++counters->received[peer]); break;
     }
 }
@@ -46,8 +50,8 @@ extern "C" __global__ void __launch_bounds__(32)
     extern "C" __global__ void __launch_bounds__(32) p2p_barrier_w##WORLD(const __grid_constant__ p2p::Link link) {    \
         p2p::Waiter waiter;                                                                                            \
         const uint32_t round = p2p::claim_rounds_by_thread(link, 1, waiter.gave_up);                                   \
-        p2p::injected_stall(link);                                                                                     \
         p2p::meet<WORLD>(link, waiter, p2p::kExit, round, true);                                                       \
+        p2p::injected_stall(link);                                                                                     \
     }
 
 #ifndef P2P_WORLDS

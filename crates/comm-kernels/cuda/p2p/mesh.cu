@@ -43,8 +43,6 @@ extern "C" __global__ void __launch_bounds__(256)
     bool silent = false;
     const uint32_t round = claim_rounds(link, 1, silent);
     if (silent) return;
-    injected_stall(link);
-    __syncthreads();
     const uint32_t origin = threadIdx.x / 32;
     if (threadIdx.x % 32 == 0 && origin < world && origin != link.rank) {
         Waiter waiter;
@@ -65,6 +63,7 @@ extern "C" __global__ void __launch_bounds__(256)
         }
     }
     __syncthreads();
+    injected_stall(link);
 }
 
 extern "C" __global__ void __launch_bounds__(32)
@@ -84,7 +83,10 @@ extern "C" __global__ void __launch_bounds__(32)
     switch (step) {
         case kAwaitFree: await(kFree, counters->sent[peer]); break;
         case kAnnounce: raise(kFull, ++counters->sent[peer]); break;
-        case kAwaitFull: await(kFull, counters->received[peer] + 1); break;
+        case kAwaitFull:
+            await(kFull, counters->received[peer] + 1);
+            injected_stall(link);
+            break;
         case kRelease: raise(kFree, ++counters->received[peer]); break;
     }
 }

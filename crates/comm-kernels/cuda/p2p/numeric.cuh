@@ -61,6 +61,14 @@ struct Accumulator {
 #pragma unroll
         for (int i = 0; i < kElems; i++) v[i] += other.v[i];
     }
+    // An average's last step, in fp32: a true division, whose bits the host backend gives too. By a power of two a product
+    // has the same.
+    template <int kBy>
+    __device__ __forceinline__ void divide() {
+#pragma unroll
+        for (int i = 0; i < kElems; i++)
+            v[i] = (kBy & (kBy - 1)) == 0 ? __fmul_rn(v[i], 1.0f / kBy) : __fdiv_rn(v[i], float(kBy));
+    }
     __device__ __forceinline__ Words<kWords> rounded() const {
         Words<kWords> r;
 #pragma unroll
@@ -167,6 +175,7 @@ __device__ __forceinline__ void write_pack(char* to, const Words<kWords>& v, uin
 template <int kWords>
 struct Slices {
     static constexpr uint32_t kBytes = 4 * kWords;
+    static constexpr bool kUneven = false;
     size_t stride;
     size_t total;
 

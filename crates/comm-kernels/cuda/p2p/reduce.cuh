@@ -35,11 +35,12 @@
 
 namespace p2p {
 
-// What one thread needs for a reducing op over `kWorld` slices.
-template <class T, int kWorld, class Wire>
+// What one thread needs for a reducing op over `kWorld` slices. `kAverage`: sums are divided by the number of ranks before
+// they are rounded.
+template <class T, int kWorld, class Wire, bool kAverage = false, class Slicing = Slices<Wire::kWords>>
 struct Reducer {
     using Data = Words<Wire::kWords>;
-    using Cut = Slices<Wire::kWords>;
+    using Cut = Slicing;
 
     const Link& link;
     const Cut cut;
@@ -95,7 +96,7 @@ struct Reducer {
         }
     }
 
-    // Adds up a pack in rank order, this rank's own from `own`.
+    // Adds up a pack in rank order, this rank's own from `own`, and divides if it is to be an average.
     __device__ __forceinline__ Accumulator<T, Wire::kWords> add_up(const Data (&v)[kWorld], const Data& own) const {
         Accumulator<T, Wire::kWords> acc;
 #pragma unroll
@@ -106,6 +107,7 @@ struct Reducer {
             else
                 acc.add(x);
         }
+        if constexpr (kAverage) acc.template divide<kWorld>();
         return acc;
     }
 
@@ -129,9 +131,9 @@ struct Reducer {
 };
 
 // One hop: every rank sends everything to every rank and sums everything itself. At most `slot_packs` packs.
-template <class T, int kWorld, class Wire>
+template <class T, int kWorld, class Wire, bool kAverage = false>
 __device__ __forceinline__ void all_reduce_one_shot(const Link& link, const T* send, T* recv, size_t count) {
-    using R = Reducer<T, kWorld, Wire>;
+    using R = Reducer<T, kWorld, Wire, kAverage>;
     allow_successor();
     wait_for_predecessor();
     const uint32_t align_out = common_alignment(address(recv));
@@ -165,9 +167,9 @@ __device__ __forceinline__ void all_reduce_one_shot(const Link& link, const T* s
 // Two hops, pipelined over rounds: while round k is summed, round k + 1 is on its way in and round k - 1 on its way
 // back. In place is allowed: each pack of `recv` is written by the thread that has sent or summed the same pack of
 // `send`.
-template <class T, int kWorld, class Wire>
+template <class T, int kWorld, class Wire, bool kAverage = false>
 __device__ __forceinline__ void all_reduce_two_shot(const Link& link, const T* send, T* recv, size_t count) {
-    using R = Reducer<T, kWorld, Wire>;
+    using R = Reducer<T, kWorld, Wire, kAverage>;
     allow_successor();
     wait_for_predecessor();
     const uint32_t align_out = common_alignment(address(recv));
@@ -226,9 +228,9 @@ __device__ __forceinline__ void all_reduce_two_shot(const Link& link, const T* s
 
 // The first hop alone. `count`: elements that each rank receives; `send` holds `kWorld * count`. In place
 // (`recv == send + rank * count`) is allowed.
-template <class T, int kWorld, class Wire>
+template <class T, int kWorld, class Wire, bool kAverage = false>
 __device__ __forceinline__ void reduce_scatter(const Link& link, const T* send, T* recv, size_t count) {
-    using R = Reducer<T, kWorld, Wire>;
+    using R = Reducer<T, kWorld, Wire, kAverage>;
     allow_successor();
     wait_for_predecessor();
     const uint32_t align_out = common_alignment(address(recv));

@@ -9,8 +9,8 @@
 // wait it gave up, and no kernel that starts later sends anything, on any channel. The others' waits then end in errors
 // of their own, or at the abort word.
 //
-// Memory that others read counts as sent: the wait may have been for their reading. So the copies to staging memory,
-// which wait for nobody themselves, look at `broken` too (`unless` in copy.cu and reduce.cu).
+// Memory that others read counts as sent: the wait may have been for their reading. So copies and sums between handshakes,
+// by kernels that do not wait themselves, look at `broken` too (../stop.cuh).
 #pragma once
 #include "wire.cuh"
 
@@ -103,7 +103,8 @@ __device__ __forceinline__ void receive_all(const Link& link, Waiter& waiter, ui
     for (int s = 0; s < kWorld; s++) v[s] = Wire::payload(raw[s]);
 }
 
-// Tests only: makes this rank late between its sends and its first wait.
+// Tests only: makes this rank late between its sends and its first wait, or, where a kernel only waits for what others
+// then read, between the two.
 __device__ __forceinline__ void injected_stall(const Link& link) {
     if (link.stall_ns == 0) return;
     const uint64_t start = now_ns();

@@ -41,14 +41,15 @@ impl Kernels {
         unsafe { self.reduce_unless(DeviceAddr::NULL, inputs, output, count, (dtype, op), stream) }
     }
 
-    /// [`reduce`](Self::reduce), unless the 32-bit word in device memory at `unless` is nonzero when the kernel runs:
+    /// [`reduce`](Self::reduce), unless the 32-bit word in device memory at `unless` is nonzero when the kernel starts:
     /// nothing is read or written then.
     ///
     /// # Errors
     /// As [`reduce`](Self::reduce).
     ///
     /// # Safety
-    /// As [`reduce`](Self::reduce); the word is null, or valid for reads, aligned, and not written while the kernel runs.
+    /// As [`reduce`](Self::reduce). The word is null, or valid for reads and aligned; if it becomes nonzero while the kernel
+    /// runs, the reduction may be done in part.
     pub unsafe fn reduce_unless(
         &self,
         unless: DeviceAddr,

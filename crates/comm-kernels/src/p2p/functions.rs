@@ -2,8 +2,10 @@
 
 use comm_core::{CommError, DType, Result};
 
+use super::average::AverageFunctions;
 use super::link::MAX_RANKS;
 use super::mesh::MeshFunctions;
+use super::uneven::UnevenFunctions;
 use crate::module::{Function, Module};
 
 /// One entry point each for bf16, f16 and f32.
@@ -71,6 +73,8 @@ pub(super) struct Functions {
     pub(super) barrier: Function,
     pub(super) pair: Function,
     pub(super) mesh: MeshFunctions,
+    pub(super) uneven: UnevenFunctions,
+    pub(super) average: AverageFunctions,
 }
 
 impl Functions {
@@ -115,6 +119,8 @@ impl Functions {
             barrier: meet.function(by_world!(world, "p2p_barrier"))?,
             pair: meet.function("p2p_pair")?,
             mesh: MeshFunctions::load(context)?,
+            uneven: UnevenFunctions::load(context, world)?,
+            average: AverageFunctions::load(context, world)?,
         })
     }
 }

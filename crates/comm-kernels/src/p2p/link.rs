@@ -98,7 +98,7 @@ pub struct Link {
     pub error: DeviceAddr,
     /// The longest single wait.
     pub timeout_ns: u64,
-    /// For tests: how long each block sleeps between its sends and its first wait.
+    /// For tests: how long each block sleeps between its sends and its first wait, or behind that if it sends nothing.
     pub stall_ns: u64,
     /// This rank.
     pub rank: u32,

@@ -3,6 +3,7 @@
 //! Each checks what the kernel cannot, and enqueues one kernel. Which one, in what shape and on which memory is for the
 //! caller to decide; every rank of the communicator must decide alike.
 
+mod average;
 mod captured;
 mod functions;
 mod link;
@@ -10,6 +11,7 @@ mod mesh;
 mod norm;
 mod quantized;
 mod steps;
+mod uneven;
 
 use std::ffi::c_void;
 use std::fmt;
@@ -26,6 +28,7 @@ pub use self::link::{
 };
 pub use self::mesh::{CUBE_ROW_PAIRS, CubeRoles, MeshRoutes};
 pub use self::quantized::{QUANTIZED_PACKS, QUANTIZED_ROW};
+pub use self::uneven::Parts;
 use crate::kernels::parameters;
 use crate::module::Function;
 pub use crate::module::Overlap;

@@ -1,5 +1,6 @@
 //! The operations: arguments are checked, an algorithm is chosen, and its kernels are enqueued.
 
+mod average;
 mod captured;
 mod choice;
 mod cube;

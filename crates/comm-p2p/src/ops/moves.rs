@@ -142,7 +142,7 @@ impl P2pComm {
                     staging.uses(part);
                     staging.exchange(
                         |staging, own| match info.rank == root {
-                            true => staging.fill(send.offset(offset), own, part),
+                            true => staging.copy(send.offset(offset), own, part),
                             false => Ok(()),
                         },
                         |staging, halves| staging.copy(halves[root], recv.offset(offset), part),
@@ -199,7 +199,7 @@ impl P2pComm {
             staging.exchange(
                 |staging, own| {
                     (0..info.size).filter(|&to| to != info.rank).try_for_each(|to| {
-                        staging.fill(place(send, to), own.offset((to * room) as u64), length)
+                        staging.copy(place(send, to), own.offset((to * room) as u64), length)
                     })
                 },
                 |staging, halves| {

@@ -10,7 +10,7 @@
 use comm_core::{CommError, DType, DeviceAddr, OpKind, P2pOp, Result, StreamHandle, check};
 use comm_kernels::p2p::PairStep;
 
-use super::staged::{copy, fill};
+use super::staged::{copy, copy_unless_broken};
 use crate::comm::P2pComm;
 use crate::state::{Call, Channels};
 use crate::usage::Algorithm;
@@ -152,7 +152,7 @@ impl P2pComm {
         let (slot, mailbox) = self.crossing(channels, self.shared().info.rank, peer);
         self.step(call, channels, (peer, PairStep::AwaitFree), mailbox, stream)?;
         // Not after a wait that was given up: the peer may be reading the last message, which it has been told of.
-        fill(call, channels, chunk.addr, slot, chunk.bytes, stream)?;
+        copy_unless_broken(call, channels, chunk.addr, slot, chunk.bytes, stream)?;
         self.step(call, channels, (peer, PairStep::Announce), mailbox, stream)
     }
 
@@ -166,7 +166,7 @@ impl P2pComm {
     ) -> Result<()> {
         let (slot, mailbox) = self.crossing(channels, peer, self.shared().info.rank);
         self.step(call, channels, (peer, PairStep::AwaitFull), mailbox, stream)?;
-        copy(call, slot, chunk.addr, chunk.bytes, stream)?;
+        copy_unless_broken(call, channels, slot, chunk.addr, chunk.bytes, stream)?;
         self.step(call, channels, (peer, PairStep::Release), mailbox, stream)
     }
 }

@@ -2,6 +2,7 @@
 
 use comm_core::{DType, DeviceAddr, OpKind, ReduceOp, Result, StreamHandle, check};
 
+use super::average::is_average;
 use super::is_fast;
 use super::staged::{Staging, barrier, copy};
 use crate::comm::P2pComm;
@@ -39,6 +40,13 @@ impl P2pComm {
         let Some(channels) = self.channels(bytes) else {
             return self.local(call, send, recv, bytes, stream);
         };
+        if is_average(dtype, op) {
+            let algorithm = self.average_all_reduce(&call, channels, (send, recv), count, dtype, stream)?;
+            if algorithm != Algorithm::Staged {
+                call.finish(algorithm, stream);
+                return Ok(());
+            }
+        }
         if !is_fast(dtype, op) {
             self.stage_reduce(&call, channels, (send, recv), count, (dtype, op), None, stream)?;
             call.finish(Algorithm::Staged, stream);
@@ -144,7 +152,7 @@ impl P2pComm {
         while done < count {
             let part = most.min(count - done);
             staging.uses(part * size);
-            let fill = |staging: &Staging<'_>, own| staging.fill(at(send, done, size), own, part * size);
+            let fill = |staging: &Staging<'_>, own| staging.copy(at(send, done, size), own, part * size);
             let to = at(recv, done, size);
             if root.is_some() || part * size < SLICED {
                 staging.exchange(fill, |staging, halves| match root {
@@ -195,6 +203,14 @@ impl P2pComm {
         let Some(channels) = self.channels(part) else {
             return self.local(call, send, recv, part, stream);
         };
+        if is_average(dtype, op) {
+            let algorithm =
+                self.average_reduce_scatter(&call, channels, (send, recv), count, dtype, stream)?;
+            if algorithm != Algorithm::Staged {
+                call.finish(algorithm, stream);
+                return Ok(());
+            }
+        }
         let limits = self.limits();
         let plan = limits.reduce_scatter(part);
         if !is_fast(dtype, op) || plan.algorithm == Algorithm::Staged {
@@ -252,7 +268,7 @@ impl P2pComm {
                     let mut begin = 0;
                     for (to, &count) in counts.iter().enumerate() {
                         let from = at(send, begin + done, size);
-                        staging.fill(from, own.offset((to * room) as u64), left(to) * size)?;
+                        staging.copy(from, own.offset((to * room) as u64), left(to) * size)?;
                         begin += count;
                     }
                     Ok(())

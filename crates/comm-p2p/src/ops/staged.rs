@@ -7,9 +7,12 @@
 //! In a mesh with gaps, a second step precedes every reading: each rank copies what it holds for others, and another
 //! barrier follows. Reading then touches neighbours' memory alone.
 //!
-//! A rank that has given up a barrier must not write its halves again: the barrier was to show that the others have read
-//! them, and one that is only late reads on and may then complete, because this rank's flags came before. So whatever
-//! writes memory that other ranks read goes by [`fill`], or sums under the same condition.
+//! # After a wait that was given up
+//! A rank that has given up a barrier must not write its halves again, nor what it holds for others: the barrier was to
+//! show that the others have read them, and one that is only late reads on and may then complete, because this rank's flags
+//! came before. So whatever copies or sums behind a barrier looks at the word that says so when it starts: here, and for
+//! the messages of pairs (`pairs.rs`). What such a rank would read from others, or write to the caller's result, only it
+//! could see; one rule for all is the simpler one, and it lets the others' memory alone.
 
 use comm_core::{DType, DeviceAddr, ReduceOp, Result, StreamHandle};
 use comm_kernels::p2p::Peers;
@@ -39,28 +42,27 @@ impl<'a> Staging<'a> {
         if room < size { size } else { room / size * size }
     }
 
-    /// Copies bytes to an operand of this rank, from any address that it can reach.
+    /// Copies bytes to or from this rank's memory, from any address that it can reach, unless this rank has given up a
+    /// wait.
     pub(crate) fn copy(&self, from: DeviceAddr, to: DeviceAddr, bytes: usize) -> Result<()> {
-        copy(self.call, from, to, bytes, self.stream)
+        copy_unless_broken(self.call, self.channels, from, to, bytes, self.stream)
     }
 
-    /// Copies bytes to this rank's half.
-    pub(crate) fn fill(&self, from: DeviceAddr, to: DeviceAddr, bytes: usize) -> Result<()> {
-        fill(self.call, self.channels, from, to, bytes, self.stream)
-    }
-
-    /// Copies rows to this rank's half, which begin the given bytes apart.
-    pub(crate) fn fill_rows(
+    /// The same for `rows` rows of `width` bytes, which begin the given bytes apart.
+    pub(crate) fn copy_rows(
         &self,
         from: (DeviceAddr, usize),
         to: (DeviceAddr, usize),
         width: usize,
         rows: usize,
     ) -> Result<()> {
-        let (kernels, broken) = (&self.call.shared.base.kernels, self.channels.barrier.broken);
-        // SAFETY: the caller of the operation vouches for the source; a half is as large as the chunk; the word lives as
-        // long as the channels, and the stream's kernels before this one have ended.
-        self.call.fatal(unsafe { kernels.copy_rows_unless(broken, from, to, width, rows, self.stream) })
+        if from.0 == to.0 {
+            return Ok(());
+        }
+        let (kernels, unless) = (&self.call.shared.base.kernels, silence(self.call, self.channels));
+        // SAFETY: the operation's caller vouches for its operands; a half is as large as the chunk; the word lives as long
+        // as the channels.
+        self.call.fatal(unsafe { kernels.copy_rows_unless(unless, from, to, width, rows, self.stream) })
     }
 
     /// Says how many bytes of a half the next chunks use, from its beginning on, so that no more is copied for others.
@@ -83,7 +85,7 @@ impl<'a> Staging<'a> {
         let Some(mesh) = &self.channels.mesh else { return Ok(()) };
         let (staging, half) = (&self.channels.staging, self.channels.half);
         for (from, to) in mesh.copies(staging, 2 * half, self.chunk % 2 * half) {
-            self.fill(from, to, self.used)?;
+            self.copy(from, to, self.used)?;
         }
         self.barrier()
     }
@@ -118,7 +120,7 @@ impl<'a> Staging<'a> {
     }
 
     /// Reduces what every rank has at `offset` of its half to an operand of this rank or, where no other rank reads it
-    /// yet, to its half.
+    /// yet, to its half, unless this rank has given up a wait.
     pub(crate) fn reduce(
         &self,
         halves: &Peers,
@@ -129,10 +131,13 @@ impl<'a> Staging<'a> {
     ) -> Result<()> {
         let inputs = shifted(halves, offset);
         let inputs = &inputs[..self.call.shared.info.size];
-        let (kernels, broken) = (&self.call.shared.base.kernels, self.channels.barrier.broken);
         // SAFETY: staging memory of all ranks, written before the barrier; the caller of the operation vouches for the
         // output; the word as above.
-        self.call.fatal(unsafe { kernels.reduce_unless(broken, inputs, to, count, reduction, self.stream) })
+        self.call.fatal(unsafe {
+            let unless = silence(self.call, self.channels);
+            let kernels = &self.call.shared.base.kernels;
+            kernels.reduce_unless(unless, inputs, to, count, reduction, self.stream)
+        })
     }
 
     /// Ends the exchange.
@@ -157,9 +162,28 @@ pub(crate) fn barrier(call: &Call<'_>, channels: &Channels, stream: StreamHandle
     })
 }
 
-/// Copies bytes to memory that other ranks read, unless this rank has given up a wait: it has lost sight of who still
-/// reads what lies there.
-pub(crate) fn fill(
+/// The word that keeps kernels behind a wait from copying once this rank has given one up. All channels have the same, and
+/// it lives as long as they do. Null, which keeps nothing, where a test wants to see what happens then.
+fn silence(call: &Call<'_>, channels: &Channels) -> DeviceAddr {
+    match call.shared.base.options.copies_when_broken {
+        false => channels.barrier.broken,
+        true => DeviceAddr::NULL,
+    }
+}
+
+/// Copies bytes between operands of this rank, behind no wait.
+pub(crate) fn copy(
+    call: &Call<'_>,
+    from: DeviceAddr,
+    to: DeviceAddr,
+    bytes: usize,
+    stream: StreamHandle,
+) -> Result<()> {
+    copy_unless(call, DeviceAddr::NULL, (from, to), bytes, stream)
+}
+
+/// The same behind a wait for other ranks: nothing is copied once this rank has given one up.
+pub(crate) fn copy_unless_broken(
     call: &Call<'_>,
     channels: &Channels,
     from: DeviceAddr,
@@ -167,22 +191,13 @@ pub(crate) fn fill(
     bytes: usize,
     stream: StreamHandle,
 ) -> Result<()> {
-    if bytes == 0 || from == to {
-        return Ok(());
-    }
-    let (kernels, broken) = (&call.shared.base.kernels, channels.barrier.broken);
-    // SAFETY: the callers vouch for both ranges; the word is one for all channels, lives as long as they do, and the
-    // stream's kernels before this one have ended.
-    call.fatal(unsafe {
-        kernels.reduce_unless(broken, &[from], to, bytes, (DType::U8, ReduceOp::Sum), stream)
-    })
+    copy_unless(call, silence(call, channels), (from, to), bytes, stream)
 }
 
-/// Copies bytes to memory that no other rank reads, from any address that this device can reach.
-pub(crate) fn copy(
+fn copy_unless(
     call: &Call<'_>,
-    from: DeviceAddr,
-    to: DeviceAddr,
+    unless: DeviceAddr,
+    (from, to): (DeviceAddr, DeviceAddr),
     bytes: usize,
     stream: StreamHandle,
 ) -> Result<()> {
@@ -191,7 +206,10 @@ pub(crate) fn copy(
     }
     let kernels = &call.shared.base.kernels;
     // A kernel rather than a copy command: it is ordered with the other kernels at no extra cost, reads other devices'
-    // memory at the speed of the link, and can be captured whatever the memory. A sum of one input is a copy.
-    // SAFETY: the callers vouch for both ranges.
-    call.fatal(unsafe { kernels.reduce(&[from], to, bytes, DType::U8, ReduceOp::Sum, stream) })
+    // memory at the speed of the link, and can be captured whatever the memory. Nor does it stand in line for a copy engine,
+    // where ranks share a device, behind a copy that waits for this rank. A sum of one input is a copy.
+    // SAFETY: the callers vouch for both ranges, and the word lives as long as the channels.
+    call.fatal(unsafe {
+        kernels.reduce_unless(unless, &[from], to, bytes, (DType::U8, ReduceOp::Sum), stream)
+    })
 }

@@ -1,10 +1,13 @@
-//! Gathers and scatters of uneven parts, and of two-dimensional blocks.
+//! Gathers and scatters of uneven parts, and gathers of two-dimensional blocks.
 
 use comm_core::{Block2d, DType, DeviceAddr, OpKind, ReduceOp, Result, StreamHandle, check};
-use comm_kernels::raw;
+use comm_kernels::p2p::Parts;
 
+use super::average::is_average;
+use super::is_fast;
 use super::staged::Staging;
 use crate::comm::P2pComm;
+use crate::select::Plan;
 use crate::state::{Call, Channels};
 use crate::usage::Algorithm;
 
@@ -23,16 +26,44 @@ impl P2pComm {
     ) -> Result<()> {
         const KIND: OpKind = OpKind::AllGatherV;
         let checked = check::all_gather_v(&self.shared().info, send, recv, counts, dtype);
-        self.compare(KIND, &checked, || format!("{counts:?} {dtype}"))?;
+        self.compare(KIND, &checked, || {
+            let place = checked.as_ref().map_or_else(|_| String::new(), |&whole| self.place(recv, whole));
+            format!("{counts:?} {dtype}{place}")
+        })?;
         let whole = checked?;
         let mut call = self.begin(KIND)?;
         call.passes(dtype, whole, &widened(counts));
         let Some(channels) = self.channels(whole) else {
             return self.local(call, send, recv, whole, stream);
         };
-        let parts: Vec<usize> = counts.iter().map(|count| count * dtype.size()).collect();
-        self.stage_all_gather(&call, channels, (send, recv), &parts, stream)?;
-        call.finish(Algorithm::Staged, stream);
+        let lengths: Vec<usize> = counts.iter().map(|count| count * dtype.size()).collect();
+        let parts = call.fatal(Parts::new(&lengths))?;
+        let found = call.owned.table.find(recv, whole);
+        let Plan { algorithm, shape, chunk, .. } =
+            self.limits().all_gather_v(parts.longest(), found.is_some());
+        let link = call.link(&channels.packet);
+        match (algorithm, found) {
+            (Algorithm::Direct, Some(found)) => {
+                call.reaches(&found, recv)?;
+                let (kernels, peers) = (&channels.kernels, &found.peers);
+                // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks,
+                // `recv` lies in a region of all ranks, and the caller vouches for the operands.
+                call.fatal(unsafe {
+                    kernels.all_gather_v_direct(&link, send, peers, (&parts, chunk), shape, stream)
+                })?;
+            }
+            (Algorithm::Staged, _) => {
+                self.stage_all_gather(&call, channels, (send, recv), &lengths, stream)?;
+            }
+            _ => {
+                self.share_a_buffer(&call, &link, stream)?;
+                // SAFETY: as above.
+                call.fatal(unsafe {
+                    channels.kernels.all_gather_v_packets(&link, (send, recv), &parts, shape, stream)
+                })?;
+            }
+        }
+        call.finish(algorithm, stream);
         Ok(())
     }
 
@@ -63,7 +94,7 @@ impl P2pComm {
             staging.uses(room.min(longest - done));
             let source = send.offset(done as u64);
             staging.exchange(
-                |staging, own| staging.fill(source, own, left(rank)),
+                |staging, own| staging.copy(source, own, left(rank)),
                 |staging, halves| {
                     (0..size).map(|turn| (rank + turn) % size).try_for_each(|from| {
                         let source = if from == rank { source } else { halves[from] };
@@ -92,8 +123,33 @@ impl P2pComm {
         let Some(channels) = self.channels(whole) else {
             return self.local(call, send, recv, whole, stream);
         };
-        self.stage_reduce_scatter(&call, channels, (send, recv), counts, (dtype, op), stream)?;
-        call.finish(Algorithm::Staged, stream);
+        let lengths: Vec<usize> = counts.iter().map(|count| count * dtype.size()).collect();
+        let parts = call.fatal(Parts::new(&lengths))?;
+        if is_average(dtype, op) {
+            let algorithm =
+                self.average_reduce_scatter_v(&call, channels, (send, recv), &parts, dtype, stream)?;
+            if algorithm != Algorithm::Staged {
+                call.finish(algorithm, stream);
+                return Ok(());
+            }
+        }
+        let Plan { algorithm, shape, units, .. } = self.limits().reduce_scatter_v(parts.longest());
+        if !is_fast(dtype, op) || algorithm == Algorithm::Staged {
+            self.stage_reduce_scatter(&call, channels, (send, recv), counts, (dtype, op), stream)?;
+            call.finish(Algorithm::Staged, stream);
+            return Ok(());
+        }
+        let cells = (algorithm == Algorithm::Cells).then_some(units);
+        let link = call.link(if cells.is_some() { &channels.cells } else { &channels.lamport });
+        if cells.is_none() {
+            self.share_a_buffer(&call, &link, stream)?;
+        }
+        // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks, and the
+        // caller vouches for the operands.
+        call.fatal(unsafe {
+            channels.kernels.reduce_scatter_v(&link, cells, (send, recv), &parts, dtype, shape, stream)
+        })?;
+        call.finish(algorithm, stream);
         Ok(())
     }
 
@@ -120,25 +176,15 @@ impl P2pComm {
             return Ok(());
         }
         let (from_pitch, to_pitch) = (block.send_pitch * size, block.row_pitch * size);
-        let copy = |from: (DeviceAddr, usize), to: (DeviceAddr, usize), width: usize, rows: usize| {
-            if rows == 0 || from.0 == to.0 {
-                return Ok(());
-            }
-            if self.shared().base.room.is_shared() {
-                // Copy commands of several streams may stand in line for one engine, one that waits for another rank in
-                // front of the one that this rank waits for. Kernels do not.
-                let at = |(base, pitch): (DeviceAddr, usize), row: usize| base.offset((row * pitch) as u64);
-                return (0..rows).try_for_each(|row| {
-                    super::staged::copy(&call, at(from, row), at(to, row), width, stream)
-                });
-            }
-            // SAFETY: the operands have been checked and the caller vouches for them; staging memory is as large as the
-            // chunk.
-            call.fatal(unsafe { raw::copy_2d(from, to, width, rows, stream) })
-        };
-        let own_to = recv.offset((info.rank * block.rank_stride * size) as u64);
         let Some(channels) = &self.shared().channels else {
-            copy((send, from_pitch), (own_to, to_pitch), width, height)?;
+            // The only rank is the first, and its block lies at the beginning.
+            if send != recv {
+                let (kernels, from, to) = (&self.shared().base.kernels, (send, from_pitch), (recv, to_pitch));
+                // SAFETY: the operands have been checked and the caller vouches for them; there is no word.
+                call.fatal(unsafe {
+                    kernels.copy_rows_unless(DeviceAddr::NULL, from, to, width, height, stream)
+                })?;
+            }
             call.finish(Algorithm::Local, stream);
             return Ok(());
         };
@@ -155,15 +201,15 @@ impl P2pComm {
                 let place =
                     |base: DeviceAddr, pitch: usize| (base.offset((row * pitch + column) as u64), pitch);
                 staging.exchange(
-                    |staging, own| staging.fill_rows(place(send, from_pitch), (own, columns), columns, rows),
-                    |_, halves| {
+                    |staging, own| staging.copy_rows(place(send, from_pitch), (own, columns), columns, rows),
+                    |staging, halves| {
                         (0..info.size).map(|turn| (info.rank + turn) % info.size).try_for_each(|from| {
                             let to = recv.offset((from * block.rank_stride * size) as u64);
                             let source = match from == info.rank {
                                 true => place(send, from_pitch),
                                 false => (halves[from], columns),
                             };
-                            copy(source, place(to, to_pitch), columns, rows)
+                            staging.copy_rows(source, place(to, to_pitch), columns, rows)
                         })
                     },
                 )?;

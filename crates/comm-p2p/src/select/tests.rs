@@ -148,7 +148,9 @@ fn two_kernels_of_every_rank_fit_on_a_device_and_leave_room_for_a_cluster() {
             let registered = [limits.all_reduce(bytes, true), limits.all_gather(bytes, true)];
             let plain = [limits.all_reduce(bytes, false), limits.reduce_scatter(bytes)];
             let norm = limits.norm(bytes.div_ceil(16_384), 16_384);
-            [registered, plain, [limits.broadcast(bytes, true), norm]].concat()
+            let uneven = [limits.all_gather_v(bytes, true), limits.reduce_scatter_v(bytes)];
+            let averages = [limits.all_reduce_average(bytes), limits.reduce_scatter_average(bytes)];
+            [registered, plain, [limits.broadcast(bytes, true), norm], uneven, averages].concat()
         });
         let most = grids.map(|plan| plan.shape.grid).max().unwrap();
         assert!(2 * ranks as u32 * most + 56 <= 132, "{ranks} ranks, kernels of {most} blocks");

@@ -22,4 +22,5 @@ mod stall;
 mod sums;
 mod tokens;
 mod two_group;
+mod uneven;
 mod usage;

@@ -23,9 +23,17 @@ enum Op {
     ReduceScatter,
     AllGather,
     Broadcast,
+    ReduceScatterV,
+    AllGatherV,
 }
 
-const OPS: [Op; 4] = [Op::AllReduce, Op::ReduceScatter, Op::AllGather, Op::Broadcast];
+const OPS: [Op; 6] =
+    [Op::AllReduce, Op::ReduceScatter, Op::AllGather, Op::Broadcast, Op::ReduceScatterV, Op::AllGatherV];
+
+/// The first rank, which is late, has nothing, the second most, the others a little.
+fn uneven(size: usize) -> Vec<usize> {
+    (0..size).map(|rank| [0, COUNT, 3][rank.min(2)]).collect()
+}
 
 impl Op {
     /// Call number `call`: every call has its own data and its own place for the result.
@@ -37,17 +45,28 @@ impl Op {
                 Self::ReduceScatter => comm.reduce_scatter(send, recv, COUNT, DTYPE, sum, stream),
                 Self::AllGather => comm.all_gather(send, recv, COUNT, DTYPE, stream),
                 Self::Broadcast => comm.broadcast(send, recv, COUNT, DTYPE, 1, stream),
+                Self::ReduceScatterV => {
+                    comm.reduce_scatter_v(send, recv, &uneven(rank.size), DTYPE, sum, stream)
+                }
+                Self::AllGatherV => comm.all_gather_v(send, recv, &uneven(rank.size), DTYPE, stream),
             }
         }
     }
 
-    /// What the result must hold: where in the call's place, what, and from which element on.
-    fn result(self, rank: &Rank) -> Vec<(usize, Expected, usize)> {
+    /// What the result must hold: where in the call's place and how much, what, and from which element on.
+    fn result(self, rank: &Rank) -> Vec<((usize, usize), Expected, usize)> {
+        let counts = uneven(rank.size);
+        let before = |rank: usize| counts[..rank].iter().sum::<usize>();
+        let all = 0..rank.size;
         match self {
-            Self::AllReduce => vec![(0, SUM, 0)],
-            Self::ReduceScatter => vec![(0, SUM, rank.rank * COUNT)],
-            Self::AllGather => (0..rank.size).map(|from| (from * COUNT, Expected::Sent(from), 0)).collect(),
-            Self::Broadcast => vec![(0, Expected::Sent(1), 0)],
+            Self::AllReduce => vec![((0, COUNT), SUM, 0)],
+            Self::ReduceScatter => vec![((0, COUNT), SUM, rank.rank * COUNT)],
+            Self::AllGather => all.map(|from| ((from * COUNT, COUNT), Expected::Sent(from), 0)).collect(),
+            Self::Broadcast => vec![((0, COUNT), Expected::Sent(1), 0)],
+            Self::ReduceScatterV => vec![((0, counts[rank.rank]), SUM, before(rank.rank))],
+            Self::AllGatherV => {
+                all.map(|from| ((before(from), counts[from]), Expected::Sent(from), 0)).collect()
+            }
         }
     }
 }
@@ -76,8 +95,8 @@ fn calls(rank: &Rank, judge: &Judge, op: Op, seed: usize, recv: DeviceAddr) -> F
     rank.memory.synchronize().unwrap();
     let error = issued.and_then(|()| rank.comm.poll()).err();
     for call in 0..CALLS {
-        for (offset, expected, first) in op.result(rank) {
-            let lane = (at(recv, call * place + offset, DTYPE), COUNT, DTYPE);
+        for ((offset, count), expected, first) in op.result(rank) {
+            let lane = (at(recv, call * place + offset, DTYPE), count, DTYPE);
             judge.expect(rank, lane, &data(call), expected, first, call << 32).unwrap();
         }
     }
@@ -126,9 +145,13 @@ fn a_stalled_rank_gets_and_gives_the_right_results() {
 fn without_double_buffering_a_stall_is_noticed() {
     timed("stall, negative control", || {
         for size in two_worlds() {
-            for (op, algorithm) in
-                [(Op::AllReduce, "one_shot"), (Op::ReduceScatter, "two_shot"), (Op::AllGather, "packets")]
-            {
+            for (op, algorithm) in [
+                (Op::AllReduce, "one_shot"),
+                (Op::ReduceScatter, "two_shot"),
+                (Op::AllGather, "packets"),
+                (Op::ReduceScatterV, "two_shot"),
+                (Op::AllGatherV, "packets"),
+            ] {
                 for control in ["off", "on"] {
                     let mut options = SMALL.to_vec();
                     options.extend([

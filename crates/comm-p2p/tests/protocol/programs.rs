@@ -28,14 +28,18 @@ pub(crate) fn direct(world: usize, kernels: u8, first: Round, mutant: Mutant) ->
 }
 
 /// gather.cuh, `all_gather_packets`, one thread. Each kernel: its rounds, and in how many of them the thread has a pack.
+///
+/// The uneven form, uneven.cuh's `all_gather_packets_uneven`, is the same with packs that may be empty. Its mutant: only the
+/// first rank has anything, and the others leave their packs out.
 pub(crate) fn packets(world: usize, kernels: &[(u8, u8)], first: Round, mutant: Mutant) -> Protocol {
     let mut w = Writer::new(world, first, mutant);
+    let sends = |rank: usize| rank == 0 || mutant != Mutant::NoEmptyPacks;
     for &(rounds, used) in kernels {
         let first = w.claim_rounds(rounds);
         for rank in 0..world {
             let push = |w: &mut Writer, k: u8| {
                 let round = first.wrapping_add(k);
-                for to in w.others(rank).filter(|_| k < used) {
+                for to in w.others(rank).filter(|_| k < used && sends(rank)) {
                     let at = w.slot(to, round, GATHER, rank, None);
                     w.store(rank, at, packet(round, payload(round, rank)), false);
                 }
@@ -50,7 +54,7 @@ pub(crate) fn packets(world: usize, kernels: &[(u8, u8)], first: Round, mutant: 
                     push(&mut w, k + 1);
                 }
                 let round = first.wrapping_add(k);
-                for src in w.others(rank).filter(|_| k < used) {
+                for src in w.others(rank).filter(|&src| k < used && sends(src)) {
                     let at = w.slot(rank, round, GATHER, src, None);
                     let sees = Some(packet(round, payload(round, src)));
                     let (until, order) = (Until::Carries(round), Order::Relaxed);

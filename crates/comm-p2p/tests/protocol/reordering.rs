@@ -313,6 +313,10 @@ fn packets() {
     holds(programs::packets(4, &[(2, 2)], FIRST, Mutant::None), Trouble::Nothing);
     is_caught(programs::packets(3, &[(4, 4)], FIRST, Mutant::OneBufferFewer), Trouble::Nothing);
     is_caught(programs::packets(3, &[(3, 2), (3, 3)], FIRST, Mutant::EarlySecondPush), Trouble::Nothing);
+    // Within one kernel, and between kernels.
+    for kernels in [&[(5, 5)][..], &[(1, 1); 5]] {
+        is_caught(programs::packets(3, kernels, FIRST, Mutant::NoEmptyPacks), Trouble::Nothing);
+    }
 }
 
 #[test]

@@ -1,16 +1,16 @@
 //! What `comm-p2p/src/ops` enqueues on staging memory: messages of a pair (`pairs.rs`, `meet.cu`), and exchanges in two
 //! halves (`staged.rs`). Each step is a kernel of its own.
 //!
-//! The kernels that copy look whether their rank has given up a wait, as the flags' do, where others read what they write.
-//! Left out: `mesh.cu` has a pair's flags and message in a third rank's memory, by the same steps; and one warp an origin in
-//! the barrier, which here follow on one another, as a mesh of three ranks in a row allows.
+//! The kernels that copy and sum look whether their rank has given up a wait, as the flags' do (`stop.cuh`). Left out:
+//! `mesh.cu` has a pair's flags and message in a third rank's memory, by the same steps; and one warp an origin in the
+//! barrier, which here follow on one another, as a mesh of three ranks in a row allows.
 
 use super::memory::{Instr, Place, Protocol, Value, Word, packet};
 use super::reordering::{ALL, FIRST, Trouble, holds, is_caught};
 use super::writer::{ENTER, EXIT, Mutant, Writer, payload};
 use super::{holding, memory::Round};
 
-/// A store by `staged.rs`, `fill`, and by sums into a half.
+/// A store by `staged.rs` to memory that others read: by `Staging::copy`, and by `Staging::reduce` into a half.
 fn fill(w: &mut Writer, rank: usize, at: Word, value: Value, derived: bool) {
     match w.mutant {
         Mutant::UnguardedFill => w.emit(rank, Instr::Unguarded { at, value }),

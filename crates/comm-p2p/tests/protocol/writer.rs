@@ -13,6 +13,8 @@ pub(crate) enum Mutant {
     OneBufferFewer,
     /// The second round is sent before anything of the first has arrived.
     EarlySecondPush,
+    /// Who has nothing to send sends nothing.
+    NoEmptyPacks,
     /// Nothing stands between the restoring of a slot and the next push.
     NoFence,
     NoRestore,

@@ -3,6 +3,7 @@
 
 mod local;
 mod operations;
+mod uneven;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -69,8 +70,21 @@ pub fn run(context: &RankContext) -> Result<()> {
         bench.collectives(&*comm)?;
         if algorithm == "staged" {
             bench.staged(&*comm)?;
+            bench.blocks(&*comm)?;
         }
-        bench.end(context, comm, algorithm, &[algorithm])?;
+        let uneven: &[&str] = match algorithm {
+            // For its averages; there is no V form of it.
+            "one_shot" => &["all_reduce one_shot"],
+            "two_shot" => &["reduce_scatter_v two_shot"],
+            "packets" => &["all_gather_v packets"],
+            "direct" => &["all_gather_v direct"],
+            "staged" => &["all_gather_v staged", "reduce_scatter_v staged"],
+            _ => &[],
+        };
+        if !uneven.is_empty() {
+            bench.uneven(&*comm)?;
+        }
+        bench.end(context, comm, algorithm, &[&[algorithm], uneven].concat())?;
     }
     // The two forms of cells, which a table tells apart by size, and what is captured on results of their own.
     for units in [2, 4] {
@@ -81,7 +95,9 @@ pub fn run(context: &RankContext) -> Result<()> {
         comm.set_table(&by_cells(&comm, units)?)?;
         bench.collectives(&*comm)?;
         bench.captured(&*comm)?;
-        bench.end(context, comm, &format!("cells of {units} units"), &["cells", "direct", "captured"])?;
+        bench.uneven(&*comm)?;
+        let used = ["cells", "direct", "captured", "all_gather_v direct", "reduce_scatter_v cells"];
+        bench.end(context, comm, &format!("cells of {units} units"), &used)?;
     }
     Ok(())
 }
@@ -118,12 +134,16 @@ impl Bench {
         Ok(Arc::new(P2pFactory.connect(&create, &capabilities)?))
     }
 
-    /// Closes a communicator and reports how its calls went; `used`: algorithms of which at least one call was made.
+    /// Closes a communicator and reports how its calls went; `used`: algorithms of which at least one call was made, of any
+    /// operation or, behind its name, of one.
     fn end(&self, context: &RankContext, comm: Arc<P2pComm>, name: &str, used: &[&str]) -> Result<()> {
         let found = self.verdict()?;
         comm.poll()?;
-        let seen: BTreeSet<String> =
-            comm.usage().into_iter().map(|used| used.algorithm.into_owned()).collect();
+        let seen: BTreeSet<String> = comm
+            .usage()
+            .into_iter()
+            .flat_map(|used| [format!("{} {}", used.op, used.algorithm), used.algorithm.into_owned()])
+            .collect();
         context.host.barrier(Deadline::after(context.host.timeout()))?;
         comm.close()?;
         let missing: Vec<_> = used.iter().filter(|name| !seen.contains(**name)).collect();

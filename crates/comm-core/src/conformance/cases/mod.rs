@@ -40,6 +40,12 @@ fn counts(quick: bool) -> &'static [usize] {
     if quick { &[0, 1, 3, 8, 257, 1000] } else { &[0, 1, 2, 3, 7, 8, 31, 255, 256, 257, 1000, 4099] }
 }
 
+/// Uneven counts with many empty parts: one rank, which changes from call to call, has everything, among `world` ranks that
+/// have `count` on average.
+fn all_at_one(world: usize, count: usize, turn: usize) -> Vec<usize> {
+    (0..world).map(|rank| if rank == turn % world { world * count } else { 0 }).collect()
+}
+
 /// Offsets of `send` and `recv` in elements, which change from call to call.
 fn offsets(step: usize, dtype: DType) -> (usize, usize) {
     let (send, recv) = [(0, 0), (1, 0), (0, 1), (3, 1), (1, 1), (2, 5), (0, 0), (7, 2)][step % 8];

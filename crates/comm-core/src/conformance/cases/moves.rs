@@ -4,7 +4,7 @@ use super::super::case::{Case, Form};
 use super::super::data::{self, Fill};
 use super::super::reference::Equality;
 use super::super::runner::Runner;
-use super::{counts, offsets};
+use super::{all_at_one, counts, offsets};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::op::{OpKind, OpQuery};
@@ -71,6 +71,8 @@ fn step(case: &mut Case<'_, '_>, kind: OpKind, dtype: DType, count: usize, turn:
                         })
                         .collect();
                     gather(case, kind, dtype, &uneven, Some(apart).filter(|_| zeros == 0))?;
+                    let one = all_at_one(case.world, count, turn + zeros);
+                    gather(case, kind, dtype, &one, Some(apart).filter(|_| zeros == 1))?;
                 }
             }
             Ok(())

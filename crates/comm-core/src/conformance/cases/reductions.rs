@@ -5,7 +5,7 @@ use super::super::case::{Case, Form};
 use super::super::data::{self, Fill};
 use super::super::reference::{self, Equality, fill_for};
 use super::super::runner::Runner;
-use super::{counts, offsets};
+use super::{all_at_one, counts, offsets};
 use crate::dtype::{DType, ReduceOp};
 use crate::error::Result;
 use crate::op::{OpKind, OpQuery};
@@ -123,6 +123,8 @@ fn step(case: &mut Case<'_, '_>, call: Call, count: usize, turn: usize) -> Resul
                         })
                         .collect();
                     scatter(case, call, &uneven, zeros == 1, apart)?;
+                    let one = all_at_one(case.world, count, turn + zeros);
+                    scatter(case, call, &one, zeros == 0, apart)?;
                 }
             }
             Ok(())
