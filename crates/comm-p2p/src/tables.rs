@@ -97,10 +97,10 @@ pub(crate) fn same_on_all<'a>(described: impl Iterator<Item = &'a str>) -> Resul
 pub(crate) const fn of_op(op: OpKind) -> &'static [Algorithm] {
     use Algorithm as A;
     match op {
-        OpKind::AllReduce => &[A::OneShot, A::TwoShot, A::Cells, A::Steps, A::Pull, A::Staged],
+        OpKind::AllReduce => &[A::OneShot, A::TwoShot, A::Cells, A::Steps, A::Bounce, A::Pull, A::Staged],
         OpKind::ReduceScatter => &[A::TwoShot, A::Cells, A::Steps, A::Staged],
-        OpKind::AllGather => &[A::Packets, A::Direct, A::Spread, A::Steps, A::Staged],
-        OpKind::Broadcast => &[A::Packets, A::Relayed, A::Direct, A::Staged],
+        OpKind::AllGather => &[A::Packets, A::Direct, A::Spread, A::Steps, A::Bounce, A::Staged],
+        OpKind::Broadcast => &[A::Packets, A::Relayed, A::Direct, A::Bounce, A::Staged],
         OpKind::AllReduceRmsNorm => &[A::OneShot, A::TwoShot, A::Composed],
         _ => &[],
     }

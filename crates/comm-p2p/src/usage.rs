@@ -25,6 +25,8 @@ pub(crate) enum Algorithm {
     Direct,
     /// The same, each piece read once and stored to all.
     Spread,
+    /// The same as for registered buffers, but into staging memory, and a copy from there.
+    Bounce,
     /// Copies through staging memory, between barriers.
     Staged,
     /// Flags alone.
@@ -38,7 +40,7 @@ pub(crate) enum Algorithm {
 }
 
 impl Algorithm {
-    const ALL: [Self; 15] = [
+    const ALL: [Self; 16] = [
         Self::OneShot,
         Self::TwoShot,
         Self::Cells,
@@ -49,6 +51,7 @@ impl Algorithm {
         Self::Relayed,
         Self::Direct,
         Self::Spread,
+        Self::Bounce,
         Self::Staged,
         Self::Flags,
         Self::Local,
@@ -68,6 +71,7 @@ impl Algorithm {
             Self::Relayed => "relayed",
             Self::Direct => "direct",
             Self::Spread => "spread",
+            Self::Bounce => "bounce",
             Self::Staged => "staged",
             Self::Flags => "flags",
             Self::Local => "local",

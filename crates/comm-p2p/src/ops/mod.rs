@@ -1,6 +1,7 @@
 //! The operations: arguments are checked, an algorithm is chosen, and its kernels are enqueued.
 
 mod average;
+mod bounce;
 mod captured;
 mod choice;
 mod cube;

@@ -37,39 +37,16 @@ impl P2pComm {
             call.finish(Algorithm::Captured, stream);
             return Ok(());
         }
-        let Plan { algorithm, shape, chunk, .. } = self.limits().all_gather(part, found.is_some());
+        let plan = self.limits().all_gather(part, found.is_some());
+        let Plan { algorithm, shape, .. } = plan;
         let link = call.link(&channels.packet);
         match (algorithm, found) {
-            (Algorithm::Direct, Some(found)) => {
+            (Algorithm::Direct | Algorithm::Steps | Algorithm::Spread, Some(found)) => {
                 call.reaches(&found, recv)?;
-                // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks,
-                // `recv` lies in a region of all ranks, and the caller vouches for the operands.
-                call.fatal(unsafe {
-                    channels.kernels.all_gather_direct(
-                        &link,
-                        send,
-                        &found.peers,
-                        (part, chunk),
-                        shape,
-                        stream,
-                    )
-                })?;
+                self.store_all_gather(&call, channels, &plan, (send, &found.peers), part, stream)?;
             }
-            (Algorithm::Steps, Some(found)) => {
-                call.reaches(&found, recv)?;
-                let (kernels, peers) = (&channels.kernels, &found.peers);
-                // SAFETY: as above.
-                call.fatal(unsafe {
-                    kernels.all_gather_steps(&link, send, peers, part, shape.grid, stream)
-                })?;
-            }
-            (Algorithm::Spread, Some(found)) => {
-                call.reaches(&found, recv)?;
-                let (kernels, peers) = (&channels.kernels, &found.peers);
-                // SAFETY: as above.
-                call.fatal(unsafe {
-                    kernels.all_gather_spread(&link, send, peers, part, shape.grid, stream)
-                })?;
+            (Algorithm::Bounce, _) => {
+                self.bounce_all_gather(&call, channels, (send, recv), part, stream)?;
             }
             (Algorithm::Staged, _) => {
                 let parts = vec![part; info.size];
@@ -117,20 +94,11 @@ impl P2pComm {
         match (plan.algorithm, found) {
             (Algorithm::Direct, Some(found)) => {
                 call.reaches(&found, recv)?;
-                let peers = found.peers;
-                // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks,
-                // `recv` lies in a region of all ranks, and the caller vouches for the operands.
-                call.fatal(unsafe {
-                    kernels.broadcast_direct(
-                        &link,
-                        send,
-                        &peers,
-                        bytes,
-                        (root, plan.chunk),
-                        plan.shape,
-                        stream,
-                    )
-                })?;
+                let operands = (send, &found.peers);
+                self.store_broadcast(&call, channels, &plan, operands, (bytes, root), stream)?;
+            }
+            (Algorithm::Bounce, _) => {
+                self.bounce_broadcast(&call, channels, (send, recv), (bytes, root), stream)?;
             }
             (Algorithm::Staged, _) => {
                 let mut staging = Staging::new(&call, channels, stream);

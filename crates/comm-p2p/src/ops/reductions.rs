@@ -61,7 +61,8 @@ impl P2pComm {
             call.finish(Algorithm::Captured, stream);
             return Ok(());
         }
-        let Plan { algorithm, shape, units, .. } = limits.all_reduce(bytes, found.is_some());
+        let plan = limits.all_reduce(bytes, found.is_some());
+        let Plan { algorithm, shape, .. } = plan;
         let kernels = &channels.kernels;
         match (algorithm, found) {
             (Algorithm::OneShot, _) => {
@@ -73,22 +74,13 @@ impl P2pComm {
                     kernels.all_reduce_one_shot(&link, (send, recv), count, dtype, shape, stream)
                 })?;
             }
-            (Algorithm::Cells, Some(found)) => {
+            (Algorithm::Cells | Algorithm::Steps, Some(found)) => {
                 call.reaches(&found, recv)?;
-                let link = call.link(&channels.cells);
-                // SAFETY: see above; `recv` lies in a region of all ranks.
-                call.fatal(unsafe {
-                    kernels.all_reduce_cells(&link, units, send, &found.peers, count, dtype, shape, stream)
-                })?;
+                let operands = (send, &found.peers);
+                self.store_all_reduce(&call, channels, &plan, operands, (count, dtype), stream)?;
             }
-            (Algorithm::Steps, Some(found)) => {
-                call.reaches(&found, recv)?;
-                let link = call.link(&channels.cells);
-                let link = (&link, limits.cell_ctas);
-                // SAFETY: see above; `recv` lies in a region of all ranks.
-                call.fatal(unsafe {
-                    kernels.all_reduce_steps(link, send, &found.peers, count, dtype, shape.grid, stream)
-                })?;
+            (Algorithm::Bounce, _) => {
+                self.bounce_all_reduce(&call, channels, (send, recv), (count, dtype), stream)?;
             }
             (Algorithm::Staged, _) => {
                 self.stage_reduce(&call, channels, (send, recv), count, (dtype, op), None, stream)?;

@@ -109,7 +109,8 @@ fn a_stalled_rank_gets_and_gives_the_right_results() {
         for size in two_worlds() {
             let last = (size - 1).to_string();
             let algorithms = [
-                "one_shot", "two_shot", "cells", "steps", "packets", "relayed", "direct", "spread", "staged",
+                "one_shot", "two_shot", "cells", "steps", "packets", "relayed", "direct", "spread", "bounce",
+                "staged",
             ]
             .map(Some);
             for (turn, algorithm) in [None, None].into_iter().chain(algorithms).enumerate() {

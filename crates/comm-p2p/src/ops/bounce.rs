@@ -1,0 +1,177 @@
+//! Large results that the other ranks cannot reach: stored into staging memory, as into a registered result, and copied
+//! from there, a piece at a time.
+//!
+//! The other ranks store into this rank's staging memory only after this rank's kernel has met theirs, and so after its
+//! copy of the piece before: both are on one stream. A copy that follows a wait that was given up moves garbage to this
+//! rank's own result, which the error says is none.
+
+use comm_core::{DType, DeviceAddr, Result, StreamHandle};
+use comm_kernels::p2p::Peers;
+
+use super::staged::copy;
+use crate::comm::P2pComm;
+use crate::select::Plan;
+use crate::state::{Call, Channels};
+use crate::usage::Algorithm;
+
+/// `total` in pieces of equal length, up to 16 bytes, of at most `room`: where each begins, and its length.
+fn pieces(total: usize, room: usize) -> impl Iterator<Item = (usize, usize)> {
+    let room = (room / 16 * 16).max(16);
+    let piece = total.div_ceil(total.div_ceil(room).max(1)).next_multiple_of(16);
+    (0..total).step_by(piece).map(move |begin| (begin, piece.min(total - begin)))
+}
+
+impl P2pComm {
+    /// A sum all-reduce of bf16, f16 or f32 by stores into `recv[r]` on every rank `r`.
+    pub(super) fn store_all_reduce(
+        &self,
+        call: &Call<'_>,
+        channels: &Channels,
+        plan: &Plan,
+        (send, recv): (DeviceAddr, &Peers),
+        (count, dtype): (usize, DType),
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let (kernels, link) = (&channels.kernels, call.link(&channels.cells));
+        let Plan { shape, units, .. } = *plan;
+        // SAFETY: here and below, the channels are live while the communicator is open, the plan is the same on all
+        // ranks, `recv` is memory that all ranks reach, and the caller vouches for the operands.
+        call.fatal(unsafe {
+            if plan.algorithm == Algorithm::Steps {
+                let link = (&link, self.limits().cell_ctas);
+                kernels.all_reduce_steps(link, send, recv, count, dtype, shape.grid, stream)
+            } else {
+                kernels.all_reduce_cells(&link, units, send, recv, count, dtype, shape, stream)
+            }
+        })
+    }
+
+    /// An all-gather of `part` bytes a rank by stores into `recv[r]` on every rank `r`.
+    pub(super) fn store_all_gather(
+        &self,
+        call: &Call<'_>,
+        channels: &Channels,
+        plan: &Plan,
+        (send, recv): (DeviceAddr, &Peers),
+        part: usize,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let (kernels, link) = (&channels.kernels, call.link(&channels.packet));
+        let Plan { shape, chunk, .. } = *plan;
+        // SAFETY: as above.
+        call.fatal(unsafe {
+            match plan.algorithm {
+                Algorithm::Steps => kernels.all_gather_steps(&link, send, recv, part, shape.grid, stream),
+                Algorithm::Spread => kernels.all_gather_spread(&link, send, recv, part, shape.grid, stream),
+                _ => kernels.all_gather_direct(&link, send, recv, (part, chunk), shape, stream),
+            }
+        })
+    }
+
+    /// A broadcast of `bytes` bytes by stores into `recv[r]` on every rank `r`.
+    pub(super) fn store_broadcast(
+        &self,
+        call: &Call<'_>,
+        channels: &Channels,
+        plan: &Plan,
+        (send, recv): (DeviceAddr, &Peers),
+        (bytes, root): (usize, usize),
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let (kernels, link) = (&channels.kernels, call.link(&channels.packet));
+        // SAFETY: as above.
+        call.fatal(unsafe {
+            kernels.broadcast_direct(&link, send, recv, bytes, (root, plan.chunk), plan.shape, stream)
+        })
+    }
+
+    pub(super) fn bounce_all_reduce(
+        &self,
+        call: &Call<'_>,
+        channels: &Channels,
+        (send, recv): (DeviceAddr, DeviceAddr),
+        (count, dtype): (usize, DType),
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let (size, staging) = (dtype.size(), &channels.staging);
+        let plan = self.limits().bounced(Algorithm::Cells).all_reduce(count * size, true);
+        for (begin, bytes) in pieces(count * size, 2 * channels.half) {
+            let (from, to) = (send.offset(begin as u64), recv.offset(begin as u64));
+            self.store_all_reduce(call, channels, &plan, (from, staging), (bytes / size, dtype), stream)?;
+            copy(call, staging[self.shared().info.rank], to, bytes, stream)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn bounce_all_gather(
+        &self,
+        call: &Call<'_>,
+        channels: &Channels,
+        (send, recv): (DeviceAddr, DeviceAddr),
+        part: usize,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let info = &self.shared().info;
+        let plan = self.limits().bounced(Algorithm::Direct).all_gather(part, true);
+        let staging = &channels.staging;
+        for (begin, bytes) in pieces(part, 2 * channels.half / info.size) {
+            let from = send.offset(begin as u64);
+            self.store_all_gather(call, channels, &plan, (from, staging), bytes, stream)?;
+            let to = (recv.offset(begin as u64), part);
+            let kernels = &self.shared().base.kernels;
+            // SAFETY: the staging memory is as large as a piece of every rank, and nothing stores to it before the next
+            // one; the caller vouches for the result, of which every rank has `part` bytes.
+            call.fatal(unsafe {
+                let from = (staging[info.rank], bytes);
+                kernels.copy_rows_unless(DeviceAddr::NULL, from, to, bytes, info.size, stream)
+            })?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn bounce_broadcast(
+        &self,
+        call: &Call<'_>,
+        channels: &Channels,
+        (send, recv): (DeviceAddr, DeviceAddr),
+        (bytes, root): (usize, usize),
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let plan = self.limits().bounced(Algorithm::Direct).broadcast(bytes, true);
+        let (rank, staging) = (self.shared().info.rank, &channels.staging);
+        for (begin, bytes) in pieces(bytes, 2 * channels.half) {
+            let (from, to) = (send.offset(begin as u64), recv.offset(begin as u64));
+            // The root's own result takes no way round.
+            let mut targets = *staging;
+            targets[root] = if rank == root { to } else { targets[root] };
+            self.store_broadcast(call, channels, &plan, (from, &targets), (bytes, root), stream)?;
+            if rank != root {
+                copy(call, staging[rank], to, bytes, stream)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_cover_everything_once_and_fit() {
+        for room in [1, 16, 100, 4096, 1 << 20] {
+            for total in [1_usize, 15, 16, 17, 4095, 4096, 4097, 100_000] {
+                let all: Vec<_> = pieces(total, room).collect();
+                let mut end = 0;
+                for &(begin, bytes) in &all {
+                    assert!(begin == end && begin % 16 == 0 && bytes > 0, "{all:?}");
+                    assert!(bytes <= (room / 16 * 16).max(16), "{total} by {room}: {all:?}");
+                    end = begin + bytes;
+                }
+                assert_eq!(end, total);
+            }
+        }
+        // As many as needed, and no short one at the end that would be slow.
+        assert_eq!(pieces(100, 96).collect::<Vec<_>>(), [(0, 64), (64, 36)]);
+    }
+}
