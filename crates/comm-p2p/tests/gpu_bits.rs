@@ -109,7 +109,7 @@ fn pushing_gives_the_bits_of_reading() {
             continue;
         }
         let expected = results(size, &[("p2p.algorithm", "pull")], "pull", &cases);
-        for algorithm in ["one_shot", "two_shot", "cells", "bounce", "staged"] {
+        for algorithm in ["one_shot", "two_shot", "cells", "staged"] {
             let found = results(size, &[("p2p.algorithm", algorithm)], algorithm, &cases);
             assert_eq!(found, expected, "{algorithm} of {size} ranks gives other bits than reading");
         }

@@ -71,9 +71,14 @@ pub enum TuneEvent {
 }
 
 impl TuneJob {
-    /// The sizes of an operation as benchmark cases, ascending and without repetition.
+    /// The sizes of an operation as benchmark cases, ascending and without repetition. Rounded down to ranks' parts of
+    /// whole 16 bytes, as models have them: others are slower, and would make rows for a number of ranks that divides no
+    /// power of two.
     pub fn cases(&self, op: OpKind, world: usize) -> Vec<Case> {
-        let mut cases = self.bench(op).cases(world);
+        let mut job = self.bench(op);
+        let unit = 16 * world as u64;
+        job.sizes.iter_mut().for_each(|size| *size = *size / unit * unit);
+        let mut cases = job.cases(world);
         cases.retain(|case| case.bytes > 0);
         cases.dedup_by_key(|case| case.bytes);
         cases

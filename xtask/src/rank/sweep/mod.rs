@@ -57,47 +57,19 @@ pub fn run(context: &RankContext) -> Result<()> {
     let words = memory.allocate(16)?;
     let (rank, world) = (context.host.rank(), context.host.size());
     let mut bench = Bench { memory, kernels, words, rank, world, seed: 0 };
-    bench.local(context)?;
+    bench.local(context).context("kernels of one device")?;
     let algorithms = [
         "one_shot", "two_shot", "cells", "steps", "packets", "relayed", "direct", "spread", "staged",
         "composed",
     ];
     for algorithm in algorithms {
         context.events.phase(format!("algorithm {algorithm}"));
-        let mut options = SMALL.to_vec();
-        options.push(("p2p.algorithm", algorithm));
-        let comm = bench.connect(context, &options)?;
-        bench.collectives(&*comm)?;
-        if algorithm == "staged" {
-            bench.staged(&*comm)?;
-            bench.blocks(&*comm)?;
-        }
-        let uneven: &[&str] = match algorithm {
-            // For its averages; there is no V form of it.
-            "one_shot" => &["all_reduce one_shot"],
-            "two_shot" => &["reduce_scatter_v two_shot"],
-            "packets" => &["all_gather_v packets"],
-            "direct" => &["all_gather_v direct"],
-            "staged" => &["all_gather_v staged", "reduce_scatter_v staged"],
-            _ => &[],
-        };
-        if !uneven.is_empty() {
-            bench.uneven(&*comm)?;
-        }
-        bench.end(context, comm, algorithm, &[&[algorithm], uneven].concat())?;
+        bench.algorithm(context, algorithm).with_context(|| format!("algorithm {algorithm}"))?;
     }
-    // The two forms of cells, which a table tells apart by size, and what is captured on results of their own.
     for units in [2, 4] {
-        context.events.phase(format!("cells of {units} units"));
-        let mut options: Vec<_> = SMALL.into_iter().filter(|(name, _)| *name != "p2p.packet_slots").collect();
-        options.push(("p2p.graph_registration", "on"));
-        let comm = bench.connect(context, &options)?;
-        comm.set_table(&by_cells(&comm, units)?)?;
-        bench.collectives(&*comm)?;
-        bench.captured(&*comm)?;
-        bench.uneven(&*comm)?;
-        let used = ["cells", "direct", "captured", "all_gather_v direct", "reduce_scatter_v cells"];
-        bench.end(context, comm, &format!("cells of {units} units"), &used)?;
+        let name = format!("cells of {units} units");
+        context.events.phase(name.clone());
+        bench.cells(context, units, &name).context(name)?;
     }
     Ok(())
 }
@@ -120,6 +92,43 @@ fn by_cells(comm: &P2pComm, units: u32) -> Result<Table> {
 }
 
 impl Bench {
+    fn algorithm(&mut self, context: &RankContext, algorithm: &str) -> Result<()> {
+        let mut options = SMALL.to_vec();
+        options.push(("p2p.algorithm", algorithm));
+        let comm = self.connect(context, &options)?;
+        self.collectives(&*comm)?;
+        if algorithm == "staged" {
+            self.staged(&*comm)?;
+            self.blocks(&*comm)?;
+        }
+        let uneven: &[&str] = match algorithm {
+            // For its averages; there is no V form of it.
+            "one_shot" => &["all_reduce one_shot"],
+            "two_shot" => &["reduce_scatter_v two_shot"],
+            "packets" => &["all_gather_v packets"],
+            "direct" => &["all_gather_v direct"],
+            "staged" => &["all_gather_v staged", "reduce_scatter_v staged"],
+            _ => &[],
+        };
+        if !uneven.is_empty() {
+            self.uneven(&*comm)?;
+        }
+        self.end(context, comm, algorithm, &[&[algorithm], uneven].concat())
+    }
+
+    /// A form of cells, which a table tells from the other by size, and what is captured on results of its own.
+    fn cells(&mut self, context: &RankContext, units: u32, name: &str) -> Result<()> {
+        let mut options: Vec<_> = SMALL.into_iter().filter(|(name, _)| *name != "p2p.packet_slots").collect();
+        options.push(("p2p.graph_registration", "on"));
+        let comm = self.connect(context, &options)?;
+        comm.set_table(&by_cells(&comm, units)?)?;
+        self.collectives(&*comm)?;
+        self.captured(&*comm)?;
+        self.uneven(&*comm)?;
+        let used = ["cells", "direct", "captured", "all_gather_v direct", "reduce_scatter_v cells"];
+        self.end(context, comm, name, &used)
+    }
+
     fn connect(&self, context: &RankContext, options: &[(&str, &str)]) -> Result<Arc<P2pComm>> {
         let promises = [("p2p.symmetric_operands", "on"), ("p2p.test_clear_peers", "on")];
         let options = options.iter().chain(&promises);
