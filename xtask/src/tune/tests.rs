@@ -114,7 +114,7 @@ fn rules_are_named_by_their_operations() {
 fn sizes_that_fall_together_are_measured_once() {
     let job = TuneJob {
         rules: Vec::new(),
-        sizes: vec![1, 16, 17, 1024],
+        sizes: vec![1, 256, 257, 1024],
         tokens: vec![1, 2],
         hidden: 8192,
         dtype: DType::BF16,
@@ -122,7 +122,7 @@ fn sizes_that_fall_together_are_measured_once() {
         budget: 1.0,
     };
     let bytes = |op| job.cases(op, 8).iter().map(|case| case.bytes).collect::<Vec<_>>();
-    assert_eq!(bytes(OpKind::AllGather), [16, 1024]);
+    assert_eq!(bytes(OpKind::AllGather), [256, 1024]);
     assert_eq!(bytes(OpKind::AllReduceRmsNorm), [16_384, 32_768]);
 }
 

@@ -37,9 +37,15 @@ mod tests {
     fn averages_go_by_packs() {
         use Algorithm as A;
         for (world, room) in (2..=8).flat_map(|world| rooms().map(|room| (world, room))) {
-            for forced in
-                [None, Some(A::OneShot), Some(A::Cells), Some(A::Steps), Some(A::Pull), Some(A::Staged)]
-            {
+            for forced in [
+                None,
+                Some(A::OneShot),
+                Some(A::Cells),
+                Some(A::Steps),
+                Some(A::Bounce),
+                Some(A::Pull),
+                Some(A::Staged),
+            ] {
                 let limits = Limits { room, ..limits(world, forced) };
                 for bytes in (0..33).flat_map(|shift| [1_usize << shift, (1 << shift) + 1]) {
                     for plan in [limits.all_reduce_average(bytes), limits.reduce_scatter_average(bytes)] {

@@ -23,6 +23,8 @@ impl Limits {
         let plan = choose(self);
         match plan.algorithm {
             Algorithm::Steps | Algorithm::Spread => choose(&Self { forced: Some(instead), ..self.clone() }),
+            // There is no way round for uneven parts.
+            Algorithm::Bounce => choose(&Self { forced: Some(Algorithm::Packets), ..self.clone() }),
             _ => plan,
         }
     }
@@ -37,8 +39,15 @@ mod tests {
     #[test]
     fn uneven_parts_go_by_what_there_is_for_them() {
         use Algorithm as A;
-        let forced =
-            [None, Some(A::Steps), Some(A::Spread), Some(A::Staged), Some(A::Packets), Some(A::OneShot)];
+        let forced = [
+            None,
+            Some(A::Steps),
+            Some(A::Spread),
+            Some(A::Bounce),
+            Some(A::Staged),
+            Some(A::Packets),
+            Some(A::OneShot),
+        ];
         for (world, room) in (2..=8).flat_map(|world| rooms().map(|room| (world, room))) {
             for forced in forced {
                 let limits = Limits { room, ..limits(world, forced) };
