@@ -149,7 +149,7 @@ fn table_of_captured(base: &Base, world: usize) -> Result<Option<Captured>> {
 /// Returns the devices' names as well.
 fn meet(host: &dyn HostComm, base: &Base, tables: &InUse) -> Result<(Topology, Option<Routes>, Vec<String>)> {
     let (device, imposed) = (&base.device, &base.options.topology);
-    let choice = tables.describe(base.options.algorithm);
+    let choice = format!("{} and {}", tables.describe(base.options.algorithm), base.options.sizes());
     type Fact = (String, Links, (Option<String>, Place), String);
     let own = (device.uuid.clone(), device.links.clone(), (imposed.clone(), device.place), choice);
     let all: Vec<Fact> = host.all_gather(&own)?;

@@ -21,7 +21,7 @@ use crate::tables::MIXED;
 use crate::topology::links::Links;
 
 /// Raised when ranks of different builds would no longer understand each other.
-const PROTOCOL: u32 = 2;
+const PROTOCOL: u32 = 3;
 
 /// Makes communicators over peer-to-peer memory, for 1 to 8 ranks of one host.
 ///

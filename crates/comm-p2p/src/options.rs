@@ -78,6 +78,15 @@ const PREFIX: &str = "p2p.";
 pub(crate) const SHARE_DEVICES: &str = "COMM_P2P_SHARE_DEVICES";
 
 impl Options {
+    /// The sizes that layouts and launches follow from, which must be the same on all ranks; for people to read as well.
+    pub(crate) fn sizes(&self) -> String {
+        let Self { staging_bytes, pair_bytes, packet_slots, lamport_slots, cell_ctas, .. } = self;
+        format!(
+            "p2p.staging_bytes={staging_bytes}, p2p.pair_bytes={pair_bytes}, p2p.packet_slots={packet_slots}, \
+             p2p.lamport_slots={lamport_slots}, p2p.cell_ctas={cell_ctas}"
+        )
+    }
+
     /// Options of other backends are ignored; unknown ones of this backend are errors.
     pub(crate) fn parse(options: &BTreeMap<String, String>) -> Result<Self> {
         let mut parsed = Self::default();

@@ -15,11 +15,13 @@ use comm_core::OpKind;
 use comm_core::tuning::{Choice, Table};
 use comm_kernels::p2p::{FLAG_CTAS, Shape, Units};
 
+pub(crate) use self::bounce::{pieces, pieces_of_parts};
 pub(crate) use self::gaps::Gaps;
 use crate::room::Room;
 use crate::usage::Algorithm;
 
 mod average;
+mod bounce;
 mod gaps;
 mod uneven;
 
@@ -30,6 +32,8 @@ pub(crate) struct Limits {
     pub(crate) packet_slots: usize,
     pub(crate) lamport_slots: usize,
     pub(crate) cell_ctas: usize,
+    /// Bytes of a rank's staging memory.
+    pub(crate) staging: usize,
     pub(crate) room: Room,
     pub(crate) forced: Option<Algorithm>,
     pub(crate) gaps: Option<Gaps>,
@@ -149,9 +153,7 @@ impl Limits {
             Algorithm::TwoShot => Some(self.plan(choice.algorithm, self.lamport(choice, slice))),
             Algorithm::Cells if registered => Some(self.cells(choice)),
             Algorithm::Steps if registered => Some(self.sum_steps(choice)),
-            Algorithm::Bounce if !registered => {
-                self.bounce(self.bounced(Algorithm::Cells).all_reduce(bytes, true))
-            }
+            Algorithm::Bounce if !registered => self.bounce(self.bounced_all_reduce(bytes)),
             Algorithm::Pull => Some(self.pull(choice, bytes)),
             Algorithm::Staged => Some(self.staged()),
             _ => None,
@@ -202,9 +204,7 @@ impl Limits {
                 let grid = choice.grid.map_or(half, |grid| grid.min(all));
                 Some(self.plan(choice.algorithm, Shape { grid, block: choice.block.unwrap_or(32) }))
             }
-            Algorithm::Bounce if !registered => {
-                self.bounce(self.bounced(Algorithm::Direct).all_gather(part, true))
-            }
+            Algorithm::Bounce if !registered => self.bounce(self.bounced_all_gather(part)),
             Algorithm::Staged => Some(self.staged()),
             _ => None,
         };
@@ -227,9 +227,7 @@ impl Limits {
                 Some(self.plan(choice.algorithm, self.packets(choice, slice)))
             }
             Algorithm::Direct if registered => Some(self.direct(choice)),
-            Algorithm::Bounce if !registered => {
-                self.bounce(self.bounced(Algorithm::Direct).broadcast(bytes, true))
-            }
+            Algorithm::Bounce if !registered => self.bounce(self.bounced_broadcast(bytes)),
             Algorithm::Staged => Some(self.staged()),
             _ => None,
         };
@@ -288,20 +286,6 @@ impl Limits {
             Algorithm::Composed
         };
         self.pick((OpKind::AllReduceRmsNorm, false, tokens.saturating_mul(row)), last, launch)
-    }
-
-    /// Limits for what is stored into staging memory on the way to a result that cannot be reached. Where that way is
-    /// forced, `storing` is what stores at every size.
-    pub(crate) fn bounced(&self, storing: Algorithm) -> Self {
-        let forced = self.forced.map(|forced| if forced == Algorithm::Bounce { storing } else { forced });
-        Self { forced, ..self.clone() }
-    }
-
-    /// The plan of a call that goes that way, given the one for a registered result: only if that one is stored into.
-    fn bounce(&self, inner: Plan) -> Option<Plan> {
-        use Algorithm as A;
-        let stores = matches!(inner.algorithm, A::Cells | A::Steps | A::Direct | A::Spread);
-        stores.then_some(Plan { algorithm: A::Bounce, ..inner })
     }
 
     fn staged(&self) -> Plan {

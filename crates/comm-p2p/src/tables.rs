@@ -82,10 +82,10 @@ pub(crate) fn same_on_all<'a>(described: impl Iterator<Item = &'a str>) -> Resul
         let first = *first.get_or_insert(own);
         if own != first {
             return Err(CommError::invalid(
-                "p2p.table",
+                "options",
                 format!(
                     "rank {rank} would choose algorithms by {own}, but rank 0 by {first}; give all ranks the same \
-                     p2p.table, COMM_P2P_TABLE and COMM_P2P_ALGO"
+                     options, COMM_P2P_TABLE and COMM_P2P_ALGO"
                 ),
             ));
         }

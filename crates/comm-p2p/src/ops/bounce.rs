@@ -2,24 +2,16 @@
 //! from there, a piece at a time.
 //!
 //! The other ranks store into this rank's staging memory only after this rank's kernel has met theirs, and so after its
-//! copy of the piece before: both are on one stream. A copy that follows a wait that was given up moves garbage to this
-//! rank's own result, which the error says is none.
+//! copy of the piece before: both are on one stream.
 
 use comm_core::{DType, DeviceAddr, Result, StreamHandle};
 use comm_kernels::p2p::Peers;
 
-use super::staged::copy;
+use super::staged::copy_rows_unless_broken;
 use crate::comm::P2pComm;
-use crate::select::Plan;
+use crate::select::{Plan, pieces, pieces_of_parts};
 use crate::state::{Call, Channels};
 use crate::usage::Algorithm;
-
-/// `total` in pieces of equal length, up to 16 bytes, of at most `room`: where each begins, and its length.
-fn pieces(total: usize, room: usize) -> impl Iterator<Item = (usize, usize)> {
-    let room = (room / 16 * 16).max(16);
-    let piece = total.div_ceil(total.div_ceil(room).max(1)).next_multiple_of(16);
-    (0..total).step_by(piece).map(move |begin| (begin, piece.min(total - begin)))
-}
 
 impl P2pComm {
     /// A sum all-reduce of bf16, f16 or f32 by stores into `recv[r]` on every rank `r`.
@@ -94,11 +86,12 @@ impl P2pComm {
         stream: StreamHandle,
     ) -> Result<()> {
         let (size, staging) = (dtype.size(), &channels.staging);
-        let plan = self.limits().bounced(Algorithm::Cells).all_reduce(count * size, true);
+        let plan = self.limits().bounced_all_reduce(count * size);
         for (begin, bytes) in pieces(count * size, 2 * channels.half) {
             let (from, to) = (send.offset(begin as u64), recv.offset(begin as u64));
             self.store_all_reduce(call, channels, &plan, (from, staging), (bytes / size, dtype), stream)?;
-            copy(call, staging[self.shared().info.rank], to, bytes, stream)?;
+            let from = (staging[self.shared().info.rank], bytes);
+            copy_rows_unless_broken(call, channels, from, (to, bytes), (bytes, 1), stream)?;
         }
         Ok(())
     }
@@ -112,19 +105,13 @@ impl P2pComm {
         stream: StreamHandle,
     ) -> Result<()> {
         let info = &self.shared().info;
-        let plan = self.limits().bounced(Algorithm::Direct).all_gather(part, true);
+        let plan = self.limits().bounced_all_gather(part);
         let staging = &channels.staging;
-        for (begin, bytes) in pieces(part, 2 * channels.half / info.size) {
+        for (begin, bytes) in pieces_of_parts(part, 2 * channels.half / info.size) {
             let from = send.offset(begin as u64);
             self.store_all_gather(call, channels, &plan, (from, staging), bytes, stream)?;
-            let to = (recv.offset(begin as u64), part);
-            let kernels = &self.shared().base.kernels;
-            // SAFETY: the staging memory is as large as a piece of every rank, and nothing stores to it before the next
-            // one; the caller vouches for the result, of which every rank has `part` bytes.
-            call.fatal(unsafe {
-                let from = (staging[info.rank], bytes);
-                kernels.copy_rows_unless(DeviceAddr::NULL, from, to, bytes, info.size, stream)
-            })?;
+            let (from, to) = ((staging[info.rank], bytes), (recv.offset(begin as u64), part));
+            copy_rows_unless_broken(call, channels, from, to, (bytes, info.size), stream)?;
         }
         Ok(())
     }
@@ -137,7 +124,7 @@ impl P2pComm {
         (bytes, root): (usize, usize),
         stream: StreamHandle,
     ) -> Result<()> {
-        let plan = self.limits().bounced(Algorithm::Direct).broadcast(bytes, true);
+        let plan = self.limits().bounced_broadcast(bytes);
         let (rank, staging) = (self.shared().info.rank, &channels.staging);
         for (begin, bytes) in pieces(bytes, 2 * channels.half) {
             let (from, to) = (send.offset(begin as u64), recv.offset(begin as u64));
@@ -146,32 +133,10 @@ impl P2pComm {
             targets[root] = if rank == root { to } else { targets[root] };
             self.store_broadcast(call, channels, &plan, (from, &targets), (bytes, root), stream)?;
             if rank != root {
-                copy(call, staging[rank], to, bytes, stream)?;
+                let from = (staging[rank], bytes);
+                copy_rows_unless_broken(call, channels, from, (to, bytes), (bytes, 1), stream)?;
             }
         }
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pieces_cover_everything_once_and_fit() {
-        for room in [1, 16, 100, 4096, 1 << 20] {
-            for total in [1_usize, 15, 16, 17, 4095, 4096, 4097, 100_000] {
-                let all: Vec<_> = pieces(total, room).collect();
-                let mut end = 0;
-                for &(begin, bytes) in &all {
-                    assert!(begin == end && begin % 16 == 0 && bytes > 0, "{all:?}");
-                    assert!(bytes <= (room / 16 * 16).max(16), "{total} by {room}: {all:?}");
-                    end = begin + bytes;
-                }
-                assert_eq!(end, total);
-            }
-        }
-        // As many as needed, and no short one at the end that would be slow.
-        assert_eq!(pieces(100, 96).collect::<Vec<_>>(), [(0, 64), (64, 36)]);
     }
 }

@@ -8,6 +8,7 @@ pub(crate) fn limits(world: usize, forced: Option<Algorithm>) -> Limits {
         packet_slots: 33_792,
         lamport_slots: 67_584,
         cell_ctas: 132,
+        staging: 32 << 20,
         room: Room::alone(132),
         forced,
         gaps: None,
