@@ -38,8 +38,8 @@
 //!   this one's marks know nothing of;
 //! - where several threads capture calls on one communicator at a time ([`runs`](super::runs)).
 //!
-//! With one stream for a communicator's work, resources of its own and one capture at a time, reports are exact. A time-out
-//! is right in any case; these limits concern whom it names.
+//! None of this is possible with one stream for a communicator's work, resources of its own and one capture at a time.
+//! Where a run is held back, that time counts towards its timeout too.
 
 use super::track::Replayed;
 
