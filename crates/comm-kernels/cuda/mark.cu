@@ -3,8 +3,8 @@
 #include "pattern.cuh"
 
 // A counter is one word, so that one atomic addition takes both a count and a place to show it in: the count in the low
-// 48 bits, which last for years at a pass a microsecond, and above it the passes, which may wrap: the number of slots is
-// a power of two (Mark::check).
+// 48 bits, which last for almost nine years at a call a microsecond (a pass may add many), and above it the passes, which
+// may wrap: the number of slots is a power of two (Mark::check).
 static constexpr u64 ONE_PASS = 1ull << 48;
 
 // Adds to the count and writes it and the tag where the host sees them. The addition is atomic, so that no two passes,

@@ -108,15 +108,28 @@ pub(crate) unsafe fn rewire(
 #[derive(Clone, Copy, Debug)]
 pub struct CapturingGraph(sys::CUgraph);
 
-/// Where a capture has got to on a stream.
-#[derive(Clone, PartialEq, Eq, Debug)]
+/// Where a capture has got to on a stream. Equal to another if the next work would wait for the same nodes, in whatever
+/// order they are named.
+#[derive(Clone, Debug)]
 pub struct Position {
     graph: sys::CUgraph,
     /// Of the capture, never used twice in a process. As long as it goes on, its graph and the nodes in it live.
     id: u64,
-    /// What the next work on the stream would wait for, in the order of the handles.
+    /// What the next work on the stream would wait for, in the order in which the driver names it. A node that is added here
+    /// gets its dependencies in that order, and an update of an executable graph pairs nodes by it: in the order of the
+    /// handles, which are addresses, two captures of one program would differ.
     after: Vec<sys::CUgraphNode>,
 }
+
+impl PartialEq for Position {
+    fn eq(&self, other: &Self) -> bool {
+        let within =
+            |some: &[sys::CUgraphNode], all: &[sys::CUgraphNode]| some.iter().all(|node| all.contains(node));
+        self.same_capture(other) && within(&self.after, &other.after) && within(&other.after, &self.after)
+    }
+}
+
+impl Eq for Position {}
 
 // SAFETY: the handles are used only by whoever captures into the graph at that time (`Kernels::mark_beside` and others).
 unsafe impl Send for Position {}
@@ -142,13 +155,16 @@ impl Position {
         (self.graph, self.id) == (other.graph, other.id)
     }
 
-    /// What waits for both. A position of another capture adds nothing.
+    /// What waits for both: for what this one does and then for what the other adds. A position of another capture adds
+    /// nothing.
     #[must_use]
     pub fn and(mut self, other: &Self) -> Self {
         if self.same_capture(other) {
-            self.after.extend_from_slice(&other.after);
-            self.after.sort_unstable();
-            self.after.dedup();
+            for node in &other.after {
+                if !self.after.contains(node) {
+                    self.after.push(*node);
+                }
+            }
         }
         self
     }
@@ -202,7 +218,6 @@ pub unsafe fn position(handle: StreamHandle) -> Result<Option<Position>> {
         // SAFETY: the driver names that many nodes, and the array stands until the stream is next used.
         after.extend_from_slice(unsafe { std::slice::from_raw_parts(nodes, count) });
     }
-    after.sort_unstable();
     Ok(Some(Position { graph, id, after }))
 }
 
@@ -244,4 +259,39 @@ pub fn when_gone(graph: CapturingGraph, call: impl FnOnce() + Send + 'static) ->
         // SAFETY: the reference is still this function's; releasing it makes the call.
         let _ = unsafe { sys::cuUserObjectRelease(object, 1) };
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A position behind nodes with these handles, which nothing here follows.
+    fn behind(id: u64, handles: &[usize]) -> Position {
+        let after = handles.iter().map(|&handle| ptr::without_provenance_mut(handle)).collect();
+        Position { graph: ptr::without_provenance_mut(64), id, after }
+    }
+
+    fn handles(position: &Position) -> Vec<usize> {
+        position.after().iter().map(|node| node.addr()).collect()
+    }
+
+    #[test]
+    fn positions_are_sets_of_nodes_in_one_capture() {
+        assert_eq!(behind(1, &[3, 1, 2]), behind(1, &[1, 2, 3]));
+        assert_eq!(behind(1, &[]), behind(1, &[]));
+        // Another capture may have a graph and nodes at the same addresses.
+        assert_ne!(behind(1, &[1]), behind(2, &[1]));
+        // Neither contains the other, or only one does.
+        for (one, other) in [([1, 2].as_slice(), [1, 3].as_slice()), (&[1, 2], &[1]), (&[], &[1])] {
+            assert_ne!(behind(1, one), behind(1, other));
+            assert_ne!(behind(1, other), behind(1, one));
+        }
+    }
+
+    #[test]
+    fn nodes_stay_in_the_order_of_the_driver() {
+        let both = behind(1, &[9, 4]).and(&behind(1, &[7, 9, 2]));
+        assert_eq!(handles(&both), [9, 4, 7, 2]);
+        assert_eq!(handles(&behind(1, &[9, 4]).and(&behind(2, &[7]))), [9, 4]);
+    }
 }

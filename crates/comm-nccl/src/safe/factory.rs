@@ -14,7 +14,7 @@ use crate::driver;
 use crate::result::NcclLibrary;
 
 /// Raised when ranks of different builds would no longer understand each other's facts or reports.
-const PROTOCOL: u32 = 5;
+const PROTOCOL: u32 = 6;
 
 /// Makes communicators over NCCL.
 ///
@@ -28,10 +28,11 @@ const PROTOCOL: u32 = 5;
 /// which are only computing. A captured call's time begins when the replay reaches it.
 ///
 /// Captured calls that follow one another on their streams with nothing captured in between are a run, and have one
-/// timeout together, from when the replay reaches the first of them: up to 32 calls and up to 256 MiB of operands, or what
-/// a tenth of the timeout moves at 1 GB/s where that is less; a larger call is alone. Their own work is a small part of the
-/// timeout then. But where another rank computes between the same calls, all that it computes there within a run has to
-/// fit the timeout; `inline` below gives each call its own. An error names the first call of the run that does not end.
+/// timeout together, from when the replay reaches the first of them: up to 32 calls and up to 256 MiB of operands, or fewer
+/// where a tenth of the timeout has no room for that at 5 ms a call or at 100 MB/s; a larger call is alone. Their own work
+/// is a small part of the timeout then. But where another rank computes between the same calls, all that it computes there
+/// within a run has to fit the timeout; `inline` below gives each call its own. An error names the first call of the run
+/// that does not end.
 ///
 /// # Options
 /// From [`CreateContext::options`], all optional, all whole numbers unless said otherwise. Ranks whose options

@@ -43,10 +43,10 @@
 //!   promise, so a test holds it against the device (`a_rank_that_never_replays_is_named_in_time`). Finishes that are late
 //!   make a stuck run look like an earlier one for a moment, long before its timeout: what is stuck has lost its last
 //!   mark by then.
-//! - A rank that has not begun a run does not look as if it were inside. NCCL lets a communicator's calls wait for one
-//!   another, also across the streams of a capture, so the start of a run waits for the run before it on whatever stream
-//!   that was. (A call can still wait for something that its start does not: NCCL orders replays and calls that are not
-//!   captured.)
+//! - A rank that has not begun a run does not look as if it were inside, as long as it replays on one stream. NCCL lets a
+//!   communicator's calls wait for one another, also across the streams of a capture, so the start of a run waits for the
+//!   run before it on whatever stream that was. But the first start of a graph waits for nothing of what NCCL also orders
+//!   from outside: see [`laggards`](super::laggards), "Limits".
 //! - What ranks report of their counts to find who is missing may be too low by marks that are late. It is compared after a
 //!   timeout's length without progress.
 
@@ -146,6 +146,11 @@ fn judge(seen: &mut Option<Seen>, counts: [u64; 2]) -> Option<Duration> {
     }
 }
 
+/// How far replays are by the counts of each lane, as [`LANES`] orders them.
+const fn reached([[begun, finished], [sent, arrived]]: [[u64; 2]; LANES.len()]) -> Replayed {
+    Replayed { finished, begun, transferring: sent > arrived }
+}
+
 impl Marks {
     pub(crate) fn new(kernels: Arc<Kernels>, placement: Placement, bounds: Bounds) -> Result<Self> {
         let page = HostPage::new(POINTS * POINT_WORDS)?;
@@ -223,11 +228,11 @@ impl Marks {
         self.shown(lane, point).map(|[count, _]| count).max().unwrap_or(0)
     }
 
-    /// How far a lane is.
-    fn reached(&self, lane: Lane) -> Replayed {
+    /// How many calls of a lane have begun and are finished.
+    fn counts(&self, lane: Lane) -> [u64; 2] {
         // Finishes first: a run that ends in between then looks at work, not the other way round.
         let finished = self.count(lane, Point::Finish);
-        Replayed { finished, begun: self.count(lane, Point::Start) }
+        [self.count(lane, Point::Start), finished]
     }
 
     /// The first call of the run that has the call with this number, as far as it is still in sight.
@@ -236,20 +241,20 @@ impl Marks {
         call_of(tag_at(self.shown(lane, Point::Start), number), arrival)
     }
 
-    /// How far replays are in the captured collectives.
+    /// How far replays are in the captured collectives, and whether they are in a transfer.
     pub(crate) fn replayed(&self) -> Replayed {
-        self.reached(Lane::Collectives)
+        reached(LANES.map(|lane| self.counts(lane)))
     }
 
     /// The call in which a replay has been for longest without progress, and for how long.
     pub(crate) fn waiting(&mut self) -> Option<(Issued, Duration)> {
         let mut longest: Option<(Issued, Duration)> = None;
         for lane in LANES {
-            let Replayed { finished, begun } = self.reached(lane);
-            if let Some(waited) = judge(&mut self.seen[lane as usize], [begun, finished])
+            let counts = self.counts(lane);
+            if let Some(waited) = judge(&mut self.seen[lane as usize], counts)
                 && longest.is_none_or(|(_, other)| waited > other)
             {
-                longest = Some((self.call(lane, finished + 1), waited));
+                longest = Some((self.call(lane, counts[1] + 1), waited));
             }
         }
         longest
@@ -340,6 +345,20 @@ mod tests {
         assert_eq!(judge(&mut seen, [5, 4]), Some(Duration::ZERO));
         std::thread::sleep(Duration::from_millis(2));
         assert!(judge(&mut seen, [5, 4]).unwrap() >= Duration::from_millis(2));
+    }
+
+    #[test]
+    fn a_transfer_keeps_a_rank_from_rest_and_out_of_collectives() {
+        let at = |collectives, transfers| {
+            let replayed = reached([collectives, transfers]);
+            (replayed.rest(), replayed.inside())
+        };
+        assert_eq!(at([5, 5], [3, 3]), (Some(5), false));
+        assert_eq!(at([5, 5], [4, 3]), (None, false));
+        assert_eq!(at([7, 5], [3, 3]), (None, true));
+        assert_eq!(at([7, 5], [4, 3]), (None, true));
+        // Starts that reach the host late.
+        assert_eq!(at([4, 5], [2, 3]), (Some(5), false));
     }
 
     #[test]

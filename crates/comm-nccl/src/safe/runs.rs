@@ -2,6 +2,12 @@
 //!
 //! Owns the nodes and the bounds of a run, see [`marks`](super::marks) for what it is and why its marks suffice. It never
 //! looks at a count.
+//!
+//! # Limits
+//! A communicator has one last run, whichever capture that is in. Where several threads capture at the same time and their
+//! calls on the communicator interleave, a call does not find the last run of its own capture: it begins a run of its own,
+//! and if it is on another stream than that last run, its start lacks the edge that lets it wait for that. A rank that is
+//! late on a stream which was forked off in such a capture can look as if it were inside the run, and is then not named.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,15 +16,18 @@ use comm_core::{CommError, Result, StreamHandle};
 use comm_kernels::capture::{Position, position};
 use comm_kernels::{Kernels, Mark, MarkNode};
 
-/// The most calls of a run: what its two marks cost is then below a tenth of a microsecond a call, and few enough that
-/// the latencies of the slowest networks, milliseconds, do not add up to a timeout.
+/// The most calls of a run: what its two marks cost is then below a tenth of a microsecond a call.
 const MAX_CALLS: u32 = 32;
 /// The most bytes of a run of several calls: they take at least half a millisecond over NVLink, beside which two marks do
 /// not count.
 const MAX_BYTES: u64 = 256 << 20;
-/// A run of several calls takes at most this part of the timeout where data moves at a byte a nanosecond, 1 GB/s: slower
-/// than sockets between hosts.
+/// The latencies of a run of several calls take at most this part of the timeout, and so do its bytes, on a network that is
+/// as slow as the two figures below.
 const PART_OF_TIMEOUT: u32 = 10;
+/// A call's latency over sockets between hosts that are far apart.
+const SLOW_CALL: Duration = Duration::from_millis(5);
+/// A byte's time at 100 MB/s, in nanoseconds: sockets over gigabit Ethernet.
+const SLOW_BYTE: u128 = 10;
 
 /// What a run may hold.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -30,8 +39,10 @@ pub(crate) struct Bounds {
 impl Bounds {
     /// For a communicator with this timeout.
     pub(crate) fn within(timeout: Duration) -> Self {
-        let slow = (timeout / PART_OF_TIMEOUT).as_nanos();
-        Self { calls: MAX_CALLS, bytes: u64::try_from(slow).unwrap_or(u64::MAX).min(MAX_BYTES) }
+        let part = (timeout / PART_OF_TIMEOUT).as_nanos();
+        let calls = u32::try_from(part / SLOW_CALL.as_nanos()).unwrap_or(u32::MAX);
+        let bytes = u64::try_from(part / SLOW_BYTE).unwrap_or(u64::MAX);
+        Self { calls: calls.clamp(1, MAX_CALLS), bytes: bytes.min(MAX_BYTES) }
     }
 
     /// Whether a run of so many calls and bytes may go on with a call of `more` bytes.
@@ -158,12 +169,24 @@ mod tests {
 
     #[test]
     fn runs_stay_well_below_the_timeout() {
-        let bounds = Bounds::within(Duration::from_secs(30));
-        assert_eq!(bounds, Bounds { calls: 32, bytes: 256 << 20 });
-        // A tenth of the timeout at a byte a nanosecond.
-        assert_eq!(Bounds::within(Duration::from_secs(2)).bytes, 200_000_000);
-        assert_eq!(Bounds::within(Duration::ZERO).bytes, 0);
-        assert_eq!(Bounds::within(Duration::MAX).bytes, 256 << 20);
+        let within = |timeout| Bounds::within(Duration::from_millis(timeout));
+        // Room for both in a tenth of the timeout: for 32 calls from 1.6 s on, for the bytes from 27 s on.
+        for long in [Bounds::within(Duration::MAX), within(60_000), within(30_000)] {
+            assert_eq!(long, Bounds { calls: 32, bytes: 256 << 20 });
+        }
+        assert_eq!(within(2_000), Bounds { calls: 32, bytes: 20_000_000 });
+        assert_eq!(within(1_599), Bounds { calls: 31, bytes: 15_990_000 });
+        assert_eq!(within(100), Bounds { calls: 2, bytes: 1_000_000 });
+        assert_eq!(within(99).calls, 1);
+        // A call by itself is a run, however short the timeout.
+        assert_eq!(within(0), Bounds { calls: 1, bytes: 0 });
+    }
+
+    #[test]
+    fn large_calls_share_runs_where_there_is_time() {
+        let (bounds, call) = (Bounds::within(Duration::from_secs(30)), 16 << 20);
+        let shared = (1..=32).find(|&calls| !bounds.admit(calls, u64::from(calls) * call, call));
+        assert_eq!(shared, Some(16));
     }
 
     #[test]

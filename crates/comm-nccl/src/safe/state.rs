@@ -15,6 +15,7 @@ use super::memory::Buffers;
 use super::options::Options;
 use super::track::{Arrival, Issued, Replayed, Tracker};
 use super::usage::{Algorithm, Usage};
+use super::watchdog::INTERVAL;
 use crate::driver::{self, Current};
 use crate::result::{NcclLibrary, Progress};
 use crate::sys;
@@ -166,7 +167,8 @@ impl Shared {
         *lock(&self.replayed) = tracker.replayed();
     }
 
-    /// How far replays were when that was last noted.
+    /// How far replays were when that was last noted, by the watchdog or by the call that keeps it from looking: not much
+    /// longer ago than its interval.
     pub(crate) fn replayed(&self) -> Replayed {
         *lock(&self.replayed)
     }
@@ -307,6 +309,7 @@ impl Call<'_> {
     }
 
     fn wait(&self, comm: *mut sys::Comm, pause: &mut Pause) -> Result<()> {
+        let mut next_note = INTERVAL;
         loop {
             // SAFETY: the communicator is live while the lock is held, and this thread alone is inside NCCL with it.
             match unsafe { self.shared.base.library.comm_state(comm) } {
@@ -318,11 +321,16 @@ impl Call<'_> {
                 return Err(self.shared.cause());
             }
             let waited = pause.wait();
-            if waited > self.shared.base.timeout {
-                // Nobody else can look as long as this call has the lock.
+            let overdue = waited > self.shared.base.timeout;
+            if overdue || waited >= next_note {
+                // Nobody else can look as long as this call has the lock, and other ranks may ask at any time: a note from
+                // before the replays that run meanwhile would name this rank.
                 if let Some(tracker) = &self.native.tracker {
                     self.shared.note_replayed(tracker);
                 }
+                next_note = waited + INTERVAL;
+            }
+            if overdue {
                 return Err(self.shared.overdue(self.issued, waited));
             }
         }

@@ -34,7 +34,7 @@ pub(crate) enum Arrival {
     Replayed,
 }
 
-/// How far replays are, in captured collectives.
+/// How far replays are, in captured collectives, and what else they are in.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(crate) struct Replayed {
     /// Those of the runs that are over.
@@ -42,13 +42,20 @@ pub(crate) struct Replayed {
     /// Those of the runs that have begun. Inside a run, all of its collectives count, though the later ones may not have
     /// begun.
     pub(crate) begun: u64,
+    /// Whether a run of captured transfers is under way.
+    pub(crate) transferring: bool,
 }
 
 impl Replayed {
-    /// How many have begun, exactly, where no run is under way.
-    pub(crate) fn rest(self) -> Option<u64> {
+    /// Whether a run of collectives is under way.
+    pub(crate) const fn inside(self) -> bool {
         // The mark of a beginning may be late.
-        (self.begun <= self.finished).then_some(self.finished)
+        self.begun > self.finished
+    }
+
+    /// How many have begun, exactly, where no run is under way, neither of collectives nor of transfers.
+    pub(crate) fn rest(self) -> Option<u64> {
+        (!self.inside() && !self.transferring).then_some(self.finished)
     }
 }
 

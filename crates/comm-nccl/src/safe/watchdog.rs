@@ -18,7 +18,7 @@ use crate::driver::{self, Current, RelaxedCapture};
 use crate::result;
 
 /// Short enough that noticing, asking the other ranks and naming one stays within half a second.
-const INTERVAL: Duration = Duration::from_millis(25);
+pub(crate) const INTERVAL: Duration = Duration::from_millis(25);
 /// How long a dropped communicator may take to flush before it is aborted.
 const FLUSH_TIME: Duration = Duration::from_secs(2);
 /// How long the ranks of a closed communicator wait for one another to have given it back.
