@@ -80,18 +80,11 @@ fn shapes(op: OpKind, algorithm: Algorithm, plain: &Choice) -> Vec<Choice> {
             }
         }
         (_, A::Spread) => add(Some(66), None, None, None),
-        (OpKind::Broadcast, A::Direct) => {
+        (_, A::Direct) => {
             for (block, chunk) in
                 [(256, 4096), (256, 8192), (256, 16_384), (512, 8192), (512, 16_384), (512, 32_768)]
             {
-                for grid in [None, Some(96), Some(64), Some(32)] {
-                    add(grid, Some(block), Some(chunk), None);
-                }
-            }
-        }
-        (_, A::Direct) => {
-            for (block, chunk) in [(256, 4096), (256, 8192), (512, 8192), (512, 16_384), (512, 32_768)] {
-                for grid in [None, Some(128), Some(64), Some(32)] {
+                for grid in [None, Some(128), Some(96), Some(64), Some(32)] {
                     add(grid, Some(block), Some(chunk), None);
                 }
             }

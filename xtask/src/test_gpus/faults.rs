@@ -71,9 +71,9 @@ pub fn run(
         }
     }
     if args.parallel < 2 || runs.len() < 2 {
-        return runs.iter().try_for_each(|run| {
-            carry_out(run, world, None, (gpus, share), timeout, &Mutex::new(&mut *tally))
-        });
+        return runs
+            .iter()
+            .try_for_each(|run| carry_out(run, world, None, gpus, timeout, &Mutex::new(&mut *tally)));
     }
     // The runs share the GPUs with one another, and with nobody else.
     let _lease = world.backend.on_gpus.then(|| lease(gpus, gpus.len(), job::LEASE_PATIENCE)).transpose()?;
@@ -81,7 +81,7 @@ pub fn run(
     let work = |worker: usize| -> Result<()> {
         let seats = seats(gpus, world.size, worker);
         while let Some(run) = runs.get(next.fetch_add(1, Ordering::Relaxed)) {
-            carry_out(run, world, Some(&seats), (gpus, share), timeout, &tally)?;
+            carry_out(run, world, Some(&seats), gpus, timeout, &tally)?;
         }
         Ok(())
     };
@@ -108,7 +108,7 @@ fn carry_out(
     run: &Run<'_>,
     world: &World,
     seats: Option<&[String]>,
-    gpus: (&[String], bool),
+    gpus: &[String],
     timeout: Duration,
     tally: &Mutex<&mut Tally>,
 ) -> Result<()> {
@@ -157,21 +157,20 @@ fn does_not_fit(fault: &Fault, world: &World, graph: bool, share: bool) -> Optio
     (graph && !world.backend.on_gpus).then(|| "host memory has no graphs".into())
 }
 
-/// `seats`: the GPUs to use, which somebody has leased; without them the world leases its own out of `gpus`. `share`:
-/// ranks share them.
+/// `seats`: the GPUs to use, which somebody has leased; without them the world leases its own out of `gpus`.
 fn one(
     fault: &Fault,
     graph: bool,
     world: &World,
     seats: Option<&[String]>,
-    (gpus, share): (&[String], bool),
+    gpus: &[String],
     timeout: Duration,
 ) -> Result<CaseResult> {
     let job =
         Job::Fault(FaultJob { backend: world.backend.name.into(), fault: fault.clone(), graph, timeout });
     // Until the fault point the ranks start and connect; from there on they must notice the fault, leave and go on.
     let bound = timeout * 3 + Duration::from_secs(10);
-    let spec = job::spec(world.size, world.mode, MEETING + bound, MEETING)?.sharing(share);
+    let spec = job::spec(world.size, world.mode, MEETING + bound, MEETING)?;
     let mut spec = match seats {
         Some(seats) if world.backend.on_gpus => LaunchSpec { gpus: seats.to_vec(), ..spec },
         _ => spec.with_gpus(gpus, world.backend.on_gpus)?,

@@ -1,7 +1,7 @@
 //! Averages of bf16, f16 and f32 by packs.
 
 use comm_core::{DType, DeviceAddr, ReduceOp, Result, StreamHandle};
-use comm_kernels::p2p::Parts;
+use comm_kernels::p2p::{Link, Parts};
 
 use crate::comm::P2pComm;
 use crate::select::Plan;
@@ -24,19 +24,13 @@ impl P2pComm {
         dtype: DType,
         stream: StreamHandle,
     ) -> Result<Algorithm> {
-        let Plan { algorithm, shape, .. } = self.limits().all_reduce_average(count * dtype.size());
-        if algorithm == Algorithm::Staged {
-            return Ok(algorithm);
-        }
-        let one_hop = algorithm == Algorithm::OneShot;
-        let link = call.link(if one_hop { &channels.packet } else { &channels.lamport });
-        self.share_a_buffer(call, &link, stream)?;
-        // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks, and the
-        // caller vouches for the operands.
-        call.fatal(unsafe {
-            channels.kernels.all_reduce_average(&link, one_hop, operands, count, dtype, shape, stream)
-        })?;
-        Ok(algorithm)
+        let plan = self.limits().all_reduce_average(count * dtype.size());
+        let (kernels, one_hop) = (&channels.kernels, plan.algorithm == Algorithm::OneShot);
+        self.by_packs(call, channels, &plan, stream, |link| {
+            // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks, and the
+            // caller vouches for the operands.
+            unsafe { kernels.all_reduce_average(link, one_hop, operands, count, dtype, plan.shape, stream) }
+        })
     }
 
     pub(super) fn average_reduce_scatter(
@@ -48,17 +42,12 @@ impl P2pComm {
         dtype: DType,
         stream: StreamHandle,
     ) -> Result<Algorithm> {
-        let Plan { algorithm, shape, .. } = self.limits().reduce_scatter_average(count * dtype.size());
-        if algorithm == Algorithm::Staged {
-            return Ok(algorithm);
-        }
-        let link = call.link(&channels.lamport);
-        self.share_a_buffer(call, &link, stream)?;
-        // SAFETY: as above.
-        call.fatal(unsafe {
-            channels.kernels.reduce_scatter_average(&link, operands, count, dtype, shape, stream)
-        })?;
-        Ok(algorithm)
+        let plan = self.limits().reduce_scatter_average(count * dtype.size());
+        let kernels = &channels.kernels;
+        self.by_packs(call, channels, &plan, stream, |link| {
+            // SAFETY: as above.
+            unsafe { kernels.reduce_scatter_average(link, operands, count, dtype, plan.shape, stream) }
+        })
     }
 
     pub(super) fn average_reduce_scatter_v(
@@ -70,16 +59,29 @@ impl P2pComm {
         dtype: DType,
         stream: StreamHandle,
     ) -> Result<Algorithm> {
-        let Plan { algorithm, shape, .. } = self.limits().reduce_scatter_average(parts.longest());
-        if algorithm == Algorithm::Staged {
-            return Ok(algorithm);
+        let plan = self.limits().reduce_scatter_average(parts.longest());
+        let kernels = &channels.kernels;
+        self.by_packs(call, channels, &plan, stream, |link| {
+            // SAFETY: as above.
+            unsafe { kernels.reduce_scatter_v_average(link, operands, parts, dtype, plan.shape, stream) }
+        })
+    }
+
+    /// Enqueues by `launch`, on the channel of the plan's packs, unless the plan is to stage.
+    fn by_packs(
+        &self,
+        call: &Call<'_>,
+        channels: &Channels,
+        plan: &Plan,
+        stream: StreamHandle,
+        launch: impl FnOnce(&Link) -> Result<()>,
+    ) -> Result<Algorithm> {
+        if plan.algorithm != Algorithm::Staged {
+            let one_hop = plan.algorithm == Algorithm::OneShot;
+            let link = call.link(if one_hop { &channels.packet } else { &channels.lamport });
+            self.share_a_buffer(call, &link, stream)?;
+            call.fatal(launch(&link))?;
         }
-        let link = call.link(&channels.lamport);
-        self.share_a_buffer(call, &link, stream)?;
-        // SAFETY: as above.
-        call.fatal(unsafe {
-            channels.kernels.reduce_scatter_v_average(&link, operands, parts, dtype, shape, stream)
-        })?;
-        Ok(algorithm)
+        Ok(plan.algorithm)
     }
 }

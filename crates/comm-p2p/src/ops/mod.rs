@@ -11,6 +11,7 @@ mod pairs;
 mod quantized;
 mod reductions;
 mod staged;
+mod stores;
 mod vector;
 
 use std::sync::Arc;
