@@ -55,9 +55,16 @@ fn shapes(op: OpKind, algorithm: Algorithm, plain: &Choice) -> Vec<Choice> {
             }
         }
         (OpKind::AllReduceRmsNorm, _) => {}
-        (_, A::OneShot | A::Packets | A::Relayed) => {
+        (_, A::OneShot | A::Lamport | A::Packets | A::Relayed) => {
             for block in [64, 128, 256, 512] {
                 add(None, Some(block), None, None);
+            }
+        }
+        (_, A::Lines) => {
+            for block in [64, 128, 256] {
+                for grid in [None, Some(66)] {
+                    add(grid, Some(block), None, None);
+                }
             }
         }
         (_, A::TwoShot) => {

@@ -7,7 +7,7 @@ use comm_core::topology::Topology;
 use comm_core::{CommError, CommInfo, Deadline, DeviceAddr, HostComm, HostCommExt as _, MemoryKind, Result};
 use comm_kernels::p2p::{
     BUFFERS, CUBE_ROW_PAIRS, FLAG_BYTES, Link, MAX_RANKS, P2pKernels, PAIR_COUNTERS_BYTES, Peers,
-    buffer_bytes, cells_bytes, scratch_bytes,
+    buffer_bytes, cells_bytes, lines_bytes, scratch_bytes,
 };
 use comm_kernels::raw::Current;
 
@@ -33,6 +33,7 @@ struct Layout {
     pairs: usize,
     packet: usize,
     lamport: usize,
+    lines: usize,
     cells: usize,
     staging: usize,
     pair_slots: usize,
@@ -43,7 +44,7 @@ struct Layout {
 const ALIGN: usize = 256;
 /// Counters of a channel have a line to themselves: an atomic on one must not slow down the reads of another.
 const CHANNEL_STRIDE: usize = 256;
-const CHANNELS: usize = 5;
+const CHANNELS: usize = 6;
 /// The channels' counters, the word that says that this rank has given up, the pairs' counters.
 const COUNTERS_BYTES: usize = (CHANNELS + 1) * CHANNEL_STRIDE + PAIR_COUNTERS_BYTES;
 
@@ -63,10 +64,13 @@ impl Layout {
         let pairs = place(FLAG_BYTES);
         let packet = place(scratch_bytes(row_pairs, options.packet_slots));
         let lamport = place(scratch_bytes(world, options.lamport_slots));
+        // Where ranks reach only some of the others no lines are sent.
+        let line_slots = if routes.is_none() { options.line_slots } else { 0 };
+        let lines = place(lines_bytes(world, line_slots));
         let cells = place(cells_bytes(world, options.cell_ctas));
         let staging = place(options.staging_bytes * (1 + copies));
         let pair_slots = place(options.pair_bytes * (world + boxes));
-        Self { counters, barrier, pairs, packet, lamport, cells, staging, pair_slots, bytes }
+        Self { counters, barrier, pairs, packet, lamport, lines, cells, staging, pair_slots, bytes }
     }
 }
 
@@ -224,6 +228,7 @@ fn channels(
         packet: link(2, layout.packet, options.packet_slots),
         lamport: link(3, layout.lamport, options.lamport_slots),
         cells: link(4, layout.cells, 0),
+        lines: link(5, layout.lines, options.line_slots),
         pair_counters: own.offset((layout.counters + (CHANNELS + 1) * CHANNEL_STRIDE) as u64),
         staging: used(&shifted(&peers, layout.staging), world),
         half: options.staging_bytes / 2,
@@ -251,12 +256,15 @@ fn fill(block: &Block, layout: &Layout, (world, row_pairs): (usize, usize), base
     for channel in 0..CHANNELS {
         own.fill(layout.counters + channel * CHANNEL_STRIDE, first, 4)?;
     }
-    for flags in [layout.barrier, layout.packet, layout.lamport, layout.cells] {
+    for flags in [layout.barrier, layout.packet, layout.lamport, layout.lines, layout.cells] {
         own.fill(flags, before, FLAG_BYTES)?;
     }
-    let packets = buffer_bytes(row_pairs, options.packet_slots);
-    for buffer in 0..BUFFERS {
-        own.fill(layout.packet + FLAG_BYTES + buffer * packets, !(buffer as u32), packets)?;
+    let packets = (layout.packet, buffer_bytes(row_pairs, options.packet_slots));
+    let lines = (layout.lines, (layout.cells - layout.lines - FLAG_BYTES) / BUFFERS);
+    for (area, bytes) in [packets, lines] {
+        for buffer in 0..BUFFERS {
+            own.fill(area + FLAG_BYTES + buffer * bytes, !(buffer as u32), bytes)?;
+        }
     }
     let lamport = scratch_bytes(world, options.lamport_slots) - FLAG_BYTES;
     own.fill(layout.lamport + FLAG_BYTES, u32::MAX, lamport)

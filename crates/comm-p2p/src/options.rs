@@ -8,6 +8,7 @@ use std::time::Duration;
 use comm_core::topology::Topology;
 use comm_core::tuning::Tables;
 use comm_core::{CommError, Result};
+use comm_kernels::p2p::BURST_PACKS;
 
 use crate::tables;
 use crate::usage::Algorithm;
@@ -19,6 +20,8 @@ pub(crate) struct Options {
     pub(crate) pair_bytes: usize,
     pub(crate) packet_slots: usize,
     pub(crate) lamport_slots: usize,
+    /// Whole bursts.
+    pub(crate) line_slots: usize,
     pub(crate) cell_ctas: usize,
     pub(crate) first_round: u32,
     pub(crate) stall: Duration,
@@ -51,6 +54,7 @@ impl Default for Options {
             pair_bytes: 1 << 20,
             packet_slots: 33_792,
             lamport_slots: 67_584,
+            line_slots: 67_584,
             cell_ctas: 132,
             first_round: 0,
             stall: Duration::ZERO,
@@ -80,10 +84,10 @@ pub(crate) const SHARE_DEVICES: &str = "COMM_P2P_SHARE_DEVICES";
 impl Options {
     /// The sizes that layouts and launches follow from, which must be the same on all ranks; for people to read as well.
     pub(crate) fn sizes(&self) -> String {
-        let Self { staging_bytes, pair_bytes, packet_slots, lamport_slots, cell_ctas, .. } = self;
+        let Self { staging_bytes, pair_bytes, packet_slots, lamport_slots, line_slots, cell_ctas, .. } = self;
         format!(
             "p2p.staging_bytes={staging_bytes}, p2p.pair_bytes={pair_bytes}, p2p.packet_slots={packet_slots}, \
-             p2p.lamport_slots={lamport_slots}, p2p.cell_ctas={cell_ctas}"
+             p2p.lamport_slots={lamport_slots}, p2p.line_slots={line_slots}, p2p.cell_ctas={cell_ctas}"
         )
     }
 
@@ -109,6 +113,7 @@ impl Options {
                 "pair_bytes" => parsed.pair_bytes = number(name, value, 256..=1 << 30)?,
                 "packet_slots" => parsed.packet_slots = number(name, value, 512..=1 << 20)?,
                 "lamport_slots" => parsed.lamport_slots = number(name, value, 512..=1 << 20)?,
+                "line_slots" => parsed.line_slots = number(name, value, BURST_PACKS..=1 << 20)?,
                 "cell_ctas" => parsed.cell_ctas = number(name, value, 1..=512)?,
                 "first_round" => {
                     let most = u32::MAX as usize;
@@ -143,6 +148,7 @@ impl Options {
         // Halves and slots begin where any element may.
         parsed.staging_bytes = parsed.staging_bytes / 512 * 512;
         parsed.pair_bytes = parsed.pair_bytes / 256 * 256;
+        parsed.line_slots = parsed.line_slots / BURST_PACKS * BURST_PACKS;
         Ok(parsed)
     }
 }

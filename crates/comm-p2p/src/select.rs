@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use comm_core::OpKind;
 use comm_core::tuning::{Choice, Table};
-use comm_kernels::p2p::{FLAG_CTAS, Shape, Units};
+use comm_kernels::p2p::{BURST_BYTES, FLAG_CTAS, Shape, Units};
 
 pub(crate) use self::bounce::{pieces, pieces_of_parts};
 pub(crate) use self::gaps::Gaps;
@@ -31,6 +31,7 @@ pub(crate) struct Limits {
     pub(crate) world: usize,
     pub(crate) packet_slots: usize,
     pub(crate) lamport_slots: usize,
+    pub(crate) line_slots: usize,
     pub(crate) cell_ctas: usize,
     /// Bytes of a rank's staging memory.
     pub(crate) staging: usize,
@@ -139,6 +140,16 @@ impl Limits {
         self.spread(choice, packs, self.lamport_slots, &[(4 << 10, 64), (8 << 10, 128), (usize::MAX, 256)])
     }
 
+    /// Lines for slices of `bytes` bytes: a burst a warp until every multiprocessor has a block.
+    fn lines(&self, choice: &Choice<Algorithm>, bytes: usize) -> Plan {
+        let block = choice.block.unwrap_or(128);
+        let warps = bytes.div_ceil(BURST_BYTES).max(1);
+        let most = self.line_slots / 4 / block as usize;
+        let grid = (warps * 32).div_ceil(block as usize).min(most);
+        let grid = u32::try_from(grid).unwrap_or(u32::MAX).min(self.full(choice, FLAG_CTAS as usize));
+        self.plan(choice.algorithm, Shape { grid, block })
+    }
+
     /// A sum all-reduce of `bytes` bytes of bf16, f16 or f32.
     pub(crate) fn all_reduce(&self, bytes: usize, registered: bool) -> Plan {
         if let Some(plan) = self.with_gaps(|| self.in_cube(self.cube_all_reduce(bytes).1)) {
@@ -149,6 +160,9 @@ impl Limits {
         let launch = |choice: &Choice<Algorithm>| match choice.algorithm {
             Algorithm::OneShot if packs <= self.packet_slots => {
                 Some(self.plan(choice.algorithm, self.packets(choice, packs)))
+            }
+            Algorithm::Lamport if bytes.div_ceil(PACK) <= self.lamport_slots => {
+                Some(self.plan(choice.algorithm, self.lamport(choice, bytes.div_ceil(PACK))))
             }
             Algorithm::TwoShot => Some(self.plan(choice.algorithm, self.lamport(choice, slice))),
             Algorithm::Cells if registered => Some(self.cells(choice)),
@@ -191,6 +205,9 @@ impl Limits {
                 let shape = self.spread(choice, packs, self.packet_slots, &table);
                 Some(self.plan(choice.algorithm, shape))
             }
+            Algorithm::Lines if self.line_slots / 4 >= choice.block.unwrap_or(128) as usize => {
+                Some(self.lines(choice, part))
+            }
             Algorithm::Direct if registered => Some(self.direct(choice)),
             Algorithm::Spread if registered => {
                 let shape =
@@ -226,6 +243,9 @@ impl Limits {
                 let slice = packs.div_ceil(self.world - 1);
                 Some(self.plan(choice.algorithm, self.packets(choice, slice)))
             }
+            Algorithm::Lines if self.line_slots / 4 >= choice.block.unwrap_or(128) as usize => {
+                Some(self.lines(choice, bytes.div_ceil(self.world - 1)))
+            }
             Algorithm::Direct if registered => Some(self.direct(choice)),
             Algorithm::Bounce if !registered => self.bounce(self.bounced_broadcast(bytes)),
             Algorithm::Staged => Some(self.staged()),
@@ -234,19 +254,23 @@ impl Limits {
         self.pick((OpKind::Broadcast, registered, bytes), Algorithm::Relayed, launch)
     }
 
-    /// A fused norm of `tokens` rows of `row` bytes. `Packets` stands for one hop, with the cluster in `chunk`;
+    /// A fused norm of `tokens` rows of `row` bytes. `OneShot` and `Lamport` take one hop, with the cluster in `chunk`;
     /// `Composed` for an all-reduce and a norm of their own. A choice can only bound the blocks: their threads follow
     /// from the row.
     pub(crate) fn norm(&self, tokens: usize, row: usize) -> Plan {
-        let one_hop = || {
-            let packs = row.div_ceil(PACKET_PAYLOAD);
+        let one_hop = |algorithm: Algorithm| {
+            let (payload, slots) = match algorithm {
+                Algorithm::Lamport => (PACK, self.lamport_slots),
+                _ => (PACKET_PAYLOAD, self.packet_slots),
+            };
+            let packs = row.div_ceil(payload);
             let of_clusters = |cluster: usize| {
                 let block = packs.div_ceil(cluster).next_multiple_of(32);
                 let grid = tokens.checked_mul(cluster)?;
                 let most = self.room.multiprocessors() as usize;
-                let fits = block <= 512 && grid <= most && grid * block <= self.packet_slots;
+                let fits = block <= 512 && grid <= most && grid * block <= slots;
                 let shape = Shape { grid: grid as u32, block: block as u32 };
-                let plan = Plan { chunk: cluster as u32, ..self.plan(Algorithm::OneShot, shape) };
+                let plan = Plan { chunk: cluster as u32, ..self.plan(algorithm, shape) };
                 fits.then_some(plan)
             };
             let clusters: &[usize] = match packs {
@@ -275,7 +299,7 @@ impl Limits {
             return composed;
         }
         let launch = |choice: &Choice<Algorithm>| match choice.algorithm {
-            Algorithm::OneShot => one_hop(),
+            Algorithm::OneShot | Algorithm::Lamport => one_hop(choice.algorithm),
             Algorithm::TwoShot => two_hops(choice),
             Algorithm::Composed => Some(composed),
             _ => None,

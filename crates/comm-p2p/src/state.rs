@@ -9,7 +9,7 @@ use comm_core::{
     CallSite, CommError, CommInfo, DType, Deadline, DeviceAddr, HostComm, OpKind, Result, StreamHandle,
 };
 use comm_kernels::Kernels;
-use comm_kernels::p2p::{ErrorRecord, Link, P2pKernels, Peers};
+use comm_kernels::p2p::{ErrorRecord, Link, P2pKernels, Peers, Wire};
 use comm_kernels::raw::{Current, is_capturing};
 use cudarc::driver::CudaContext;
 
@@ -75,6 +75,7 @@ pub(crate) struct Channels {
     pub(crate) kernels: P2pKernels,
     pub(crate) packet: Link,
     pub(crate) lamport: Link,
+    pub(crate) lines: Link,
     pub(crate) cells: Link,
     pub(crate) barrier: Link,
     pub(crate) pairs: Link,
@@ -87,6 +88,16 @@ pub(crate) struct Channels {
     /// If ranks may touch their neighbours' memory alone. Copies and mailboxes for others lie behind the staging memory
     /// and the slots, and the other ranks' addresses are null.
     pub(crate) mesh: Option<Mesh>,
+}
+
+impl Channels {
+    /// The channel and the wire of an algorithm that sends everything to everyone.
+    pub(crate) fn one_hop(&self, algorithm: Algorithm) -> (&Link, Wire) {
+        match algorithm {
+            Algorithm::Lamport => (&self.lamport, Wire::Lamport),
+            _ => (&self.packet, Wire::Packet),
+        }
+    }
 }
 
 /// What is given back at the end, in this order.

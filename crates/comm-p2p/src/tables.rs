@@ -97,11 +97,13 @@ pub(crate) fn same_on_all<'a>(described: impl Iterator<Item = &'a str>) -> Resul
 pub(crate) const fn of_op(op: OpKind) -> &'static [Algorithm] {
     use Algorithm as A;
     match op {
-        OpKind::AllReduce => &[A::OneShot, A::TwoShot, A::Cells, A::Steps, A::Bounce, A::Pull, A::Staged],
+        OpKind::AllReduce => {
+            &[A::OneShot, A::Lamport, A::TwoShot, A::Cells, A::Steps, A::Bounce, A::Pull, A::Staged]
+        }
         OpKind::ReduceScatter => &[A::TwoShot, A::Cells, A::Steps, A::Staged],
-        OpKind::AllGather => &[A::Packets, A::Direct, A::Spread, A::Steps, A::Bounce, A::Staged],
-        OpKind::Broadcast => &[A::Packets, A::Relayed, A::Direct, A::Bounce, A::Staged],
-        OpKind::AllReduceRmsNorm => &[A::OneShot, A::TwoShot, A::Composed],
+        OpKind::AllGather => &[A::Packets, A::Lines, A::Direct, A::Spread, A::Steps, A::Bounce, A::Staged],
+        OpKind::Broadcast => &[A::Packets, A::Relayed, A::Lines, A::Direct, A::Bounce, A::Staged],
+        OpKind::AllReduceRmsNorm => &[A::OneShot, A::Lamport, A::TwoShot, A::Composed],
         _ => &[],
     }
 }
@@ -173,7 +175,7 @@ mod tests {
     fn what_cannot_be_launched_is_refused_with_the_reason() {
         let shaped = |block, chunk, units| Choice { block, chunk, units, ..named("cells") };
         for (choice, reason) in [
-            (named("packets"), "known are [one_shot, two_shot"),
+            (named("packets"), "known are [one_shot, lamport, two_shot"),
             (shaped(Some(48), None, None), "48"),
             (shaped(Some(1024), None, None), "1024"),
             (shaped(None, Some(1000), None), "1000"),

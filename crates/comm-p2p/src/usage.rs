@@ -7,6 +7,8 @@ use comm_core::{CountedAlgorithm, UsageTable};
 pub(crate) enum Algorithm {
     /// Everything to everyone by packets, summed everywhere.
     OneShot,
+    /// The same by Lamport packs.
+    Lamport,
     /// Slices are summed on one rank each and passed on, by Lamport packs.
     TwoShot,
     /// The same for large buffers: chunks announced by flags, results stored straight into registered buffers.
@@ -21,6 +23,8 @@ pub(crate) enum Algorithm {
     Packets,
     /// Packets over relays.
     Relayed,
+    /// Lines through scratch memory, over relays where it is a broadcast.
+    Lines,
     /// Stores into the peers' registered buffers.
     Direct,
     /// The same, each piece read once and stored to all.
@@ -40,8 +44,9 @@ pub(crate) enum Algorithm {
 }
 
 impl Algorithm {
-    const ALL: [Self; 16] = [
+    const ALL: [Self; 18] = [
         Self::OneShot,
+        Self::Lamport,
         Self::TwoShot,
         Self::Cells,
         Self::Steps,
@@ -49,6 +54,7 @@ impl Algorithm {
         Self::Pull,
         Self::Packets,
         Self::Relayed,
+        Self::Lines,
         Self::Direct,
         Self::Spread,
         Self::Bounce,
@@ -62,6 +68,7 @@ impl Algorithm {
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::OneShot => "one_shot",
+            Self::Lamport => "lamport",
             Self::TwoShot => "two_shot",
             Self::Cells => "cells",
             Self::Steps => "steps",
@@ -69,6 +76,7 @@ impl Algorithm {
             Self::Pull => "pull",
             Self::Packets => "packets",
             Self::Relayed => "relayed",
+            Self::Lines => "lines",
             Self::Direct => "direct",
             Self::Spread => "spread",
             Self::Bounce => "bounce",

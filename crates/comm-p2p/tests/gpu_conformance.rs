@@ -48,8 +48,8 @@ fn tiny_staging_and_rounds_that_wrap() {
 fn every_algorithm() {
     let Some(most) = world_size() else { return };
     let algorithms = [
-        "one_shot", "two_shot", "cells", "steps", "packets", "relayed", "direct", "spread", "bounce",
-        "staged", "composed", "pull",
+        "one_shot", "two_shot", "cells", "steps", "packets", "relayed", "lamport", "lines", "direct",
+        "spread", "bounce", "staged", "composed", "pull",
     ];
     for algorithm in algorithms {
         // The suite's operands lie alike on all ranks.
@@ -57,6 +57,7 @@ fn every_algorithm() {
             ("p2p.algorithm", algorithm),
             ("p2p.packet_slots", "1024"),
             ("p2p.lamport_slots", "1024"),
+            ("p2p.line_slots", "512"),
             ("p2p.symmetric_operands", "on"),
         ];
         // Many pieces.

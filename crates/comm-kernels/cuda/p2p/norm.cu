@@ -1,10 +1,11 @@
-// Entry points of the fused all-reduce + residual + bias + RMSNorm: p2p_norm<1|2>_<dtype>_w<world>(link, args).
+// Entry points of the fused all-reduce + residual + bias + RMSNorm: p2p_norm<1|1l|2>_<dtype>_w<world>(link, args).
 //
-// `link` is the packet channel's for norm1, the Lamport channel's for norm2; `args` is NormArgs. Operands are
+// `link` is the packet channel's for norm1, the Lamport channel's for norm1l and norm2; `args` is NormArgs. Operands are
 // element-aligned; `residual_out` may be `residual`, `output` may be `input`; tokens and hidden at least 1.
 //
 // norm1: clusters of 1, 2, 4 or 8 CTAs, one per token: grid = tokens * cluster, cluster * block >= packs of a row
 //     (ceil(hidden * element size / 12)).
+// norm1l: the same by packs of 16 bytes.
 // norm2: block >= ceil(ceil(hidden * element size / 16) / world), a multiple of 32; any grid that is resident as a
 // whole. Both: at most 512 threads a CTA, grid * block <= slot_packs, equal launches on all ranks.
 #include "norm.cuh"
@@ -13,6 +14,10 @@
     extern "C" __global__ void __launch_bounds__(512) p2p_norm1_##DTYPE##_w##WORLD(              \
         const __grid_constant__ p2p::Link link, const __grid_constant__ p2p::NormArgs<T> args) { \
         p2p::norm_one_shot<T, WORLD, p2p::Packet>(link, args);                                   \
+    }                                                                                            \
+    extern "C" __global__ void __launch_bounds__(512) p2p_norm1l_##DTYPE##_w##WORLD(             \
+        const __grid_constant__ p2p::Link link, const __grid_constant__ p2p::NormArgs<T> args) { \
+        p2p::norm_one_shot<T, WORLD, p2p::Lamport>(link, args);                                  \
     }                                                                                            \
     extern "C" __global__ void __launch_bounds__(512) p2p_norm2_##DTYPE##_w##WORLD(              \
         const __grid_constant__ p2p::Link link, const __grid_constant__ p2p::NormArgs<T> args) { \

@@ -10,6 +10,11 @@
         const __grid_constant__ p2p::NormQuantized quantized) {                                 \
         p2p::norm_one_shot<T, WORLD, p2p::Packet, true>(link, args, quantized);                 \
     }                                                                                           \
+    extern "C" __global__ void __launch_bounds__(512) p2p_norm1l_fp8_##DTYPE##_w##WORLD(        \
+        const __grid_constant__ p2p::Link link, const __grid_constant__ p2p::NormArgs<T> args,  \
+        const __grid_constant__ p2p::NormQuantized quantized) {                                 \
+        p2p::norm_one_shot<T, WORLD, p2p::Lamport, true>(link, args, quantized);                \
+    }                                                                                           \
     extern "C" __global__ void __launch_bounds__(512) p2p_norm2_fp8_##DTYPE##_w##WORLD(         \
         const __grid_constant__ p2p::Link link, const __grid_constant__ p2p::NormArgs<T> args,  \
         const __grid_constant__ p2p::NormQuantized quantized) {                                 \

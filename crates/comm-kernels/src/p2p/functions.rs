@@ -3,6 +3,7 @@
 use comm_core::{CommError, DType, Result};
 
 use super::average::AverageFunctions;
+use super::lines::LineFunctions;
 use super::link::MAX_RANKS;
 use super::mesh::MeshFunctions;
 use super::uneven::UnevenFunctions;
@@ -49,7 +50,8 @@ pub(super) use {by_world, per_float};
 
 /// Every entry point for one world size.
 pub(super) struct Functions {
-    pub(super) one_shot: PerFloat,
+    /// By packets, then by Lamport packs.
+    pub(super) one_shot: [PerFloat; 2],
     pub(super) two_shot: PerFloat,
     pub(super) reduce_scatter: PerFloat,
     /// By cells: two packs per thread, slice and chunk, then four.
@@ -58,10 +60,10 @@ pub(super) struct Functions {
     pub(super) all_reduce_steps: PerFloat,
     pub(super) reduce_scatter_steps: PerFloat,
     pub(super) quantized: PerFloat,
-    pub(super) norm_one_shot: PerFloat,
+    pub(super) norm_one_shot: [PerFloat; 2],
     pub(super) norm_two_shot: PerFloat,
     /// With an fp8 result.
-    pub(super) norm_one_shot_fp8: PerFloat,
+    pub(super) norm_one_shot_fp8: [PerFloat; 2],
     pub(super) norm_two_shot_fp8: PerFloat,
     pub(super) all_gather_packets: Function,
     pub(super) all_gather_direct: Function,
@@ -75,6 +77,7 @@ pub(super) struct Functions {
     pub(super) mesh: MeshFunctions,
     pub(super) uneven: UnevenFunctions,
     pub(super) average: AverageFunctions,
+    pub(super) lines: LineFunctions,
 }
 
 impl Functions {
@@ -94,7 +97,7 @@ impl Functions {
         let quantized = Module::load(context, "p2p_quantized")?;
         let meet = Module::load(context, "p2p_meet")?;
         Ok(Self {
-            one_shot: per_float!(reduce, world, "p2p_ar1"),
+            one_shot: [per_float!(reduce, world, "p2p_ar1"), per_float!(reduce, world, "p2p_ar1l")],
             two_shot: per_float!(reduce, world, "p2p_ar2"),
             reduce_scatter: per_float!(reduce, world, "p2p_rs"),
             all_reduce_cells: [per_float!(cells, world, "p2p_arc2"), per_float!(cells, world, "p2p_arc4")],
@@ -105,9 +108,12 @@ impl Functions {
             all_reduce_steps: per_float!(steps, world, "p2p_ars"),
             reduce_scatter_steps: per_float!(steps, world, "p2p_rss"),
             quantized: per_float!(quantized, world, "p2p_arq"),
-            norm_one_shot: per_float!(norm, world, "p2p_norm1"),
+            norm_one_shot: [per_float!(norm, world, "p2p_norm1"), per_float!(norm, world, "p2p_norm1l")],
             norm_two_shot: per_float!(norm, world, "p2p_norm2"),
-            norm_one_shot_fp8: per_float!(norm_fp8, world, "p2p_norm1_fp8"),
+            norm_one_shot_fp8: [
+                per_float!(norm_fp8, world, "p2p_norm1_fp8"),
+                per_float!(norm_fp8, world, "p2p_norm1l_fp8"),
+            ],
             norm_two_shot_fp8: per_float!(norm_fp8, world, "p2p_norm2_fp8"),
             all_gather_packets: gather.function(by_world!(world, "p2p_ag_packet"))?,
             all_gather_direct: gather.function(by_world!(world, "p2p_ag_direct"))?,
@@ -121,6 +127,7 @@ impl Functions {
             mesh: MeshFunctions::load(context)?,
             uneven: UnevenFunctions::load(context, world)?,
             average: AverageFunctions::load(context, world)?,
+            lines: LineFunctions::load(context, world)?,
         })
     }
 }

@@ -23,6 +23,12 @@ pub const fn scratch_bytes(world: usize, slot_packs: usize) -> usize {
     FLAG_BYTES + BUFFERS * buffer_bytes(world, slot_packs)
 }
 
+/// Bytes of the scratch area of a channel of lines, `slot_packs` packs a source, between `world` ranks.
+#[must_use]
+pub const fn lines_bytes(world: usize, slot_packs: usize) -> usize {
+    FLAG_BYTES + BUFFERS * world * slot_packs * PACK_BYTES
+}
+
 /// Bytes of one of the four buffers of such an area; they follow its flags.
 #[must_use]
 pub const fn buffer_bytes(world: usize, slot_packs: usize) -> usize {

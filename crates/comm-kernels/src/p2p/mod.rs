@@ -6,6 +6,7 @@
 mod average;
 mod captured;
 mod functions;
+mod lines;
 mod link;
 mod mesh;
 mod norm;
@@ -22,9 +23,10 @@ use cudarc::driver::CudaContext;
 
 pub use self::captured::{CAPTURED_ENTRY_BYTES, CapturedEntry, CapturedKernels};
 use self::functions::{Functions, float_index};
+pub use self::lines::{BURST_BYTES, BURST_PACKS};
 pub use self::link::{
     BUFFERS, Channel, ErrorRecord, FLAG_BYTES, FLAG_CTAS, Link, MAX_RANKS, PACK_BYTES, PAIR_COUNTERS_BYTES,
-    Peers, TILE_BYTES, buffer_bytes, cells_bytes, scratch_bytes, tiles,
+    Peers, TILE_BYTES, buffer_bytes, cells_bytes, lines_bytes, scratch_bytes, tiles,
 };
 pub use self::mesh::{CUBE_ROW_PAIRS, CubeRoles, MeshRoutes};
 pub use self::quantized::{QUANTIZED_PACKS, QUANTIZED_ROW};
@@ -41,6 +43,26 @@ pub enum Units {
     Two = 0,
     /// One does.
     Four = 1,
+}
+
+/// The format of the packs that one hop sends, each on the channel of its own.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Wire {
+    /// 12 bytes of payload and a round number in 16: the least latency.
+    Packet = 0,
+    /// 16 bytes of payload, marks to be put back: less on the wire.
+    Lamport = 1,
+}
+
+impl Wire {
+    /// Bytes of payload in a pack.
+    #[must_use]
+    pub const fn payload(self) -> usize {
+        match self {
+            Self::Packet => 12,
+            Self::Lamport => 16,
+        }
+    }
 }
 
 /// How a kernel is launched: blocks, and threads of a block (at most 512).
@@ -151,25 +173,25 @@ impl P2pKernels {
         unsafe { function.launch_after(&self.context, threads, 1, self.overlap, stream, parameters) }
     }
 
-    /// Sum all-reduce of bf16, f16 or f32 in one hop, by packets: at most `slot_packs` of 12 bytes.
+    /// Sum all-reduce of bf16, f16 or f32 in one hop: at most `slot_packs` packs. `link` is the wire's channel's.
     ///
     /// # Errors
     /// [`CommError::InvalidArgument`], [`CommError::Cuda`].
     pub unsafe fn all_reduce_one_shot(
         &self,
-        link: &Link,
+        (link, wire): (&Link, Wire),
         (send, recv): (DeviceAddr, DeviceAddr),
         count: usize,
         dtype: DType,
         shape: Shape,
         stream: StreamHandle,
     ) -> Result<()> {
-        let packs = (count * dtype.size()).div_ceil(12);
+        let packs = (count * dtype.size()).div_ceil(wire.payload());
         if packs > link.slot_packs as usize {
             return Err(CommError::invalid("count", format!("{packs} packs, {} fit", link.slot_packs)));
         }
         check_shape(shape, u64::MAX)?;
-        let function = &self.functions.one_shot[float_index(dtype)?];
+        let function = &self.functions.one_shot[wire as usize][float_index(dtype)?];
         let count = count as u64;
         // SAFETY: these are the kernel's parameters; the caller vouches for what they name.
         unsafe { self.launch(function, shape, stream, &mut parameters![*link, send, recv, count]) }

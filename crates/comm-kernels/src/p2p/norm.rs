@@ -5,7 +5,7 @@ use std::ffi::c_void;
 use comm_core::{CommError, DeviceAddr, NormQuantization, Result, RmsNormArgs, StreamHandle};
 
 use super::functions::float_index;
-use super::{Link, P2pKernels, Shape, check_shape};
+use super::{Link, P2pKernels, Shape, Wire, check_shape};
 use crate::kernels::parameters;
 use crate::module::Function;
 
@@ -72,15 +72,15 @@ impl Quantized {
 
 #[allow(clippy::missing_safety_doc, reason = "as for the other launchers")]
 impl P2pKernels {
-    /// The fused norm, with an fp8 result if `quantized` asks for one, in one hop: a cluster of `cluster` (1, 2, 4 or 8) blocks of `block` threads a row. `link` is the
-    /// packet channel's; `tokens * cluster * block` is at most its `slot_packs`, and `cluster * block` at least the
-    /// 12-byte packs of a row.
+    /// The fused norm, with an fp8 result if `quantized` asks for one, in one hop: a cluster of `cluster` (1, 2, 4 or 8)
+    /// blocks of `block` threads a row. `link` is the wire's channel's; `tokens * cluster * block` is at most its
+    /// `slot_packs`, and `cluster * block` at least the packs of a row.
     ///
     /// # Errors
     /// [`CommError::InvalidArgument`], [`CommError::Cuda`].
     pub unsafe fn norm_one_shot(
         &self,
-        link: &Link,
+        (link, wire): (&Link, Wire),
         args: &RmsNormArgs,
         quantized: Option<&NormQuantization>,
         (cluster, block): (u32, u32),
@@ -89,7 +89,7 @@ impl P2pKernels {
         let grid = u32::try_from(args.tokens).ok().and_then(|tokens| tokens.checked_mul(cluster));
         let shape = Shape { grid: grid.unwrap_or(u32::MAX), block };
         check_shape(shape, link.slot_packs.into())?;
-        let packs = (args.hidden * args.dtype.size()).div_ceil(12);
+        let packs = (args.hidden * args.dtype.size()).div_ceil(wire.payload());
         if packs > cluster as usize * block as usize {
             return Err(CommError::invalid(
                 "shape",
@@ -106,8 +106,13 @@ impl P2pKernels {
             }
         };
         match quantized.map(Quantized::new) {
-            Some(to) => launch(&self.functions.norm_one_shot_fp8[index], &mut parameters![*link, args, to]),
-            None => launch(&self.functions.norm_one_shot[index], &mut parameters![*link, args]),
+            Some(to) => launch(
+                &self.functions.norm_one_shot_fp8[wire as usize][index],
+                &mut parameters![*link, args, to],
+            ),
+            None => {
+                launch(&self.functions.norm_one_shot[wire as usize][index], &mut parameters![*link, args])
+            }
         }
     }
 

@@ -56,6 +56,7 @@ impl P2pComm {
             world: shared.info.size,
             packet_slots: options.packet_slots,
             lamport_slots: options.lamport_slots,
+            line_slots: options.line_slots,
             cell_ctas: options.cell_ctas,
             staging: options.staging_bytes,
             room: shared.base.room,

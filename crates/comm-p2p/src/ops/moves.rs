@@ -52,6 +52,14 @@ impl P2pComm {
                 let parts = vec![part; info.size];
                 self.stage_all_gather(&call, channels, (send, recv), &parts, stream)?;
             }
+            (Algorithm::Lines, _) => {
+                let link = call.link(&channels.lines);
+                self.share_a_buffer(&call, &link, stream)?;
+                // SAFETY: as above.
+                call.fatal(unsafe {
+                    channels.kernels.all_gather_lines(&link, (send, recv), part, shape, stream)
+                })?;
+            }
             (Algorithm::CubeMesh, _) => {
                 self.cube_all_gather(&call, channels, (send, recv), part, shape, stream)?;
             }
@@ -96,6 +104,13 @@ impl P2pComm {
                 call.reaches(&found, recv)?;
                 let operands = (send, &found.peers);
                 self.store_broadcast(&call, channels, &plan, operands, (bytes, root), stream)?;
+            }
+            (Algorithm::Lines, _) => {
+                let link = call.link(&channels.lines);
+                // SAFETY: as above.
+                call.fatal(unsafe {
+                    kernels.broadcast_lines(&link, (send, recv), bytes, root, plan.shape, stream)
+                })?;
             }
             (Algorithm::Bounce, _) => {
                 self.bounce_broadcast(&call, channels, (send, recv), (bytes, root), stream)?;

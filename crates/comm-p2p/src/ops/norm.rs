@@ -79,9 +79,10 @@ impl P2pComm {
         // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks, and the
         // caller vouches for the operands.
         call.fatal(unsafe {
-            if algorithm == Algorithm::OneShot {
-                let link = call.link(&channels.packet);
-                channels.kernels.norm_one_shot(&link, args, quantized, (chunk, shape.block), stream)
+            if matches!(algorithm, Algorithm::OneShot | Algorithm::Lamport) {
+                let (channel, wire) = channels.one_hop(algorithm);
+                let link = (&call.link(channel), wire);
+                channels.kernels.norm_one_shot(link, args, quantized, (chunk, shape.block), stream)
             } else {
                 let link = call.link(&channels.lamport);
                 channels.kernels.norm_two_shot(&link, args, quantized, shape, stream)

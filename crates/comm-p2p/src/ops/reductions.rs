@@ -65,13 +65,14 @@ impl P2pComm {
         let Plan { algorithm, shape, .. } = plan;
         let kernels = &channels.kernels;
         match (algorithm, found) {
-            (Algorithm::OneShot, _) => {
-                let link = call.link(&channels.packet);
+            (Algorithm::OneShot | Algorithm::Lamport, _) => {
+                let (channel, wire) = channels.one_hop(algorithm);
+                let link = call.link(channel);
                 self.share_a_buffer(&call, &link, stream)?;
                 // SAFETY: here and below, the channels are live while the communicator is open, the plan is the same
                 // on all ranks, and the caller vouches for the operands.
                 call.fatal(unsafe {
-                    kernels.all_reduce_one_shot(&link, (send, recv), count, dtype, shape, stream)
+                    kernels.all_reduce_one_shot((&link, wire), (send, recv), count, dtype, shape, stream)
                 })?;
             }
             (Algorithm::Cells | Algorithm::Steps, Some(found)) => {

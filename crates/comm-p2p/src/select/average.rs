@@ -19,11 +19,15 @@ impl Limits {
         if self.gaps.is_some() {
             return self.staged();
         }
-        let plan = choose(self);
-        match plan.algorithm {
-            Algorithm::OneShot | Algorithm::TwoShot | Algorithm::Staged => plan,
-            _ => choose(&Self { forced: Some(Algorithm::TwoShot), ..self.clone() }),
-        }
+        let force = |algorithm| choose(&Self { forced: Some(algorithm), ..self.clone() });
+        let by_packs = |plan: &Plan| {
+            matches!(plan.algorithm, Algorithm::OneShot | Algorithm::TwoShot | Algorithm::Staged)
+        };
+        let plan = match choose(self) {
+            plan if plan.algorithm == Algorithm::Lamport => force(Algorithm::OneShot),
+            plan => plan,
+        };
+        if by_packs(&plan) { plan } else { force(Algorithm::TwoShot) }
     }
 }
 

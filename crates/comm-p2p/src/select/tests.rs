@@ -7,6 +7,7 @@ pub(crate) fn limits(world: usize, forced: Option<Algorithm>) -> Limits {
         world,
         packet_slots: 33_792,
         lamport_slots: 67_584,
+        line_slots: 67_584,
         cell_ctas: 132,
         staging: 32 << 20,
         room: Room::alone(132),
@@ -23,6 +24,7 @@ pub(crate) fn launchable(limits: &Limits, plan: &Plan, registered: bool) {
     assert!(grid <= limits.room.blocks(if block <= 256 { 2 } else { 1 }), "{plan:?} in {:?}", limits.room);
     let slots = match plan.algorithm {
         Algorithm::Packets | Algorithm::Relayed | Algorithm::OneShot => limits.packet_slots,
+        Algorithm::Lines => limits.line_slots / 4,
         _ => limits.lamport_slots,
     };
     assert!(plan.shape.threads() <= slots as u64, "{plan:?}");

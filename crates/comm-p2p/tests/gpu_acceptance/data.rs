@@ -13,9 +13,10 @@ use crate::common::{Rank, world_size};
 pub(crate) const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
 /// Scratch memory that is quickly made, for tests that make many communicators; several rounds for what is not small.
-pub(crate) const SMALL: [(&str, &str); 5] = [
+pub(crate) const SMALL: [(&str, &str); 6] = [
     ("p2p.packet_slots", "4096"),
     ("p2p.lamport_slots", "4096"),
+    ("p2p.line_slots", "512"),
     ("p2p.staging_bytes", "1048576"),
     ("p2p.cell_ctas", "4"),
     ("p2p.pair_bytes", "65536"),

@@ -16,6 +16,7 @@ mod alternating;
 mod data;
 mod graphs;
 mod groups;
+mod lines;
 mod norm;
 mod soak;
 mod stall;

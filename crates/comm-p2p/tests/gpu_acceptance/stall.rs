@@ -109,8 +109,8 @@ fn a_stalled_rank_gets_and_gives_the_right_results() {
         for size in two_worlds() {
             let last = (size - 1).to_string();
             let algorithms = [
-                "one_shot", "two_shot", "cells", "steps", "packets", "relayed", "direct", "spread", "bounce",
-                "staged",
+                "one_shot", "two_shot", "cells", "steps", "packets", "relayed", "lamport", "lines", "direct",
+                "spread", "bounce", "staged",
             ]
             .map(Some);
             for (turn, algorithm) in [None, None].into_iter().chain(algorithms).enumerate() {
@@ -150,6 +150,8 @@ fn without_double_buffering_a_stall_is_noticed() {
                 (Op::AllReduce, "one_shot"),
                 (Op::ReduceScatter, "two_shot"),
                 (Op::AllGather, "packets"),
+                (Op::AllGather, "lines"),
+                (Op::AllReduce, "lamport"),
                 (Op::ReduceScatterV, "two_shot"),
                 (Op::AllGatherV, "packets"),
             ] {

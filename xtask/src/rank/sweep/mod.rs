@@ -28,9 +28,10 @@ pub struct SweepJob {}
 
 const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 /// Small enough for several rounds of every algorithm at the counts below.
-const SMALL: [(&str, &str); 5] = [
+const SMALL: [(&str, &str); 6] = [
     ("p2p.packet_slots", "512"),
     ("p2p.lamport_slots", "512"),
+    ("p2p.line_slots", "512"),
     ("p2p.staging_bytes", "16384"),
     ("p2p.pair_bytes", "1024"),
     ("p2p.cell_ctas", "2"),
@@ -59,8 +60,8 @@ pub fn run(context: &RankContext) -> Result<()> {
     let mut bench = Bench { memory, kernels, words, rank, world, seed: 0 };
     bench.local(context).context("kernels of one device")?;
     let algorithms = [
-        "one_shot", "two_shot", "cells", "steps", "packets", "relayed", "direct", "spread", "staged",
-        "composed",
+        "one_shot", "two_shot", "cells", "steps", "packets", "relayed", "lamport", "lines", "direct",
+        "spread", "staged", "composed",
     ];
     for algorithm in algorithms {
         context.events.phase(format!("algorithm {algorithm}"));

@@ -1,0 +1,87 @@
+//! Launchers of all-gather and broadcast by lines: `cuda/p2p/lines.cu`.
+
+use std::sync::Arc;
+
+use comm_core::{CommError, DeviceAddr, Result, StreamHandle};
+use cudarc::driver::CudaContext;
+
+use super::functions::by_world;
+use super::{FLAG_CTAS, Link, P2pKernels, Shape, check_shape};
+use crate::kernels::parameters;
+use crate::module::{Function, Module};
+
+/// Packs that a warp has in one slot of a channel of lines: a burst.
+pub const BURST_PACKS: usize = 128;
+/// Payload of a burst, in bytes: 31 of 32.
+pub const BURST_BYTES: usize = 1984;
+
+/// The entry points of one world size.
+pub(super) struct LineFunctions {
+    all_gather: Function,
+    broadcast: Function,
+}
+
+impl LineFunctions {
+    pub(super) fn load(context: &Arc<CudaContext>, world: usize) -> Result<Self> {
+        let lines = Module::load(context, "p2p_lines")?;
+        Ok(Self {
+            all_gather: lines.function(by_world!(world, "p2p_ag_lines"))?,
+            broadcast: lines.function(by_world!(world, "p2p_bc_lines"))?,
+        })
+    }
+}
+
+fn check(link: &Link, shape: Shape) -> Result<()> {
+    check_shape(shape, u64::from(link.slot_packs) / 4)?;
+    if shape.grid > FLAG_CTAS || !shape.block.is_multiple_of(32) {
+        return Err(CommError::invalid(
+            "shape",
+            format!("{} blocks of {} threads; at most {FLAG_CTAS}, of whole warps", shape.grid, shape.block),
+        ));
+    }
+    Ok(())
+}
+
+/// The safety contract is that of [`P2pKernels`]' other launchers; `link` is the lines' channel's, its `slot_packs` a
+/// multiple of [`BURST_PACKS`].
+#[allow(clippy::missing_safety_doc, reason = "the block's comment holds for every method")]
+impl P2pKernels {
+    /// All-gather by lines, `bytes` bytes a rank. Blocks of whole warps; a quarter of `slot_packs` threads at most.
+    ///
+    /// # Errors
+    /// [`CommError::InvalidArgument`], [`CommError::Cuda`].
+    pub unsafe fn all_gather_lines(
+        &self,
+        link: &Link,
+        (send, recv): (DeviceAddr, DeviceAddr),
+        bytes: usize,
+        shape: Shape,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        check(link, shape)?;
+        let bytes = bytes as u64;
+        let function = &self.functions.lines.all_gather;
+        // SAFETY: these are the kernel's parameters; the caller vouches for what they name.
+        unsafe { self.launch(function, shape, stream, &mut parameters![*link, send, recv, bytes]) }
+    }
+
+    /// Broadcast by lines, over the other ranks as relays. Blocks and threads as for the all-gather.
+    ///
+    /// # Errors
+    /// [`CommError::InvalidArgument`], [`CommError::Cuda`].
+    pub unsafe fn broadcast_lines(
+        &self,
+        link: &Link,
+        (send, recv): (DeviceAddr, DeviceAddr),
+        bytes: usize,
+        root: usize,
+        shape: Shape,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        check(link, shape)?;
+        let (bytes, root) = (bytes as u64, root as u32);
+        let function = &self.functions.lines.broadcast;
+        // SAFETY: as above.
+        unsafe { self.launch(function, shape, stream, &mut parameters![*link, send, recv, bytes, root]) }
+    }
+}
