@@ -13,15 +13,15 @@ use std::sync::Arc;
 
 use comm_core::OpKind;
 use comm_core::tuning::{Choice, Table};
-use comm_kernels::p2p::{BURST_BYTES, FLAG_CTAS, Shape, Units};
+use comm_kernels::p2p::{BURST_BYTES, FLAG_CTAS, MAX_LINE_BLOCK, Shape, Units};
 
-pub(crate) use self::bounce::{pieces, pieces_of_parts};
+pub(crate) use self::composed::slice;
 pub(crate) use self::gaps::Gaps;
 use crate::room::Room;
 use crate::usage::Algorithm;
 
 mod average;
-mod bounce;
+mod composed;
 mod gaps;
 mod uneven;
 
@@ -33,8 +33,6 @@ pub(crate) struct Limits {
     pub(crate) lamport_slots: usize,
     pub(crate) line_slots: usize,
     pub(crate) cell_ctas: usize,
-    /// Bytes of a rank's staging memory.
-    pub(crate) staging: usize,
     pub(crate) room: Room,
     pub(crate) forced: Option<Algorithm>,
     pub(crate) gaps: Option<Gaps>,
@@ -142,7 +140,7 @@ impl Limits {
 
     /// Lines for slices of `bytes` bytes: a burst a warp until every multiprocessor has a block.
     fn lines(&self, choice: &Choice<Algorithm>, bytes: usize) -> Plan {
-        let block = choice.block.unwrap_or(128);
+        let block = line_block(choice);
         let warps = bytes.div_ceil(BURST_BYTES).max(1);
         let most = self.line_slots / 4 / block as usize;
         let grid = (warps * 32).div_ceil(block as usize).min(most);
@@ -167,7 +165,7 @@ impl Limits {
             Algorithm::TwoShot => Some(self.plan(choice.algorithm, self.lamport(choice, slice))),
             Algorithm::Cells if registered => Some(self.cells(choice)),
             Algorithm::Steps if registered => Some(self.sum_steps(choice)),
-            Algorithm::Bounce if !registered => self.bounce(self.bounced_all_reduce(bytes)),
+            Algorithm::Composed => Some(self.composed()),
             Algorithm::Pull => Some(self.pull(choice, bytes)),
             Algorithm::Staged => Some(self.staged()),
             _ => None,
@@ -185,6 +183,9 @@ impl Limits {
                 Some(self.plan(choice.algorithm, self.lamport(choice, part.div_ceil(PACK))))
             }
             Algorithm::Cells => Some(self.cells(choice)),
+            Algorithm::Lines if self.line_slots / 4 >= line_block(choice) as usize => {
+                Some(self.lines(choice, part))
+            }
             Algorithm::Steps => Some(self.sum_steps(choice)),
             Algorithm::Staged => Some(self.staged()),
             _ => None,
@@ -205,7 +206,7 @@ impl Limits {
                 let shape = self.spread(choice, packs, self.packet_slots, &table);
                 Some(self.plan(choice.algorithm, shape))
             }
-            Algorithm::Lines if self.line_slots / 4 >= choice.block.unwrap_or(128) as usize => {
+            Algorithm::Lines if self.line_slots / 4 >= line_block(choice) as usize => {
                 Some(self.lines(choice, part))
             }
             Algorithm::Direct if registered => Some(self.direct(choice)),
@@ -221,7 +222,6 @@ impl Limits {
                 let grid = choice.grid.map_or(half, |grid| grid.min(all));
                 Some(self.plan(choice.algorithm, Shape { grid, block: choice.block.unwrap_or(32) }))
             }
-            Algorithm::Bounce if !registered => self.bounce(self.bounced_all_gather(part)),
             Algorithm::Staged => Some(self.staged()),
             _ => None,
         };
@@ -243,11 +243,10 @@ impl Limits {
                 let slice = packs.div_ceil(self.world - 1);
                 Some(self.plan(choice.algorithm, self.packets(choice, slice)))
             }
-            Algorithm::Lines if self.line_slots / 4 >= choice.block.unwrap_or(128) as usize => {
+            Algorithm::Lines if self.line_slots / 4 >= line_block(choice) as usize => {
                 Some(self.lines(choice, bytes.div_ceil(self.world - 1)))
             }
             Algorithm::Direct if registered => Some(self.direct(choice)),
-            Algorithm::Bounce if !registered => self.bounce(self.bounced_broadcast(bytes)),
             Algorithm::Staged => Some(self.staged()),
             _ => None,
         };
@@ -294,14 +293,13 @@ impl Limits {
             let shape = Shape { grid: grid as u32, block: block as u32 };
             (block <= 512 && grid > 0).then_some(self.plan(Algorithm::TwoShot, shape))
         };
-        let composed = self.plan(Algorithm::Composed, Shape { grid: 0, block: 0 });
         if self.gaps.is_some() {
-            return composed;
+            return self.composed();
         }
         let launch = |choice: &Choice<Algorithm>| match choice.algorithm {
             Algorithm::OneShot | Algorithm::Lamport => one_hop(choice.algorithm),
             Algorithm::TwoShot => two_hops(choice),
-            Algorithm::Composed => Some(composed),
+            Algorithm::Composed => Some(self.composed()),
             _ => None,
         };
         let last = if two_hops(&Choice::of(Algorithm::TwoShot)).is_some() {
@@ -315,6 +313,11 @@ impl Limits {
     fn staged(&self) -> Plan {
         self.plan(Algorithm::Staged, Shape { grid: 0, block: 0 })
     }
+}
+
+/// Threads of a block of lines.
+fn line_block(choice: &Choice<Algorithm>) -> u32 {
+    choice.block.unwrap_or(128).min(MAX_LINE_BLOCK)
 }
 
 #[cfg(test)]

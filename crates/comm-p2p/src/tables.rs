@@ -98,11 +98,11 @@ pub(crate) const fn of_op(op: OpKind) -> &'static [Algorithm] {
     use Algorithm as A;
     match op {
         OpKind::AllReduce => {
-            &[A::OneShot, A::Lamport, A::TwoShot, A::Cells, A::Steps, A::Bounce, A::Pull, A::Staged]
+            &[A::OneShot, A::Lamport, A::TwoShot, A::Cells, A::Steps, A::Composed, A::Pull, A::Staged]
         }
-        OpKind::ReduceScatter => &[A::TwoShot, A::Cells, A::Steps, A::Staged],
-        OpKind::AllGather => &[A::Packets, A::Lines, A::Direct, A::Spread, A::Steps, A::Bounce, A::Staged],
-        OpKind::Broadcast => &[A::Packets, A::Relayed, A::Lines, A::Direct, A::Bounce, A::Staged],
+        OpKind::ReduceScatter => &[A::TwoShot, A::Cells, A::Lines, A::Steps, A::Staged],
+        OpKind::AllGather => &[A::Packets, A::Lines, A::Direct, A::Spread, A::Steps, A::Staged],
+        OpKind::Broadcast => &[A::Packets, A::Relayed, A::Lines, A::Direct, A::Staged],
         OpKind::AllReduceRmsNorm => &[A::OneShot, A::Lamport, A::TwoShot, A::Composed],
         _ => &[],
     }

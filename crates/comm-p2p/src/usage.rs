@@ -23,14 +23,12 @@ pub(crate) enum Algorithm {
     Packets,
     /// Packets over relays.
     Relayed,
-    /// Lines through scratch memory, over relays where it is a broadcast.
+    /// Lines through scratch memory, over relays where it is a broadcast, summed where it is a reduce-scatter.
     Lines,
     /// Stores into the peers' registered buffers.
     Direct,
     /// The same, each piece read once and stored to all.
     Spread,
-    /// The same as for registered buffers, but into staging memory, and a copy from there.
-    Bounce,
     /// Copies through staging memory, between barriers.
     Staged,
     /// Flags alone.
@@ -44,7 +42,7 @@ pub(crate) enum Algorithm {
 }
 
 impl Algorithm {
-    const ALL: [Self; 18] = [
+    const ALL: [Self; 17] = [
         Self::OneShot,
         Self::Lamport,
         Self::TwoShot,
@@ -57,7 +55,6 @@ impl Algorithm {
         Self::Lines,
         Self::Direct,
         Self::Spread,
-        Self::Bounce,
         Self::Staged,
         Self::Flags,
         Self::Local,
@@ -79,7 +76,6 @@ impl Algorithm {
             Self::Lines => "lines",
             Self::Direct => "direct",
             Self::Spread => "spread",
-            Self::Bounce => "bounce",
             Self::Staged => "staged",
             Self::Flags => "flags",
             Self::Local => "local",

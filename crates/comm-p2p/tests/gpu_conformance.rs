@@ -49,19 +49,17 @@ fn every_algorithm() {
     let Some(most) = world_size() else { return };
     let algorithms = [
         "one_shot", "two_shot", "cells", "steps", "packets", "relayed", "lamport", "lines", "direct",
-        "spread", "bounce", "staged", "composed", "pull",
+        "spread", "staged", "composed", "pull",
     ];
     for algorithm in algorithms {
         // The suite's operands lie alike on all ranks.
-        let mut options = vec![
+        let options = [
             ("p2p.algorithm", algorithm),
             ("p2p.packet_slots", "1024"),
             ("p2p.lamport_slots", "1024"),
             ("p2p.line_slots", "512"),
             ("p2p.symmetric_operands", "on"),
         ];
-        // Many pieces.
-        options.extend((algorithm == "bounce").then_some(("p2p.staging_bytes", "8192")));
         for case in ["all_", "reduce_scatter/", "reduce_scatter_v/", "broadcast", "register", "allocate"] {
             run(most, &config(&options).only(case));
         }

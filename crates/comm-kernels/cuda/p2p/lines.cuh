@@ -52,7 +52,8 @@ struct Burst {
         return !has(u) || begin >= bytes ? 0 : min(kPackBytes, bytes - begin);
     }
 
-    // The `bytes` bytes (1 to kBurstBytes) at `from`, which `align` divides.
+    // The `bytes` bytes (1 to kBurstBytes), whole elements of `kUnit` bytes, at `from`, which `align` divides.
+    template <int kUnit = 1>
     __device__ __forceinline__ void read(const char* from, uint32_t bytes, uint32_t align) {
         if (bytes == kBurstBytes && moves_wide<4>(align)) {
 #pragma unroll
@@ -62,9 +63,10 @@ struct Burst {
 #pragma unroll
             for (uint32_t u = 0; u < kPacks; u++)
                 if (const uint32_t n = length(u, bytes); n != 0)
-                    w[u] = read_pack<1, 4>(from + pack(u) * kPackBytes, n, align);
+                    w[u] = read_pack<kUnit, 4>(from + pack(u) * kPackBytes, n, align);
         }
     }
+    template <int kUnit = 1>
     __device__ __forceinline__ void write(char* to, uint32_t bytes, uint32_t align) const {
         if (bytes == kBurstBytes && moves_wide<4>(align)) {
 #pragma unroll
@@ -74,7 +76,7 @@ struct Burst {
 #pragma unroll
             for (uint32_t u = 0; u < kPacks; u++)
                 if (const uint32_t n = length(u, bytes); n != 0)
-                    write_pack<1>(to + pack(u) * kPackBytes, w[u], n, align);
+                    write_pack<kUnit>(to + pack(u) * kPackBytes, w[u], n, align);
         }
     }
 
@@ -100,22 +102,43 @@ struct Burst {
         for (uint32_t u = 0; u < kPacks; u++)
             store_pack(slot + (u * 32 + lane()) * kPackBytes, w[u].w[0], w[u].w[1], w[u].w[2], w[u].w[3]);
     }
-    // Waits for a burst, by a whole warp. It stays sealed. The lines of a burst are looked at until all carry the round;
-    // what lies between two of them was read with the later.
-    __device__ __forceinline__ void receive(const Link& link, Waiter& waiter, uint32_t round, int src, const char* slot) {
-        waiter.until_arrived_by_warp(link, round, [&] {
-            bool arrived = true;
+    // Loads a slot, all of it in one go. What lies between two of these loads belongs to the later.
+    __device__ __forceinline__ void load(const char* slot) {
 #pragma unroll
-            for (uint32_t u = 0; u < kPacks; u++) {
-                const uint4 p = load_pack(slot + (u * 32 + lane()) * kPackBytes);
-                w[u] = {{p.x, p.y, p.z, p.w}};
-            }
+        for (uint32_t u = 0; u < kPacks; u++) {
+            const uint4 p = load_pack(slot + (u * 32 + lane()) * kPackBytes);
+            w[u] = {{p.x, p.y, p.z, p.w}};
+        }
+    }
+    // Whether all lines of what the warp has loaded carry the round.
+    __device__ __forceinline__ bool arrived(uint32_t round) const {
+        bool mine = true;
 #pragma unroll
-            for (uint32_t u = 0; u < kPacks; u++) arrived = arrived && (!seals() || w[u].w[3] == round);
-            return __all_sync(0xffffffffu, arrived) ? 0u : 1u << src;
-        });
+        for (uint32_t u = 0; u < kPacks; u++) mine = mine && w[u].w[3] == round;
+        return __all_sync(0xffffffffu, mine || !seals());
     }
 };
+
+// How many bursts a warp waits for at a time, so that their loads overlap.
+template <int kWorld>
+constexpr int kBurstsAtOnce = kWorld - 1 <= 4 ? kWorld - 1 : kWorld / 2;
+
+// Waits, by a whole warp, for its bursts of `round` from the ranks `source(0)`, `source(1)`, ... of which bit `i` of `wanted`
+// is set. They stay sealed.
+template <int kWorld, class Source>
+__device__ __forceinline__ void receive_bursts(const Link& link, Waiter& waiter, uint32_t round, size_t warp,
+                                               uint32_t wanted, Source source, Burst (&b)[kBurstsAtOnce<kWorld>]) {
+    waiter.until_arrived_by_warp(link, round, [&] {
+#pragma unroll
+        for (int i = 0; i < kBurstsAtOnce<kWorld>; i++)
+            b[i].load(burst_slot<kWorld>(link, link.rank, round, source(i), warp));
+        uint32_t late = 0;
+#pragma unroll
+        for (int i = 0; i < kBurstsAtOnce<kWorld>; i++)
+            if (!b[i].arrived(round) && wanted >> i & 1) late |= 1u << source(i);
+        return late;
+    });
+}
 
 // Bytes of burst `burst` of `bytes` bytes.
 __device__ __forceinline__ uint32_t burst_length(size_t burst, size_t bytes) {
@@ -173,15 +196,17 @@ __device__ __forceinline__ void all_gather_lines(const Link& link, const char* s
         if (k > 0 && k + 1 < rounds) push(k + 1);
         const size_t burst = warp + k * warps;
         const uint32_t n = burst_length(burst, bytes);
-        if (n != 0) {
-            // In the order in which they are sent to this rank.
+        // In the order in which they are sent to this rank.
 #pragma unroll 1
-            for (int d = 1; d < kWorld; d++) {
-                const int s = rank - d < 0 ? rank - d + kWorld : rank - d;
-                Burst b;
-                b.receive(link, waiter, first + k, s, burst_slot<kWorld>(link, rank, first + k, s, warp));
-                b.unseal();
-                b.write(recv + s * bytes + burst * kBurstBytes, n, align_out);
+        for (int d = 1; d < kWorld && n != 0; d += kBurstsAtOnce<kWorld>) {
+            auto source = [&](int i) { return rank - d - i < 0 ? rank - d - i + kWorld : rank - d - i; };
+            Burst b[kBurstsAtOnce<kWorld>];
+            receive_bursts<kWorld>(link, waiter, first + k, warp, (1u << (kWorld - d)) - 1, source, b);
+#pragma unroll
+            for (int i = 0; i < kBurstsAtOnce<kWorld>; i++) {
+                if (d + i >= kWorld) continue;
+                b[i].unseal();
+                b[i].write(recv + source(i) * bytes + burst * kBurstBytes, n, align_out);
             }
         }
         if (k == 0 && rounds > 1) push(1);
@@ -262,7 +287,11 @@ __device__ __forceinline__ void broadcast_lines(const Link& link, const char* se
             const size_t burst = warp + k * warps;
             if (const uint32_t n = length(mine, burst); n != 0) {
                 Burst b;
-                b.receive(link, waiter, first + k, root, burst_slot<kWorld>(link, rank, first + k, root, warp));
+                const char* const slot = burst_slot<kWorld>(link, rank, first + k, root, warp);
+                waiter.until_arrived_by_warp(link, first + k, [&] {
+                    b.load(slot);
+                    return b.arrived(first + k) ? 0u : 1u << root;
+                });
                 if (!waiter.gave_up) {
 #pragma unroll
                     for (int d = 1; d < kWorld; d++) {
@@ -274,16 +303,23 @@ __device__ __forceinline__ void broadcast_lines(const Link& link, const char* se
                 b.write(recv + mine * cut.stride + burst * kBurstBytes, n, align_out);
             }
 #pragma unroll 1
-            for (int d = 1; d < kWorld; d++) {
-                const int s = rank - d < 0 ? rank - d + kWorld : rank - d;
-                const int slice = s - root - 1 < 0 ? s - root - 1 + kWorld : s - root - 1;
-                if (s == root) continue;
-                const uint32_t n = length(slice, burst);
-                if (n == 0) continue;
-                Burst b;
-                b.receive(link, waiter, first + k, s, burst_slot<kWorld>(link, rank, first + k, s, warp));
-                b.unseal();
-                b.write(recv + slice * cut.stride + burst * kBurstBytes, n, align_out);
+            for (int d = 1; d < kWorld; d += kBurstsAtOnce<kWorld>) {
+                auto source = [&](int i) { return rank - d - i < 0 ? rank - d - i + kWorld : rank - d - i; };
+                auto slice = [&](int s) { return s - root - 1 < 0 ? s - root - 1 + kWorld : s - root - 1; };
+                uint32_t wanted = 0;
+#pragma unroll
+                for (int i = 0; i < kBurstsAtOnce<kWorld>; i++)
+                    if (d + i < kWorld && source(i) != root && length(slice(source(i)), burst) != 0) wanted |= 1u << i;
+                if (wanted == 0) continue;
+                Burst b[kBurstsAtOnce<kWorld>];
+                receive_bursts<kWorld>(link, waiter, first + k, warp, wanted, source, b);
+#pragma unroll
+                for (int i = 0; i < kBurstsAtOnce<kWorld>; i++) {
+                    if (!(wanted >> i & 1)) continue;
+                    const int from = slice(source(i));
+                    b[i].unseal();
+                    b[i].write(recv + from * cut.stride + burst * kBurstBytes, length(from, burst), align_out);
+                }
             }
             if (__syncthreads_or(waiter.gave_up)) return;
             if (meets) Flag::raise(flag(link, peer, blockIdx.x, kToken, rank), first + k);

@@ -1,11 +1,11 @@
-//! Launchers of all-gather and broadcast by lines: `cuda/p2p/lines.cu`.
+//! Launchers of all-gather, broadcast and reduce-scatter by lines: `cuda/p2p/lines.cu`.
 
 use std::sync::Arc;
 
-use comm_core::{CommError, DeviceAddr, Result, StreamHandle};
+use comm_core::{CommError, DType, DeviceAddr, Result, StreamHandle};
 use cudarc::driver::CudaContext;
 
-use super::functions::by_world;
+use super::functions::{PerFloat, by_world, float_index, per_float};
 use super::{FLAG_CTAS, Link, P2pKernels, Shape, check_shape};
 use crate::kernels::parameters;
 use crate::module::{Function, Module};
@@ -15,10 +15,14 @@ pub const BURST_PACKS: usize = 128;
 /// Payload of a burst, in bytes: 31 of 32.
 pub const BURST_BYTES: usize = 1984;
 
+/// Most threads of a block: with twice as many, a warp's bursts would not fit into its registers.
+pub const MAX_LINE_BLOCK: u32 = 256;
+
 /// The entry points of one world size.
 pub(super) struct LineFunctions {
     all_gather: Function,
     broadcast: Function,
+    reduce_scatter: PerFloat,
 }
 
 impl LineFunctions {
@@ -27,16 +31,20 @@ impl LineFunctions {
         Ok(Self {
             all_gather: lines.function(by_world!(world, "p2p_ag_lines"))?,
             broadcast: lines.function(by_world!(world, "p2p_bc_lines"))?,
+            reduce_scatter: per_float!(lines, world, "p2p_rs_lines"),
         })
     }
 }
 
 fn check(link: &Link, shape: Shape) -> Result<()> {
     check_shape(shape, u64::from(link.slot_packs) / 4)?;
-    if shape.grid > FLAG_CTAS || !shape.block.is_multiple_of(32) {
+    if shape.grid > FLAG_CTAS || !shape.block.is_multiple_of(32) || shape.block > MAX_LINE_BLOCK {
         return Err(CommError::invalid(
             "shape",
-            format!("{} blocks of {} threads; at most {FLAG_CTAS}, of whole warps", shape.grid, shape.block),
+            format!(
+                "{} blocks of {} threads; at most {FLAG_CTAS}, of whole warps, up to {MAX_LINE_BLOCK} threads",
+                shape.grid, shape.block
+            ),
         ));
     }
     Ok(())
@@ -63,6 +71,26 @@ impl P2pKernels {
         let function = &self.functions.lines.all_gather;
         // SAFETY: these are the kernel's parameters; the caller vouches for what they name.
         unsafe { self.launch(function, shape, stream, &mut parameters![*link, send, recv, bytes]) }
+    }
+
+    /// Sum reduce-scatter of bf16, f16 or f32 by lines, `count` elements a rank. Blocks and threads as for the all-gather.
+    ///
+    /// # Errors
+    /// [`CommError::InvalidArgument`], [`CommError::Cuda`].
+    pub unsafe fn reduce_scatter_lines(
+        &self,
+        link: &Link,
+        (send, recv): (DeviceAddr, DeviceAddr),
+        count: usize,
+        dtype: DType,
+        shape: Shape,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        check(link, shape)?;
+        let function = &self.functions.lines.reduce_scatter[float_index(dtype)?];
+        let count = count as u64;
+        // SAFETY: as above.
+        unsafe { self.launch(function, shape, stream, &mut parameters![*link, send, recv, count]) }
     }
 
     /// Broadcast by lines, over the other ranks as relays. Blocks and threads as for the all-gather.

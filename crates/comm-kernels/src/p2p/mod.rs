@@ -23,7 +23,7 @@ use cudarc::driver::CudaContext;
 
 pub use self::captured::{CAPTURED_ENTRY_BYTES, CapturedEntry, CapturedKernels};
 use self::functions::{Functions, float_index};
-pub use self::lines::{BURST_BYTES, BURST_PACKS};
+pub use self::lines::{BURST_BYTES, BURST_PACKS, MAX_LINE_BLOCK};
 pub use self::link::{
     BUFFERS, Channel, ErrorRecord, FLAG_BYTES, FLAG_CTAS, Link, MAX_RANKS, PACK_BYTES, PAIR_COUNTERS_BYTES,
     Peers, TILE_BYTES, buffer_bytes, cells_bytes, lines_bytes, scratch_bytes, tiles,

@@ -1,9 +1,9 @@
 //! The operations: arguments are checked, an algorithm is chosen, and its kernels are enqueued.
 
 mod average;
-mod bounce;
 mod captured;
 mod choice;
+mod composed;
 mod cube;
 mod moves;
 mod norm;
@@ -58,7 +58,6 @@ impl P2pComm {
             lamport_slots: options.lamport_slots,
             line_slots: options.line_slots,
             cell_ctas: options.cell_ctas,
-            staging: options.staging_bytes,
             room: shared.base.room,
             forced: options.algorithm,
             gaps: shared

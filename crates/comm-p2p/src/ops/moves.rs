@@ -5,6 +5,7 @@ use comm_core::{DType, DeviceAddr, OpKind, Result, StreamHandle, check};
 use super::staged::Staging;
 use crate::comm::P2pComm;
 use crate::select::Plan;
+use crate::state::{Call, Channels};
 use crate::usage::Algorithm;
 
 /// What every function here asks of its caller is `DeviceComm`'s safety contract.
@@ -39,40 +40,45 @@ impl P2pComm {
         }
         let plan = self.limits().all_gather(part, found.is_some());
         let Plan { algorithm, shape, .. } = plan;
-        let link = call.link(&channels.packet);
         match (algorithm, found) {
             (Algorithm::Direct | Algorithm::Steps | Algorithm::Spread, Some(found)) => {
                 call.reaches(&found, recv)?;
                 self.store_all_gather(&call, channels, &plan, (send, &found.peers), part, stream)?;
             }
-            (Algorithm::Bounce, _) => {
-                self.bounce_all_gather(&call, channels, (send, recv), part, stream)?;
-            }
             (Algorithm::Staged, _) => {
                 let parts = vec![part; info.size];
                 self.stage_all_gather(&call, channels, (send, recv), &parts, stream)?;
             }
-            (Algorithm::Lines, _) => {
-                let link = call.link(&channels.lines);
-                self.share_a_buffer(&call, &link, stream)?;
-                // SAFETY: as above.
-                call.fatal(unsafe {
-                    channels.kernels.all_gather_lines(&link, (send, recv), part, shape, stream)
-                })?;
-            }
             (Algorithm::CubeMesh, _) => {
                 self.cube_all_gather(&call, channels, (send, recv), part, shape, stream)?;
             }
-            _ => {
-                self.share_a_buffer(&call, &link, stream)?;
-                // SAFETY: as above.
-                call.fatal(unsafe {
-                    channels.kernels.all_gather_packets(&link, (send, recv), part, shape, stream)
-                })?;
-            }
+            _ => self.launch_all_gather(&call, channels, &plan, (send, recv), part, stream)?,
         }
         call.finish(algorithm, stream);
         Ok(())
+    }
+
+    /// An all-gather of `part` bytes a rank through scratch memory: by lines, or else by packets.
+    pub(super) fn launch_all_gather(
+        &self,
+        call: &Call<'_>,
+        channels: &Channels,
+        plan: &Plan,
+        operands: (DeviceAddr, DeviceAddr),
+        part: usize,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let (kernels, lines) = (&channels.kernels, plan.algorithm == Algorithm::Lines);
+        let link = call.link(if lines { &channels.lines } else { &channels.packet });
+        self.share_a_buffer(call, &link, stream)?;
+        // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks, and the
+        // caller vouches for the operands.
+        call.fatal(unsafe {
+            match lines {
+                true => kernels.all_gather_lines(&link, operands, part, plan.shape, stream),
+                false => kernels.all_gather_packets(&link, operands, part, plan.shape, stream),
+            }
+        })
     }
 
     pub(crate) unsafe fn do_broadcast(
@@ -111,9 +117,6 @@ impl P2pComm {
                 call.fatal(unsafe {
                     kernels.broadcast_lines(&link, (send, recv), bytes, root, plan.shape, stream)
                 })?;
-            }
-            (Algorithm::Bounce, _) => {
-                self.bounce_broadcast(&call, channels, (send, recv), (bytes, root), stream)?;
             }
             (Algorithm::Staged, _) => {
                 let mut staging = Staging::new(&call, channels, stream);

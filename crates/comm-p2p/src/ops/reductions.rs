@@ -80,8 +80,8 @@ impl P2pComm {
                 let operands = (send, &found.peers);
                 self.store_all_reduce(&call, channels, &plan, operands, (count, dtype), stream)?;
             }
-            (Algorithm::Bounce, _) => {
-                self.bounce_all_reduce(&call, channels, (send, recv), (count, dtype), stream)?;
+            (Algorithm::Composed, _) => {
+                self.composed_all_reduce(&call, channels, (send, recv), count, dtype, stream)?;
             }
             (Algorithm::Staged, _) => {
                 self.stage_reduce(&call, channels, (send, recv), count, (dtype, op), None, stream)?;
@@ -212,29 +212,48 @@ impl P2pComm {
             call.finish(Algorithm::Staged, stream);
             return Ok(());
         }
-        if plan.algorithm == Algorithm::Steps {
-            let link = call.link(&channels.cells);
-            let (kernels, grid) = (&channels.kernels, plan.shape.grid);
-            // SAFETY: as below.
-            call.fatal(unsafe {
-                let link = (&link, limits.cell_ctas);
-                kernels.reduce_scatter_steps(link, (send, recv), count, dtype, grid, stream)
-            })?;
-            call.finish(plan.algorithm, stream);
-            return Ok(());
-        }
-        let cells = (plan.algorithm == Algorithm::Cells).then_some(plan.units);
-        let link = call.link(if cells.is_some() { &channels.cells } else { &channels.lamport });
-        if cells.is_none() {
-            self.share_a_buffer(&call, &link, stream)?;
+        self.launch_reduce_scatter(&call, channels, &plan, (send, recv), count, dtype, stream)?;
+        call.finish(plan.algorithm, stream);
+        Ok(())
+    }
+
+    /// A sum reduce-scatter of bf16, f16 or f32 by whatever the plan says.
+    pub(super) fn launch_reduce_scatter(
+        &self,
+        call: &Call<'_>,
+        channels: &Channels,
+        plan: &Plan,
+        operands: (DeviceAddr, DeviceAddr),
+        count: usize,
+        dtype: DType,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let (kernels, ctas) = (&channels.kernels, self.shared().base.options.cell_ctas);
+        let Plan { algorithm, shape, units, .. } = *plan;
+        let link = call.link(match algorithm {
+            Algorithm::Steps | Algorithm::Cells => &channels.cells,
+            Algorithm::Lines => &channels.lines,
+            _ => &channels.lamport,
+        });
+        if matches!(algorithm, Algorithm::Lines | Algorithm::TwoShot) {
+            self.share_a_buffer(call, &link, stream)?;
         }
         // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks, and the
         // caller vouches for the operands.
         call.fatal(unsafe {
-            channels.kernels.reduce_scatter(&link, cells, (send, recv), count, dtype, plan.shape, stream)
-        })?;
-        call.finish(plan.algorithm, stream);
-        Ok(())
+            match algorithm {
+                Algorithm::Steps => {
+                    kernels.reduce_scatter_steps((&link, ctas), operands, count, dtype, shape.grid, stream)
+                }
+                Algorithm::Lines => {
+                    kernels.reduce_scatter_lines(&link, operands, count, dtype, shape, stream)
+                }
+                _ => {
+                    let cells = (algorithm == Algorithm::Cells).then_some(units);
+                    kernels.reduce_scatter(&link, cells, operands, count, dtype, shape, stream)
+                }
+            }
+        })
     }
 
     /// `counts[r]` elements come to rank `r`, from parts laid end to end.

@@ -1,6 +1,4 @@
-//! What stores straight into memory that all ranks reach: registered results, or the staging memory that others bounce off.
-//!
-//! Launches what a plan says, whatever the memory is; whether it is the caller's is for others to say.
+//! What stores straight into registered results, which all ranks reach.
 
 use comm_core::{DType, DeviceAddr, Result, StreamHandle};
 use comm_kernels::p2p::Peers;

@@ -46,7 +46,9 @@ mod tests {
                 Some(A::OneShot),
                 Some(A::Cells),
                 Some(A::Steps),
-                Some(A::Bounce),
+                Some(A::Lines),
+                Some(A::Lamport),
+                Some(A::Composed),
                 Some(A::Pull),
                 Some(A::Staged),
             ] {

@@ -9,7 +9,6 @@ pub(crate) fn limits(world: usize, forced: Option<Algorithm>) -> Limits {
         lamport_slots: 67_584,
         line_slots: 67_584,
         cell_ctas: 132,
-        staging: 32 << 20,
         room: Room::alone(132),
         forced,
         gaps: None,
@@ -19,6 +18,10 @@ pub(crate) fn limits(world: usize, forced: Option<Algorithm>) -> Limits {
 
 /// Fails unless all blocks are resident at once and what is sent has room.
 pub(crate) fn launchable(limits: &Limits, plan: &Plan, registered: bool) {
+    if plan.algorithm == Algorithm::Composed {
+        // Launches nothing itself.
+        return;
+    }
     let Shape { grid, block } = plan.shape;
     assert!(grid >= 1 && (32..=512).contains(&block), "{plan:?}");
     assert!(grid <= limits.room.blocks(if block <= 256 { 2 } else { 1 }), "{plan:?} in {:?}", limits.room);

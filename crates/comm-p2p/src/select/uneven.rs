@@ -4,29 +4,34 @@
 use super::{Limits, Plan};
 use crate::usage::Algorithm;
 
+/// The longest part that goes by packs where even ones go by lines.
+const SHORT: usize = 512 << 10;
+
 impl Limits {
     /// An all-gather of parts of up to `longest` bytes.
     pub(crate) fn all_gather_v(&self, longest: usize, registered: bool) -> Plan {
-        // Steps and spreading are for even parts; stores dealt out over the peers come next.
-        self.uneven(Algorithm::Direct, |limits| limits.all_gather(longest, registered))
+        self.uneven([Algorithm::Packets, Algorithm::Direct], longest, |limits| {
+            limits.all_gather(longest, registered)
+        })
     }
 
     /// A sum reduce-scatter of parts of up to `longest` bytes.
     pub(crate) fn reduce_scatter_v(&self, longest: usize) -> Plan {
-        self.uneven(Algorithm::Cells, |limits| limits.reduce_scatter(longest))
+        self.uneven([Algorithm::TwoShot, Algorithm::Cells], longest, |limits| limits.reduce_scatter(longest))
     }
 
-    fn uneven(&self, instead: Algorithm, choose: impl Fn(&Self) -> Plan) -> Plan {
+    /// Steps, spreading and lines are for even parts. Instead of these go `short` parts, or `long` ones if that can be.
+    fn uneven(&self, [short, long]: [Algorithm; 2], longest: usize, choose: impl Fn(&Self) -> Plan) -> Plan {
         if self.gaps.is_some() {
             return self.staged();
         }
         let plan = choose(self);
-        match plan.algorithm {
-            Algorithm::Steps | Algorithm::Spread => choose(&Self { forced: Some(instead), ..self.clone() }),
-            // There is no way round for uneven parts.
-            Algorithm::Bounce => choose(&Self { forced: Some(Algorithm::Packets), ..self.clone() }),
-            _ => plan,
+        if !matches!(plan.algorithm, Algorithm::Steps | Algorithm::Spread | Algorithm::Lines) {
+            return plan;
         }
+        let force = |algorithm| choose(&Self { forced: Some(algorithm), ..self.clone() });
+        let stored = (longest > SHORT || plan.algorithm != Algorithm::Lines).then(|| force(long));
+        stored.filter(|plan| plan.algorithm == long).unwrap_or_else(|| force(short))
     }
 }
 
@@ -43,7 +48,7 @@ mod tests {
             None,
             Some(A::Steps),
             Some(A::Spread),
-            Some(A::Bounce),
+            Some(A::Lines),
             Some(A::Staged),
             Some(A::Packets),
             Some(A::OneShot),

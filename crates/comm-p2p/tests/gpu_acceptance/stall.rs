@@ -110,7 +110,7 @@ fn a_stalled_rank_gets_and_gives_the_right_results() {
             let last = (size - 1).to_string();
             let algorithms = [
                 "one_shot", "two_shot", "cells", "steps", "packets", "relayed", "lamport", "lines", "direct",
-                "spread", "bounce", "staged",
+                "spread", "composed", "staged",
             ]
             .map(Some);
             for (turn, algorithm) in [None, None].into_iter().chain(algorithms).enumerate() {
