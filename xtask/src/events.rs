@@ -47,6 +47,11 @@ pub enum Event {
         /// The call before it, which was reported to be good.
         before: Option<GoodCall>,
     },
+    /// A rank of a fault test has dropped its communicator after the call that failed.
+    Dropped {
+        /// `CLOCK_MONOTONIC` at which the drop returned, in nanoseconds.
+        at: u64,
+    },
     /// The rank is done. A process that exits without it did not finish its work.
     Done,
 }

@@ -13,10 +13,10 @@ use comm_kernels::raw::Current;
 
 use crate::captured::Captured;
 use crate::comm::P2pComm;
+use crate::fitness::Sentinel;
 use crate::ledger::Ledger;
 use crate::mesh::Mesh;
 use crate::state::{Base, Channels, Hosts, Owned, Shared};
-use crate::stream::Sentinel;
 use crate::symmetric::table::Table;
 use crate::symmetric::words::Words;
 use crate::symmetric::{Block, agree, shifted};
@@ -105,7 +105,7 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result
     };
     let (topology, routes, uuids) = meet(&*control, &base, &tables)?;
     let words = Words::new().map(Arc::new);
-    let sentinel = Sentinel::new();
+    let sentinel = Sentinel::new().map(Arc::new);
     let (channels, scratch, captured, ledger) = if info.size > 1 {
         let prepared = words
             .as_ref()

@@ -34,12 +34,14 @@
 
 #![deny(missing_docs)]
 
+mod blame;
 mod candidates;
 mod captured;
 mod comm;
 mod control;
 mod create;
 mod factory;
+mod fitness;
 mod ledger;
 mod memory;
 mod mesh;

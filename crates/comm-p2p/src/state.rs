@@ -13,12 +13,13 @@ use comm_kernels::p2p::{ErrorRecord, Link, P2pKernels, Peers, Wire};
 use comm_kernels::raw::{Current, is_capturing};
 use cudarc::driver::CudaContext;
 
+use crate::blame;
 use crate::captured::Captured;
+use crate::fitness::{Fitness, Sentinel};
 use crate::ledger::{Ledger, Note, mix};
 use crate::mesh::Mesh;
 use crate::options::Options;
 use crate::room::Room;
-use crate::stream::Sentinel;
 use crate::symmetric::ipc;
 use crate::symmetric::table::{Found, Table};
 use crate::symmetric::words::Words;
@@ -35,7 +36,7 @@ const FAILED: u8 = 2;
 /// Bits of a kernel's number that say which operation it belongs to.
 pub(crate) const CALL_KIND_BITS: u32 = 5;
 const _: () = assert!(OpKind::COLLECTIVES.len() < UNKNOWN_KIND);
-const UNKNOWN_KIND: usize = (1 << CALL_KIND_BITS) - 1;
+pub(crate) const UNKNOWN_KIND: usize = (1 << CALL_KIND_BITS) - 1;
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What these protect is set by single assignments, so a panic cannot leave it half-changed.
@@ -110,7 +111,7 @@ pub(crate) struct Owned {
     #[allow(dead_code, reason = "held, not read")]
     pub(crate) scratch: Option<Block>,
     pub(crate) words: Option<Arc<Words>>,
-    pub(crate) sentinel: Option<Sentinel>,
+    pub(crate) sentinel: Option<Arc<Sentinel>>,
 }
 
 /// What the handle asks of the watchdog, and what came of it.
@@ -135,6 +136,7 @@ pub(crate) struct Shared {
     pub(crate) ledger: Option<Ledger>,
     pub(crate) owned: Mutex<Owned>,
     words: Mutex<Option<Arc<Words>>>,
+    pub(crate) fitness: Fitness,
     pub(crate) host: Mutex<Option<Hosts>>,
     pub(crate) ending: Mutex<Ending>,
     pub(crate) changed: Condvar,
@@ -170,6 +172,7 @@ impl Shared {
             usage: Usage::default(),
             ledger,
             words: Mutex::new(owned.words.clone()),
+            fitness: Fitness::new(owned.sentinel.clone()),
             owned: Mutex::new(owned),
             host: Mutex::new(Some(hosts)),
             ending: Mutex::default(),
@@ -275,8 +278,9 @@ impl Shared {
                 local => control.report_failure(local),
             }
         }
+        let connected = hosts.is_some();
         drop(hosts);
-        tracing::warn!(comm = self.info.name, rank = self.info.rank, %cause, "communicator failed");
+        tracing::warn!(comm = self.info.name, rank = self.info.rank, %cause, connected, "communicator failed");
         // Under the lock, so that a watchdog between its check and its wait cannot miss it.
         drop(lock(&self.ending));
         self.changed.notify_all();
@@ -302,46 +306,19 @@ impl Shared {
     }
 
     fn observe_ends(&self) -> Result<()> {
+        // Read before the hosts are asked: of a rank that was missed, all that is known by then counts.
         let record = lock(&self.words).as_ref().and_then(|words| words.error());
-        let op = record.map_or(OpKind::Poll, |record| self.kernel(&record).op);
+        let op = record.map_or(OpKind::Poll, |record| blame::call(&self.info, &record).op);
         // Held while polling, so that the last reference cannot end up being dropped by the watchdog: a host
         // communicator may tell a death from a departure by the thread that drops it.
         let hosts = lock(&self.host);
         if let Some(hosts) = &*hosts {
-            let found = hosts.parent.iter().chain([&hosts.control]).find_map(|host| host.poll().err());
-            match (found, record) {
-                // A rank that ran out of patience first reports the others; what was missed here says more.
-                (Some(CommError::PeerFailed { cause, .. }), Some(record))
-                    if matches!(*cause, CommError::Timeout { .. }) && record.cause == TIMED_OUT => {}
-                // Ranks that replay the same graph too early all make the same mistake.
-                (Some(CommError::PeerFailed { .. }), Some(record)) if record.cause == UNREGISTERED => {}
-                (Some(error), _) => return Err(self.relocate(error, op)),
-                (None, _) => {}
+            let mut said = hosts.parent.iter().chain([&hosts.control]).filter_map(|host| host.poll().err());
+            if let Some(error) = said.find(|said| blame::explains(said, record.as_ref())) {
+                return Err(self.relocate(error, op));
             }
         }
-        match record {
-            Some(record) => Err(self.gave_up(&record)),
-            None => Ok(()),
-        }
-    }
-
-    /// The call that a record's kernel belongs to.
-    fn kernel(&self, record: &ErrorRecord) -> CallSite {
-        let kind = OpKind::COLLECTIVES.get((record.op & UNKNOWN_KIND as u32) as usize);
-        let seq = u64::from(record.op >> CALL_KIND_BITS);
-        CallSite::new(&self.info.name, kind.copied().unwrap_or(OpKind::Poll), seq)
-    }
-
-    fn gave_up(&self, record: &ErrorRecord) -> CommError {
-        let at = self.kernel(record);
-        if record.cause == UNREGISTERED {
-            return CommError::NotRegistered { at };
-        }
-        if record.cause != TIMED_OUT {
-            return CommError::Aborted { at };
-        }
-        let missing = (0..self.info.size).filter(|&rank| record.missing >> rank & 1 == 1).collect();
-        CommError::Timeout { at, missing, waited: Duration::from_nanos(record.waited_ns) }
+        record.map_or(Ok(()), |record| Err(blame::gave_up(&self.info, &record)))
     }
 
     /// Whether the ranks' calls are alike, as far as they have come. Never blocks.
@@ -354,10 +331,14 @@ impl Shared {
         Err(CommError::PeerFailed { at: at(), rank: found.rank, cause: Box::new(cause) })
     }
 
-    /// What this rank's kernels have to say, whatever became of the other ranks.
-    pub(crate) fn record(&self) -> Option<CommError> {
+    /// Why this rank's kernels gave up a wait, if they did. The other ranks' host sides are asked only then.
+    pub(crate) fn given_up(&self) -> Option<CommError> {
         let record = lock(&self.words).as_ref().and_then(|words| words.error())?;
-        Some(self.gave_up(&record))
+        Some(self.why(&record))
+    }
+
+    fn why(&self, record: &ErrorRecord) -> CommError {
+        self.observe().err().unwrap_or_else(|| blame::gave_up(&self.info, record))
     }
 
     /// What can be said about this rank's failure, if there is one.
@@ -375,21 +356,18 @@ impl Shared {
         self.healthy()?;
         if let Some(record) = owned.words.as_ref().and_then(|words| words.error()) {
             drop(owned);
-            let cause = self.observe().err().unwrap_or_else(|| self.gave_up(&record));
-            return Err(self.fail(cause));
+            return Err(self.fail(self.why(&record)));
         }
         let seq = self.seq.fetch_add(1, Ordering::Relaxed);
         Ok(Call { shared: self, owned, kind, seq, alike: (None, 0, 0), _current: current })
     }
 
-    /// The words are given up, so that nobody touches them any more.
-    pub(crate) fn forget_words(&self) {
+    /// Words and sentinel are given up, so that nobody touches them any more.
+    pub(crate) fn let_go(&self) {
         lock(&self.words).take();
+        self.fitness.forget();
     }
 }
-
-const TIMED_OUT: u32 = 1;
-const UNREGISTERED: u32 = 3;
 
 /// A call under way, with the lock held and the device current.
 pub(crate) struct Call<'a> {

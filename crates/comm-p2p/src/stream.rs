@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use comm_core::{Result, StreamHandle};
-use comm_kernels::raw::{Event, check};
+use comm_kernels::raw::check;
 use cudarc::driver::sys;
 
 /// A stream of its own, so that nothing else on the device is waited for.
@@ -52,35 +52,5 @@ impl Drop for Stream {
     fn drop(&mut self) {
         // SAFETY: this object owns the stream.
         let _ = unsafe { sys::cuStreamDestroy_v2(self.0) };
-    }
-}
-
-/// Whether the device is fit: an error that stays with its context shows at whatever is enqueued next, and this is what
-/// can be enqueued without harm.
-pub(crate) struct Sentinel {
-    stream: Stream,
-    /// There until this is dropped.
-    event: Option<Event>,
-}
-
-impl Sentinel {
-    /// The context is current.
-    pub(crate) fn new() -> Result<Self> {
-        Ok(Self { stream: Stream::new()?, event: Some(Event::new()?) })
-    }
-
-    /// The device's error, if it has one. Waits for nothing; the context is current.
-    pub(crate) fn check(&self) -> Result<()> {
-        let Some(event) = &self.event else { return Ok(()) };
-        event.record(self.stream.handle())?;
-        event.is_done().map(drop)
-    }
-}
-
-impl Drop for Sentinel {
-    fn drop(&mut self) {
-        if let Some(event) = self.event.take() {
-            event.destroy();
-        }
     }
 }

@@ -3,7 +3,7 @@
 //! It alone unmaps memory, after it has seen the device idle, so an abort, a close and a drop come down to telling it.
 //! It ends itself when everything is given back.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, PoisonError, TryLockError};
 use std::time::Duration;
 
 use comm_core::{CommError, Deadline, OpKind, Result};
@@ -13,7 +13,6 @@ use cudarc::driver::sys;
 
 use crate::captured::take_back;
 use crate::state::{Shared, lock};
-use crate::stream::Sentinel;
 use crate::symmetric::table::Table;
 
 /// Short enough that a death is known to kernels and callers well within a second.
@@ -61,7 +60,7 @@ fn watch(shared: &Shared) -> Result<()> {
         }
         if exit::is_near() {
             // Nobody is ending the communicator, so it goes with the process.
-            shared.forget_words();
+            shared.let_go();
             std::mem::forget(take(shared));
             return Err(shared.closed());
         }
@@ -80,22 +79,27 @@ fn watch(shared: &Shared) -> Result<()> {
     }
 }
 
-/// Whether earlier work on the device has failed. Asks without waiting, and only when no call is under way.
+/// Whether earlier work on the device has failed. Asks without waiting, and only when no call is under way: one may be in
+/// a driver call that waits for kernels, and this thread must stay able to end those kernels' waits.
 fn device_is_fit(shared: &Shared) -> Result<()> {
-    let Ok(owned) = shared.owned.try_lock() else { return Ok(()) };
-    owned.sentinel.as_ref().map_or(Ok(()), Sentinel::check)
+    if matches!(shared.owned.try_lock(), Err(TryLockError::WouldBlock)) {
+        return Ok(());
+    }
+    shared.fitness.ask()
 }
 
 /// Declares an error of the device's that the watchdog has not seen yet, while the other ranks can still be told: once
-/// the handle has been dropped they would take this rank for one that left. Waits for nothing. What became of the other
-/// ranks is not asked: those that have dropped theirs before must not end work that is still under way here.
+/// the handle has been dropped they would take this rank for one that left, and wait for it until their timeout. Waits
+/// for nothing, and asks the device whatever the watchdog is doing: that may be held up in the same question, by the fault
+/// that the caller has met already. What became of the other ranks is not asked unless a wait of this one's was given up:
+/// those that have dropped theirs before must not end work that is still under way here.
 pub(crate) fn report_last(shared: &Shared) {
     if shared.healthy().is_err() {
         return;
     }
     let _relaxed = RelaxedCapture::new();
     let seen = Current::enter(&shared.base.context)
-        .and_then(|_current| shared.record().map_or(Ok(()), Err).and_then(|()| device_is_fit(shared)));
+        .and_then(|_current| shared.given_up().map_or(Ok(()), Err).and_then(|()| shared.fitness.ask()));
     if let Err(error) = seen {
         shared.fail(error);
     }
@@ -115,16 +119,18 @@ fn end(shared: &Shared, collective: bool) -> Result<()> {
             let control = shared.control()?;
             control.barrier(deadline).map_err(|error| shared.relocate(error, OpKind::Close))
         };
-        if let Err(error) = shared.observe().and_then(|()| meet()) {
+        // A caller may close because it has met an error of its device. The others would not come to the meeting: they
+        // wait in kernels for what has failed here, and are to learn why.
+        if let Err(error) = shared.observe().and_then(|()| shared.fitness.ask()).and_then(|()| meet()) {
             shared.fail(error);
         }
     }
     let mut idle = drain(deadline);
     // What has been enqueued may have failed while it was waited for. The other ranks may have left by now.
     if idle.is_ok()
-        && let Some(record) = shared.record()
+        && let Some(cause) = shared.given_up()
     {
-        shared.fail(record);
+        shared.fail(cause);
     }
     if let Err(error) = &idle {
         shared.fail(error.clone());
@@ -142,7 +148,7 @@ fn end(shared: &Shared, collective: bool) -> Result<()> {
             comm = shared.info.name,
             "work does not end: the communicator's memory is not given back"
         );
-        shared.forget_words();
+        shared.let_go();
         std::mem::forget(take(shared));
     }
     outcome
@@ -190,7 +196,7 @@ fn take(shared: &Shared) -> crate::state::Owned {
 }
 
 fn give_back(shared: &Shared) {
-    shared.forget_words();
+    shared.let_go();
     drop(take(shared));
     tracing::debug!(comm = shared.info.name, rank = shared.info.rank, "gave the communicator's memory back");
 }

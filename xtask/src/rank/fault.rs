@@ -105,6 +105,7 @@ pub fn run(job: &FaultJob, context: &RankContext) -> Result<()> {
         let _ = aborter.join();
     }
     drop(comm);
+    context.events.emit(Event::Dropped { at: monotonic_nanos() });
     if am_hit {
         // Stays for longer than the others may take, so that they see the fault itself and not this process's end.
         std::thread::sleep(job.timeout.min(Duration::from_secs(2)));

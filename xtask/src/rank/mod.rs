@@ -4,6 +4,7 @@
 
 mod conformance;
 mod fault;
+mod log;
 mod sweep;
 
 use std::path::{Path, PathBuf};
@@ -144,6 +145,9 @@ pub fn work() -> Result<()> {
         std::fs::read_to_string(path).with_context(|| format!("reading the job {}", path.display()))?;
     let job: Job =
         serde_json::from_str(&text).with_context(|| format!("reading the job {}", path.display()))?;
+    if matches!(job, Job::Fault(_)) {
+        log::start();
+    }
     match std::env::var(THREADS_ENV) {
         Ok(world) => {
             let world = world.parse().with_context(|| format!("{THREADS_ENV}={world}"))?;

@@ -189,7 +189,13 @@ fn one(
     let outcome = job::launch_job(spec, &job, &mut |message| match &message.event {
         Event::Failed { error, began, returned, before } => {
             let (rank, error) = (message.rank, error.clone());
-            seen.push(Seen { rank, error, began: *began, returned: *returned, before: *before });
+            let (began, returned, before) = (*began, *returned, *before);
+            seen.push(Seen { rank, error, began, returned, before, dropped: None });
+        }
+        Event::Dropped { at } => {
+            seen.iter_mut()
+                .filter(|seen| seen.rank == message.rank)
+                .for_each(|seen| seen.dropped = Some(*at));
         }
         Event::Case { name, result } if name == GOES_ON => went_on.push((message.rank, result.clone())),
         _ => {}
@@ -207,7 +213,8 @@ fn one(
     if problems.is_empty() {
         return Ok(CaseResult::Passed);
     }
-    for line in words.lock().unwrap_or_else(std::sync::PoisonError::into_inner).iter() {
+    let words = words.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    for line in words.iter().chain(&evidence.history()) {
         eprintln!("    {line}");
     }
     Ok(CaseResult::Failed(problems.join("; ")))

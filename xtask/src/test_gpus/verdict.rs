@@ -26,6 +26,8 @@ pub struct Seen {
     pub returned: u64,
     /// The call before it, which this rank took for good.
     pub before: Option<GoodCall>,
+    /// When the rank had dropped its communicator.
+    pub dropped: Option<u64>,
 }
 
 impl Seen {
@@ -61,6 +63,24 @@ pub struct Evidence<'a> {
     pub seen: &'a [Seen],
     /// For each rank that reported it, whether it could make a new communicator.
     pub went_on: &'a [(usize, CaseResult)],
+}
+
+impl Evidence<'_> {
+    /// What happened when, one line each in that order: by the clock, and so comparable with what the ranks logged.
+    pub fn history(&self) -> Vec<String> {
+        let hit = |rank| if rank == self.fault.rank { " (hit)" } else { "" };
+        let mut events = Vec::new();
+        events.extend(self.fault_at.map(|at| (at, format!("rank {} was sent a signal", self.fault.rank))));
+        for seen in self.seen {
+            let who = format!("rank {}{}", seen.rank, hit(seen.rank));
+            events.push((seen.began, format!("{who} began the call that failed")));
+            events.push((seen.returned, format!("{who} saw: {}", seen.error)));
+            events.extend(seen.dropped.map(|at| (at, format!("{who} had dropped its communicator"))));
+        }
+        events.sort_by_key(|(at, _)| *at);
+        let line = |(at, what)| format!("{:.6} s, {what}", Duration::from_nanos(at).as_secs_f64());
+        events.into_iter().map(line).collect()
+    }
 }
 
 /// What is wrong, one line each; empty when all is as it should be.
@@ -177,7 +197,7 @@ mod tests {
     }
 
     fn seen(rank: usize, error: CommError, began: u64, returned: u64) -> Seen {
-        Seen { rank, error, began: began * MS, returned: returned * MS, before: None }
+        Seen { rank, error, began: began * MS, returned: returned * MS, before: None, dropped: None }
     }
 
     fn problems(kind: FaultKind, seen: &[Seen], went_on: CaseResult) -> Vec<String> {
@@ -242,6 +262,33 @@ mod tests {
         let told = problems(FaultKind::Kill, &[dead(call(1_100, 1_300))], CaseResult::Passed);
         assert!(told[0].contains("took a call for good"), "{told:?}");
         assert!(problems(FaultKind::Kill, &[dead(call(990, 1_010))], CaseResult::Passed).is_empty());
+    }
+
+    #[test]
+    fn a_device_s_error_is_told_in_time_and_the_history_says_who_was_when() {
+        let cuda = CommError::Cuda { call: "cuEventQuery".into(), code: 700, message: "illegal".into() };
+        let told = CommError::PeerFailed { at: at(), rank: 1, cause: Box::new(cuda.clone()) };
+        let hit = Seen { dropped: Some(1_202 * MS), ..seen(1, cuda, 1_000, 1_201) };
+        let good = [hit.clone(), seen(0, told, 1_000, 1_230)];
+        assert!(problems(FaultKind::CudaError, &good, CaseResult::Passed).is_empty());
+        let waited = Duration::from_secs(3);
+        let missed = CommError::Timeout { at: at(), missing: vec![1], waited };
+        let bad = [seen(0, missed, 1_001, 4_001), hit];
+        assert!(problems(FaultKind::CudaError, &bad, CaseResult::Passed)[0].contains("not PeerFailed"));
+        let fault = Fault { kind: FaultKind::CudaError, rank: 1, case: None };
+        let timeout = Duration::from_secs(3);
+        let history =
+            Evidence { fault: &fault, world: 2, timeout, fault_at: None, seen: &bad, went_on: &[] }.history();
+        assert_eq!(history.len(), 5);
+        for (line, part) in history.iter().zip([
+            "1.000000 s, rank 1 (hit) began",
+            "1.001000 s, rank 0 began",
+            "1.201000 s, rank 1 (hit) saw: CUDA call cuEventQuery",
+            "1.202000 s, rank 1 (hit) had dropped",
+            "4.001000 s, rank 0 saw: all_reduce #7",
+        ]) {
+            assert!(line.contains(part), "{line}");
+        }
     }
 
     #[test]

@@ -290,9 +290,15 @@ impl Hub {
                 }
                 replies.push(Reply::plain(from, FromHub::Missing { group, seq, ranks }));
             }
-            ToHub::Fail { group, cause } => self.groups.fail(from, group, cause, &mut replies),
+            ToHub::Fail { group, cause } => {
+                tracing::debug!(rank = from, group, cause = %cause.error(), "a rank reported a failure");
+                self.groups.fail(from, group, cause, &mut replies);
+            }
             ToHub::GiveUp { group, cause } => self.groups.give_up(from, group, cause, &mut replies),
-            ToHub::Leave { group, died } => self.groups.leave(from, group, died, &mut replies),
+            ToHub::Leave { group, died } => {
+                tracing::debug!(rank = from, group, died, "a rank left a group");
+                self.groups.leave(from, group, died, &mut replies);
+            }
             ToHub::Bye if from == 0 => {
                 self.own_left = true;
                 replies.extend((1..self.ranks.len()).map(|rank| Reply::plain(rank, FromHub::HubLeft)));
