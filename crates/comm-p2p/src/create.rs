@@ -49,7 +49,12 @@ const CHANNELS: usize = 6;
 const COUNTERS_BYTES: usize = (CHANNELS + 1) * CHANNEL_STRIDE + PAIR_COUNTERS_BYTES;
 
 impl Layout {
-    fn new(world: usize, base: &Base, routes: Option<&Routes>, row_pairs: usize) -> Self {
+    fn new(
+        world: usize,
+        base: &Base,
+        routes: Option<&Routes>,
+        (row_pairs, line_slots): (usize, usize),
+    ) -> Self {
         let copies = routes.map_or(0, Routes::most_held);
         let boxes = routes.map_or(0, Routes::most_boxes);
         let options = &base.options;
@@ -64,8 +69,6 @@ impl Layout {
         let pairs = place(FLAG_BYTES);
         let packet = place(scratch_bytes(row_pairs, options.packet_slots));
         let lamport = place(scratch_bytes(world, options.lamport_slots));
-        // Where ranks reach only some of the others no lines are sent.
-        let line_slots = if routes.is_none() { options.line_slots } else { 0 };
         let lines = place(lines_bytes(world, line_slots));
         let cells = place(cells_bytes(world, options.cell_ctas));
         let staging = place(options.staging_bytes * (1 + copies));
@@ -118,6 +121,8 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result
         agree(&*control, &prepared.as_ref().map(|_| 0).map_err(Clone::clone))?;
         let (words, kernels, captured) = prepared?;
         let mesh = routes.as_ref().map(|routes| (Mesh::new(info.rank, &topology, routes), routes));
+        let line_slots = base.options.line_slots(&topology);
+        let kernels = (kernels, line_slots);
         let (channels, block) = channels(&*control, &base, &words, kernels, mesh, deadline)?;
         if !verified {
             let driver = &base.device.driver;
@@ -181,7 +186,7 @@ fn channels(
     host: &dyn HostComm,
     base: &Base,
     words: &Words,
-    kernels: P2pKernels,
+    (kernels, line_slots): (P2pKernels, usize),
     mesh: Option<(Mesh, &Routes)>,
     deadline: Deadline,
 ) -> Result<(Channels, Block)> {
@@ -189,7 +194,7 @@ fn channels(
     let (mesh, routes) = mesh.unzip();
     let in_cube = mesh.as_ref().is_some_and(|mesh| mesh.cube.is_some());
     let row_pairs = if in_cube { CUBE_ROW_PAIRS } else { world };
-    let layout = Layout::new(world, base, routes, row_pairs);
+    let layout = Layout::new(world, base, routes, (row_pairs, line_slots));
     let reach = routes.map_or(u32::MAX, |routes| routes.reach(host.rank()));
     let block = Block::create(host, base.ordinal, layout.bytes, reach, deadline)?;
     let filled = fill(&block, &layout, (world, row_pairs), base).and_then(|()| match options.clear_peers {
@@ -228,7 +233,7 @@ fn channels(
         packet: link(2, layout.packet, options.packet_slots),
         lamport: link(3, layout.lamport, options.lamport_slots),
         cells: link(4, layout.cells, 0),
-        lines: link(5, layout.lines, options.line_slots),
+        lines: link(5, layout.lines, line_slots),
         pair_counters: own.offset((layout.counters + (CHANNELS + 1) * CHANNEL_STRIDE) as u64),
         staging: used(&shifted(&peers, layout.staging), world),
         half: options.staging_bytes / 2,

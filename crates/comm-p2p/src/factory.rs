@@ -55,6 +55,12 @@ const PROTOCOL: u32 = 3;
 /// `p2p.pair_bytes`. Fewer slots or blocks, or less staging memory, cost speed at the sizes that
 /// would use them.
 ///
+/// # Lines
+/// Where NVLink joins every pair of ranks (`P2pComm::topology` is `FullyConnected`), gathers, broadcasts and
+/// reduce-scatters of middle size, and large ones of results that are not registered, go by lines: 128 bytes that one
+/// instruction of a warp stores and that arrive together. PTX promises that of 16 bytes; of lines NVLink's and the cache's
+/// working does, as it does for NCCL's LL128 protocol. Over a bus, or where the links are not known, none are sent.
+///
 /// # Symmetric operands
 /// Large results can be stored straight into the other ranks' buffers. A rank then computes from its own operand where
 /// the others' lie, and cannot see at enqueueing where they really are. It is done for results in memory of

@@ -56,7 +56,7 @@ impl P2pComm {
             world: shared.info.size,
             packet_slots: options.packet_slots,
             lamport_slots: options.lamport_slots,
-            line_slots: options.line_slots,
+            line_slots: options.line_slots(&shared.topology),
             cell_ctas: options.cell_ctas,
             room: shared.base.room,
             forced: options.algorithm,

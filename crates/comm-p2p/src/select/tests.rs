@@ -162,3 +162,27 @@ fn two_kernels_of_every_rank_fit_on_a_device_and_leave_room_for_a_cluster() {
         assert!(2 * ranks as u32 * most + 56 <= 132, "{ranks} ranks, kernels of {most} blocks");
     }
 }
+
+#[test]
+fn where_no_lines_are_sent_every_plan_goes_without() {
+    for (world, forced) in (2..=8).flat_map(|world| [(world, None), (world, Some(Algorithm::Lines))]) {
+        let with = limits(world, forced);
+        let without = Limits { line_slots: 0, ..with.clone() };
+        let mut lines = 0;
+        for bytes in (10..31).map(|shift| 1_usize << shift) {
+            let plans = |limits: &Limits| {
+                let gathers = [false, true].map(|registered| limits.all_gather(bytes / world, registered));
+                let broadcasts = [false, true].map(|registered| limits.broadcast(bytes, registered));
+                let sums = limits.reduce_scatter(bytes / world);
+                let (first, second) = limits.parts_of_all_reduce(bytes / world);
+                [gathers, broadcasts, [sums, first], [second, second]].concat()
+            };
+            lines += plans(&with).iter().filter(|plan| plan.algorithm == Algorithm::Lines).count();
+            for plan in plans(&without) {
+                assert_ne!(plan.algorithm, Algorithm::Lines, "{bytes} bytes, {world} ranks");
+                launchable(&without, &plan, true);
+            }
+        }
+        assert!(lines > 0 || forced.is_none(), "{world} ranks");
+    }
+}
