@@ -61,7 +61,7 @@ fn shapes(op: OpKind, algorithm: Algorithm, plain: &Choice) -> Vec<Choice> {
             }
         }
         (_, A::Lines) => {
-            for block in [64, 128, 256] {
+            for block in [64, 128, 160] {
                 for grid in [None, Some(66)] {
                     add(grid, Some(block), None, None);
                 }

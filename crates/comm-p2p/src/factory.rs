@@ -32,7 +32,7 @@ const PROTOCOL: u32 = 3;
 /// |---|---|---|
 /// | `p2p.staging_bytes` | staging memory of a rank: also what large results that are not registered go through, a piece at a time | 33554432 |
 /// | `p2p.pair_bytes` | the largest chunk of a send | 1048576 |
-/// | `p2p.packet_slots`, `p2p.lamport_slots`, `p2p.line_slots` | packs in flight between two ranks | 33792, 67584, 67584 |
+/// | `p2p.packet_slots`, `p2p.lamport_slots`, `p2p.line_slots` | packs in flight between two ranks | 33792, 67584, 84480 |
 /// | `p2p.cell_ctas` | blocks of the largest kernels | 132 |
 /// | `p2p.algorithm` | use this one wherever it can be, as `COMM_P2P_ALGO` does | by size |
 /// | `p2p.topology` | impose this one, as `COMM_P2P_TOPOLOGY` does: `fully_connected`, `hybrid_cube_mesh` (of 8 ranks; of fewer, its first part) or `other` | as found |
@@ -50,8 +50,8 @@ const PROTOCOL: u32 = 3;
 ///
 /// # Memory
 /// A communicator takes memory on each rank's device, in proportion to the number of ranks where not said otherwise. With
-/// the defaults and 8 ranks it is 319 MB: 138 MB for the cells of large sums (`p2p.cell_ctas`), 69 MB for
-/// `p2p.lamport_slots`, 35 MB each for `p2p.packet_slots` and `p2p.line_slots`, 34 MB of staging memory, whatever the number of ranks, and 8 MB for
+/// the defaults and 8 ranks it is 327 MB: 138 MB for the cells of large sums (`p2p.cell_ctas`), 69 MB for
+/// `p2p.lamport_slots`, 43 MB for `p2p.line_slots`, 35 MB for `p2p.packet_slots`, 34 MB of staging memory, whatever the number of ranks, and 8 MB for
 /// `p2p.pair_bytes`. Fewer slots or blocks, or less staging memory, cost speed at the sizes that
 /// would use them.
 ///

@@ -54,7 +54,7 @@ impl Default for Options {
             pair_bytes: 1 << 20,
             packet_slots: 33_792,
             lamport_slots: 67_584,
-            line_slots: 67_584,
+            line_slots: 84_480,
             cell_ctas: 132,
             first_round: 0,
             stall: Duration::ZERO,

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use comm_core::OpKind;
 use comm_core::tuning::{Choice, Table};
-use comm_kernels::p2p::{BURST_BYTES, FLAG_CTAS, MAX_LINE_BLOCK, Shape, Units};
+use comm_kernels::p2p::{BURST_BYTES, BURST_PACKS, FLAG_CTAS, MAX_LINE_BLOCK, Shape, Units};
 
 pub(crate) use self::composed::slice;
 pub(crate) use self::gaps::Gaps;
@@ -138,14 +138,21 @@ impl Limits {
         self.spread(choice, packs, self.lamport_slots, &[(4 << 10, 64), (8 << 10, 128), (usize::MAX, 256)])
     }
 
-    /// Lines for slices of `bytes` bytes: a burst a warp until every multiprocessor has a block.
-    fn lines(&self, choice: &Choice<Algorithm>, bytes: usize) -> Plan {
-        let block = line_block(choice);
-        let warps = bytes.div_ceil(BURST_BYTES).max(1);
-        let most = self.line_slots / 4 / block as usize;
-        let grid = (warps * 32).div_ceil(block as usize).min(most);
-        let grid = u32::try_from(grid).unwrap_or(u32::MAX).min(self.full(choice, FLAG_CTAS as usize));
-        self.plan(choice.algorithm, Shape { grid, block })
+    /// Lines for slices of `bytes` bytes: as few rounds as the slots allow, and in these as few warps a block as the
+    /// multiprocessors allow. `None` where no lines are sent.
+    fn lines(&self, choice: &Choice<Algorithm>, bytes: usize) -> Option<Plan> {
+        let blocks = self.full(choice, FLAG_CTAS as usize).max(1) as usize;
+        let most = (self.line_slots / BURST_PACKS).min(blocks * MAX_LINE_BLOCK as usize / 32);
+        let bursts = bytes.div_ceil(BURST_BYTES).max(1);
+        let warps = bursts.div_ceil(bursts.div_ceil(most.max(1)));
+        let a_block =
+            choice.block.map_or(warps.div_ceil(blocks), |block| block.min(MAX_LINE_BLOCK) as usize / 32);
+        let grid = warps.div_ceil(a_block).min(most / a_block);
+        let shape = Shape {
+            grid: u32::try_from(grid).unwrap_or(u32::MAX).min(blocks as u32),
+            block: a_block as u32 * 32,
+        };
+        (grid > 0).then_some(self.plan(choice.algorithm, shape))
     }
 
     /// A sum all-reduce of `bytes` bytes of bf16, f16 or f32.
@@ -183,9 +190,7 @@ impl Limits {
                 Some(self.plan(choice.algorithm, self.lamport(choice, part.div_ceil(PACK))))
             }
             Algorithm::Cells => Some(self.cells(choice)),
-            Algorithm::Lines if self.line_slots / 4 >= line_block(choice) as usize => {
-                Some(self.lines(choice, part))
-            }
+            Algorithm::Lines => self.lines(choice, part),
             Algorithm::Steps => Some(self.sum_steps(choice)),
             Algorithm::Staged => Some(self.staged()),
             _ => None,
@@ -206,9 +211,7 @@ impl Limits {
                 let shape = self.spread(choice, packs, self.packet_slots, &table);
                 Some(self.plan(choice.algorithm, shape))
             }
-            Algorithm::Lines if self.line_slots / 4 >= line_block(choice) as usize => {
-                Some(self.lines(choice, part))
-            }
+            Algorithm::Lines => self.lines(choice, part),
             Algorithm::Direct if registered => Some(self.direct(choice)),
             Algorithm::Spread if registered => {
                 let shape =
@@ -243,9 +246,7 @@ impl Limits {
                 let slice = packs.div_ceil(self.world - 1);
                 Some(self.plan(choice.algorithm, self.packets(choice, slice)))
             }
-            Algorithm::Lines if self.line_slots / 4 >= line_block(choice) as usize => {
-                Some(self.lines(choice, bytes.div_ceil(self.world - 1)))
-            }
+            Algorithm::Lines => self.lines(choice, bytes.div_ceil(self.world - 1)),
             Algorithm::Direct if registered => Some(self.direct(choice)),
             Algorithm::Staged => Some(self.staged()),
             _ => None,
@@ -313,11 +314,6 @@ impl Limits {
     fn staged(&self) -> Plan {
         self.plan(Algorithm::Staged, Shape { grid: 0, block: 0 })
     }
-}
-
-/// Threads of a block of lines.
-fn line_block(choice: &Choice<Algorithm>) -> u32 {
-    choice.block.unwrap_or(128).min(MAX_LINE_BLOCK)
 }
 
 #[cfg(test)]

@@ -251,7 +251,8 @@ __device__ __forceinline__ void broadcast_lines(const Link& link, const char* se
     auto all_started = [&] {
         if (!meets) return;
         const uint32_t* ours = flag(link, rank, blockIdx.x, kEnter, peer);
-        waiter.until_arrived(link, first, [&] { return Flag::raised(ours, first) ? 0u : 1u << peer; });
+        // A rank that has this one's flag may be in the next kernel already, as many rounds ahead as this one has.
+        waiter.until_arrived(link, first, [&] { return Flag::raised(ours, first, kAhead + rounds) ? 0u : 1u << peer; });
     };
     auto all_through = [&](uint32_t round) {
         if (!heeds) return;

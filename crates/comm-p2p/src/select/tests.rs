@@ -7,7 +7,7 @@ pub(crate) fn limits(world: usize, forced: Option<Algorithm>) -> Limits {
         world,
         packet_slots: 33_792,
         lamport_slots: 67_584,
-        line_slots: 67_584,
+        line_slots: 84_480,
         cell_ctas: 132,
         room: Room::alone(132),
         forced,
@@ -185,4 +185,23 @@ fn where_no_lines_are_sent_every_plan_goes_without() {
         }
         assert!(lines > 0 || forced.is_none(), "{world} ranks");
     }
+}
+
+#[test]
+fn lines_take_the_fewest_rounds_and_every_multiprocessor() {
+    let four = Limits { forced: Some(Algorithm::Lines), ..limits(4, None) };
+    let shape = |part: usize| {
+        let Shape { grid, block } = four.all_gather(part, false).shape;
+        (grid, block / 32, part.div_ceil(BURST_BYTES).div_ceil((grid * block / 32) as usize))
+    };
+    assert_eq!(shape(1), (1, 1, 1));
+    assert_eq!(shape(132 * BURST_BYTES), (132, 1, 1));
+    // 529 bursts: five warps a block, for one round.
+    assert_eq!(shape(1 << 20), (106, 5, 1));
+    // 1057: two full rounds instead of one with more and one with less.
+    assert_eq!(shape(2 << 20), (106, 5, 2));
+    assert_eq!(shape(64 << 20), (131, 5, 52));
+    // As many warps as there are slots.
+    let few = Limits { line_slots: 128, ..four };
+    assert_eq!(few.all_gather(1 << 20, false).shape, Shape { grid: 1, block: 32 });
 }

@@ -77,3 +77,30 @@ fn lines_do_not_tear() {
         }
     });
 }
+
+/// With one warp a broadcast takes more rounds than a flag may otherwise be ahead of a wait for it, and a rank may be in
+/// the next one while another still ends this.
+#[test]
+fn broadcasts_of_more_rounds_than_flags_are_ahead_follow_one_another() {
+    timed("many rounds", || {
+        for size in two_worlds() {
+            let options = [("p2p.algorithm", "lines"), ("p2p.line_slots", "128")];
+            comm_core::run_threads(size, PATIENT, |host| {
+                let rank = connect(host, PATIENT, &options).unwrap();
+                let judge = Judge::new(&rank);
+                let count = 1300 * 496 * (size - 1);
+                let (send, recv) = (rank.space(count * DTYPE.size()), rank.space(count * DTYPE.size()));
+                for call in 0..6 {
+                    judge.fill(&rank, (send, count, DTYPE), &data(call), rank.rank, 0).unwrap();
+                    let root = call % size;
+                    unsafe { rank.comm.broadcast(send, recv, count, DTYPE, root, rank.stream()).unwrap() };
+                    let whole = (recv, count, DTYPE);
+                    judge.expect(&rank, whole, &data(call), Expected::Sent(root), 0, call << 32).unwrap();
+                }
+                judge.all_right(&rank, "many rounds");
+                rank.comm.close().unwrap();
+            })
+            .unwrap();
+        }
+    });
+}
