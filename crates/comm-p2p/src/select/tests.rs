@@ -77,10 +77,12 @@ fn small_goes_in_one_hop_and_large_by_cells() {
     assert_eq!(shape(eight.all_reduce(64 << 10, false)), (Algorithm::OneShot, 43, 128));
     assert_eq!(shape(eight.all_reduce(256 << 10, false)), (Algorithm::TwoShot, 32, 64));
     assert_eq!(shape(eight.all_reduce(8 << 20, false)), (Algorithm::TwoShot, 256, 256));
-    assert_eq!(shape(eight.all_reduce(64 << 20, false)), (Algorithm::TwoShot, 264, 256));
+    assert_eq!(eight.all_reduce(64 << 20, false).algorithm, Algorithm::Composed);
     assert_eq!(eight.all_reduce(64 << 20, true).algorithm, Algorithm::Cells);
     assert_eq!(eight.all_reduce(256 << 20, true).algorithm, Algorithm::Steps);
-    assert_eq!(eight.all_reduce(256 << 20, false).algorithm, Algorithm::TwoShot);
+    assert_eq!(shape(eight.broadcast(16 << 20, true)), (Algorithm::Lines, 132, 128));
+    assert_eq!(eight.broadcast(256 << 20, true).algorithm, Algorithm::Direct);
+    assert_eq!(eight.reduce_scatter(2 << 20).algorithm, Algorithm::Lines);
     assert_eq!(eight.reduce_scatter(32 << 20).algorithm, Algorithm::Steps);
     assert_eq!(shape(eight.all_gather(8 << 20, true)), (Algorithm::Steps, 66, 32));
     assert_eq!(shape(eight.all_gather(2 << 20, true)), (Algorithm::Spread, 132, 64));
@@ -93,6 +95,7 @@ fn small_goes_in_one_hop_and_large_by_cells() {
 fn norms_are_fused_where_a_row_fits() {
     let eight = limits(8, None);
     assert_eq!(eight.norm(1, 16_384).algorithm, Algorithm::OneShot);
+    assert_eq!(eight.norm(8, 16_384).algorithm, Algorithm::Lamport);
     assert_eq!(eight.norm(128, 16_384).algorithm, Algorithm::TwoShot);
     assert_eq!(limits(2, None).norm(128, 32_768).algorithm, Algorithm::Composed);
     for tokens in [1, 3, 17, 1000, 16_384] {
@@ -103,6 +106,9 @@ fn norms_are_fused_where_a_row_fits() {
                 match plan.algorithm {
                     Algorithm::OneShot => {
                         assert!(threads <= 33_792 && threads >= tokens * row.div_ceil(12), "{plan:?}");
+                    }
+                    Algorithm::Lamport => {
+                        assert!(threads <= 67_584 && threads >= tokens * row.div_ceil(16), "{plan:?}");
                     }
                     Algorithm::TwoShot => assert!(threads <= 67_584, "{plan:?}"),
                     _ => {}
@@ -124,11 +130,12 @@ fn on_a_shared_device_norms_keep_to_their_share() {
             let plan = limits.norm(tokens, row);
             let Shape { grid, block } = plan.shape;
             match plan.algorithm {
-                Algorithm::OneShot => {
+                Algorithm::OneShot | Algorithm::Lamport => {
+                    let pack = if plan.algorithm == Algorithm::OneShot { PACKET_PAYLOAD } else { PACK };
                     assert_eq!(grid as usize, tokens * plan.chunk as usize, "{plan:?}");
                     assert!(grid <= room.multiprocessors(), "{plan:?} in {room:?}");
                     // A thread for each pack of a row.
-                    assert!((plan.chunk * block) as usize >= row.div_ceil(12) && block <= 512, "{plan:?}");
+                    assert!((plan.chunk * block) as usize >= row.div_ceil(pack) && block <= 512, "{plan:?}");
                     assert!(room.is_shared() || matches!(plan.chunk, 1 | 8));
                     clusters.insert((room.is_shared(), plan.chunk));
                 }
@@ -156,7 +163,8 @@ fn two_kernels_of_every_rank_fit_on_a_device_and_leave_room_for_a_cluster() {
             let norm = limits.norm(bytes.div_ceil(16_384), 16_384);
             let uneven = [limits.all_gather_v(bytes, true), limits.reduce_scatter_v(bytes)];
             let averages = [limits.all_reduce_average(bytes), limits.reduce_scatter_average(bytes)];
-            [registered, plain, [limits.broadcast(bytes, true), norm], uneven, averages].concat()
+            let composed = <[Plan; 2]>::from(limits.parts_of_all_reduce(bytes));
+            [registered, plain, [limits.broadcast(bytes, true), norm], uneven, averages, composed].concat()
         });
         let most = grids.map(|plan| plan.shape.grid).max().unwrap();
         assert!(2 * ranks as u32 * most + 56 <= 132, "{ranks} ranks, kernels of {most} blocks");
@@ -189,9 +197,10 @@ fn where_no_lines_are_sent_every_plan_goes_without() {
 
 #[test]
 fn lines_take_the_fewest_rounds_and_every_multiprocessor() {
-    let four = Limits { forced: Some(Algorithm::Lines), ..limits(4, None) };
+    let four = limits(4, None);
+    let choice = Choice::of(Algorithm::Lines);
     let shape = |part: usize| {
-        let Shape { grid, block } = four.all_gather(part, false).shape;
+        let Shape { grid, block } = four.lines(&choice, part).unwrap().shape;
         (grid, block / 32, part.div_ceil(BURST_BYTES).div_ceil((grid * block / 32) as usize))
     };
     assert_eq!(shape(1), (1, 1, 1));
@@ -203,5 +212,5 @@ fn lines_take_the_fewest_rounds_and_every_multiprocessor() {
     assert_eq!(shape(64 << 20), (131, 5, 52));
     // As many warps as there are slots.
     let few = Limits { line_slots: 128, ..four };
-    assert_eq!(few.all_gather(1 << 20, false).shape, Shape { grid: 1, block: 32 });
+    assert_eq!(few.lines(&choice, 1 << 20).unwrap().shape, Shape { grid: 1, block: 32 });
 }
