@@ -71,6 +71,9 @@ pub struct SanitizeArgs {
     /// Ranks, a GPU each.
     #[arg(long, default_value_t = 2)]
     world: usize,
+    /// How the ranks run.
+    #[arg(long, value_enum, default_value_t = Mode::Processes)]
+    mode: Mode,
     /// Every tool ends after this many seconds.
     #[arg(long, default_value_t = 240)]
     timeout: u64,
@@ -168,7 +171,7 @@ fn words(tool: Tool, runner: &Path) -> Vec<std::ffi::OsString> {
 
 fn one(args: &SanitizeArgs, tool: Tool, sanitizer: Option<&Path>, gpus: &[String]) -> Result<CaseResult> {
     eprintln!("running {} ...", tool.name());
-    let spec = job::spec(args.world, Mode::Processes, Duration::from_secs(args.timeout), COMM_TIMEOUT)?;
+    let spec = job::spec(args.world, args.mode, Duration::from_secs(args.timeout), COMM_TIMEOUT)?;
     let spec = spec.with_gpus(gpus, true)?;
     let lines = Arc::new(Mutex::new(Vec::new()));
     let output = {
@@ -201,7 +204,8 @@ fn one(args: &SanitizeArgs, tool: Tool, sanitizer: Option<&Path>, gpus: &[String
         }
     })?;
     let lines = lines.lock().unwrap_or_else(PoisonError::into_inner);
-    let result = verdict(&outcome, &lines, watched.map(|_| args.world), passed, &failed);
+    let processes = if args.mode == Mode::Threads { 1 } else { args.world };
+    let result = verdict(&outcome, &lines, watched.map(|_| processes), passed, &failed);
     if matches!(result, CaseResult::Failed(_)) {
         for line in lines.iter().filter(|line| summary::is_of_tool(line)).take(SHOWN) {
             println!("    {line}");
@@ -215,7 +219,7 @@ fn one(args: &SanitizeArgs, tool: Tool, sanitizer: Option<&Path>, gpus: &[String
 }
 
 /// All ranks must have reached their end, with every result right, and the tool must have said on each that it found
-/// nothing: on each of `watched`.
+/// nothing: in each of the `watched` processes.
 fn verdict(
     outcome: &LaunchReport,
     lines: &[String],
@@ -233,7 +237,7 @@ fn verdict(
         problems.push(format!("{errors} errors"));
     }
     if let Some(world) = watched.filter(|&world| found.len() < world) {
-        problems.push(format!("{} of {world} ranks have a summary", found.len()));
+        problems.push(format!("{} of {world} processes have a summary", found.len()));
     }
     problems.extend(outcome.problem());
     if passed == 0 {
