@@ -15,7 +15,8 @@ use comm_kernels::CapturedGraph;
 use comm_p2p::{P2pComm, P2pFactory};
 use common::{PATIENT, Rank, SHORT, world, world_size};
 
-const ON: [(&str, &str); 1] = [("p2p.graph_registration", "on")];
+/// Gathers by stores, since those by lines have nothing to register.
+const ON: [(&str, &str); 2] = [("p2p.graph_registration", "on"), ("p2p.algorithm", "direct")];
 /// Elements of an all-reduce that goes by cells if its result is registered: 16 MiB, and an odd rest.
 const COUNT: usize = (4 << 20) + 3;
 

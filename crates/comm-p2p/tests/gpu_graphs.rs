@@ -85,7 +85,7 @@ fn large_results_in_allocated_and_registered_buffers_skip_the_staging() {
             rank.comm.usage().into_iter().map(|u| (u.op.name(), u.algorithm.into_owned(), u.calls)).collect();
         // Which of an operation's the table names for this size depends on the number of ranks.
         for (expected, by) in
-            [("all_reduce", &["cells", "steps"][..]), ("all_gather", &["direct", "spread", "steps"])]
+            [("all_reduce", &["cells", "steps"][..]), ("all_gather", &["direct", "spread", "steps", "lines"])]
         {
             let stored = |(op, algorithm, calls): &(_, String, _)| {
                 *op == expected && by.contains(&&**algorithm) && *calls == 2

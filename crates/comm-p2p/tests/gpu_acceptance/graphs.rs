@@ -182,11 +182,16 @@ fn six_calls_a_graph_with_inputs_changed_in_place() {
 fn graphs_of_odd_and_even_numbers_of_calls() {
     timed("odd and even graphs", || {
         for size in worlds() {
-            // One hop, two hops, and stores straight into the results.
-            for (count, algorithm) in
-                [(2048_usize, None), (40_000, Some("two_shot")), (40_000, Some("cells"))]
-            {
-                let mut options = vec![("p2p.lamport_slots", "2048"), ("p2p.cell_ctas", "2")];
+            // One hop, two hops, stores straight into the results, and many rounds of lines.
+            for (count, algorithm) in [
+                (2048_usize, None),
+                (2048, Some("lamport")),
+                (40_000, Some("two_shot")),
+                (40_000, Some("cells")),
+                (40_000, Some("lines")),
+            ] {
+                let mut options =
+                    vec![("p2p.lamport_slots", "2048"), ("p2p.line_slots", "128"), ("p2p.cell_ctas", "2")];
                 options.extend(algorithm.map(|name| ("p2p.algorithm", name)));
                 world(size, PATIENT, &options, |rank| {
                     let dtype = DType::F32;

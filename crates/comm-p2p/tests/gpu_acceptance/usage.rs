@@ -6,7 +6,7 @@ use crate::common::{PATIENT, Rank, world};
 use crate::data::{timed, worlds};
 
 /// Algorithms that store into the other ranks' memory themselves.
-const DIRECT: [&str; 3] = ["one_shot", "two_shot", "cells"];
+const DIRECT: [&str; 5] = ["one_shot", "lamport", "two_shot", "cells", "composed"];
 
 /// Calls of all-reduce by those algorithms.
 fn direct(rank: &Rank) -> u64 {
