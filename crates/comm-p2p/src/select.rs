@@ -172,7 +172,8 @@ impl Limits {
             Algorithm::TwoShot => Some(self.plan(choice.algorithm, self.lamport(choice, slice))),
             Algorithm::Cells if registered => Some(self.cells(choice)),
             Algorithm::Steps if registered => Some(self.sum_steps(choice)),
-            Algorithm::Composed => Some(self.composed()),
+            // Where lines are forced, both parts go by them.
+            Algorithm::Composed | Algorithm::Lines => Some(self.composed()),
             Algorithm::Pull => Some(self.pull(choice, bytes)),
             Algorithm::Staged => Some(self.staged()),
             _ => None,

@@ -109,8 +109,11 @@ fn pushing_gives_the_bits_of_reading() {
             continue;
         }
         let expected = results(size, &[("p2p.algorithm", "pull")], "pull", &cases);
-        for algorithm in ["one_shot", "two_shot", "cells", "staged"] {
-            let found = results(size, &[("p2p.algorithm", algorithm)], algorithm, &cases);
+        // By lines an all-reduce is composed of its parts.
+        let alike =
+            ["one_shot", "lamport", "two_shot", "cells", "staged", "composed"].map(|name| (name, name));
+        for (algorithm, used) in alike.into_iter().chain([("lines", "composed")]) {
+            let found = results(size, &[("p2p.algorithm", algorithm)], used, &cases);
             assert_eq!(found, expected, "{algorithm} of {size} ranks gives other bits than reading");
         }
         if size == 8 {

@@ -87,9 +87,10 @@ fn guard_regions_stay_untouched() {
 }
 
 /// Scratch memory so small that nothing of any size fits.
-const TINY: [(&str, &str); 4] = [
+const TINY: [(&str, &str); 5] = [
     ("p2p.packet_slots", "1024"),
     ("p2p.lamport_slots", "1024"),
+    ("p2p.line_slots", "128"),
     ("p2p.staging_bytes", "65536"),
     ("p2p.cell_ctas", "2"),
 ];
@@ -99,7 +100,9 @@ fn inputs_larger_than_the_scratch_are_summed_in_rank_order() {
     const COUNT: usize = 300_007;
     timed("inputs larger than the scratch", || {
         for size in worlds() {
-            for algorithm in [None, Some("two_shot"), Some("cells"), Some("steps"), Some("staged")] {
+            for algorithm in
+                [None].into_iter().chain(["two_shot", "cells", "steps", "lines", "staged"].map(Some))
+            {
                 let mut options = TINY.to_vec();
                 options.extend(algorithm.map(|name| ("p2p.algorithm", name)));
                 world(size, PATIENT, &options, |rank| {
@@ -128,7 +131,7 @@ fn signed_zeros_keep_their_sign() {
     const COUNT: usize = 4099;
     timed("signed zeros", || {
         for size in worlds() {
-            for algorithm in ["one_shot", "two_shot", "cells", "steps", "staged"] {
+            for algorithm in ["one_shot", "lamport", "two_shot", "cells", "steps", "lines", "staged"] {
                 let mut options = SMALL.to_vec();
                 options.push(("p2p.algorithm", algorithm));
                 world(size, PATIENT, &options, |rank| {
