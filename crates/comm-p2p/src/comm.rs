@@ -59,6 +59,8 @@ impl P2pComm {
     fn close_and_wait(&self) -> Result<()> {
         let shared = &self.shared;
         let deadline = Deadline::after(shared.base.timeout.saturating_mul(2).saturating_add(CLOSE_MARGIN));
+        // By this thread too: the watchdog, which does the rest, may be held up by what this rank closes for.
+        watchdog::report_last(shared);
         let mut ending = lock(&shared.ending);
         if ending.close {
             return Err(shared.closed());

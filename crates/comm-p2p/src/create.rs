@@ -106,7 +106,7 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result
         size: control.size(),
         memory: MemoryKind::Cuda { ordinal: base.ordinal },
     };
-    let (topology, routes, uuids) = meet(&*control, &base, &tables)?;
+    let Met { topology, routes, line_slots, uuids } = meet(&*control, &base, &tables)?;
     let words = Words::new().map(Arc::new);
     let sentinel = Sentinel::new().map(Arc::new);
     let (channels, scratch, captured, ledger) = if info.size > 1 {
@@ -121,7 +121,6 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result
         agree(&*control, &prepared.as_ref().map(|_| 0).map_err(Clone::clone))?;
         let (words, kernels, captured) = prepared?;
         let mesh = routes.as_ref().map(|routes| (Mesh::new(info.rank, &topology, routes), routes));
-        let line_slots = base.options.line_slots(&topology);
         let kernels = (kernels, line_slots);
         let (channels, block) = channels(&*control, &base, &words, kernels, mesh, deadline)?;
         if !verified {
@@ -154,9 +153,19 @@ fn table_of_captured(base: &Base, world: usize) -> Result<Option<Captured>> {
     options.graph_registration.then(table).transpose()
 }
 
+/// What all ranks derive from what their devices are.
+struct Met {
+    topology: Topology,
+    routes: Option<Routes>,
+    /// Packs of lines in flight between two ranks. None, so that no lines are sent, where not every pair is known to be
+    /// joined by NVLink, over which they arrive whole, and where some do not reach each other.
+    line_slots: usize,
+    /// The devices' names.
+    uuids: Vec<String>,
+}
+
 /// Exchanges what the ranks' devices are, and agrees on their topology and routes and on how algorithms are chosen.
-/// Returns the devices' names as well.
-fn meet(host: &dyn HostComm, base: &Base, tables: &InUse) -> Result<(Topology, Option<Routes>, Vec<String>)> {
+fn meet(host: &dyn HostComm, base: &Base, tables: &InUse) -> Result<Met> {
     let (device, imposed) = (&base.device, &base.options.topology);
     let choice = format!("{} and {}", tables.describe(base.options.algorithm), base.options.sizes());
     type Fact = (String, Links, (Option<String>, Place), String);
@@ -179,7 +188,9 @@ fn meet(host: &dyn HostComm, base: &Base, tables: &InUse) -> Result<(Topology, O
             tracing::debug!(rank, reason, "the NVLinks of a rank's GPU are not known");
         }
     }
-    Ok((topology, routes, all.into_iter().map(|(uuid, ..)| uuid).collect()))
+    let sends_lines = routes.is_none() && topology::all_linked(&links)?;
+    let line_slots = if sends_lines { base.options.line_slots } else { 0 };
+    Ok(Met { topology, routes, line_slots, uuids: all.into_iter().map(|(uuid, ..)| uuid).collect() })
 }
 
 fn channels(

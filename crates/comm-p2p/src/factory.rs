@@ -30,7 +30,7 @@ const PROTOCOL: u32 = 3;
 ///
 /// | name | meaning | default |
 /// |---|---|---|
-/// | `p2p.staging_bytes` | staging memory of a rank: also what large results that are not registered go through, a piece at a time | 33554432 |
+/// | `p2p.staging_bytes` | staging memory of a rank | 33554432 |
 /// | `p2p.pair_bytes` | the largest chunk of a send | 1048576 |
 /// | `p2p.packet_slots`, `p2p.lamport_slots`, `p2p.line_slots` | packs in flight between two ranks | 33792, 67584, 84480 |
 /// | `p2p.cell_ctas` | blocks of the largest kernels | 132 |
@@ -56,9 +56,9 @@ const PROTOCOL: u32 = 3;
 /// would use them.
 ///
 /// # Lines
-/// Where NVLink joins every pair of ranks (`P2pComm::topology` is `FullyConnected`), gathers, broadcasts and
+/// Where NVLink is known to join every pair of ranks, whatever topology is imposed, gathers, broadcasts and
 /// reduce-scatters of middle size, and large ones of results that are not registered, go by lines: 128 bytes that one
-/// instruction of a warp stores and that arrive together. PTX promises that of 16 bytes; of lines NVLink's and the cache's
+/// instruction of a warp stores and that are whole once their last word has arrived. PTX promises that of 16 bytes; of lines NVLink's and the cache's
 /// working does, as it does for NCCL's LL128 protocol. Over a bus, or where the links are not known, none are sent.
 ///
 /// # Symmetric operands

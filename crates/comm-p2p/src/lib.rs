@@ -4,8 +4,9 @@
 //! [`P2pFactory`] makes [`P2pComm`], a [`DeviceComm`](comm_core::DeviceComm) for 2 to 8 ranks of one host, threads or
 //! processes, each with a Hopper GPU (or later) of its own.
 //!
-//! - Small and middle sizes travel as packs that announce their own arrival: no barrier, no registered memory.
-//! - Large ones are stored straight into result buffers that lie in memory of
+//! - Small and middle sizes travel as packs that announce their own arrival, and as lines of 128 bytes that do: no barrier,
+//!   no registered memory. So do large ones whose results are not registered.
+//! - Other large ones are stored straight, where that is faster, into result buffers that lie in memory of
 //!   [`allocate`](comm_core::DeviceComm::allocate), at the same offset of the same allocation on every rank, or on no
 //!   rank in any; checked mode compares. If the caller promises the same of its own buffers, by the option
 //!   `p2p.symmetric_operands` of [`P2pFactory`], also into those of [`register`](comm_core::DeviceComm::register).

@@ -91,12 +91,6 @@ impl Options {
         )
     }
 
-    /// Packs of lines in flight between two ranks of such a topology. None, so that no lines are sent, where not every pair
-    /// is known to be joined by NVLink: over a bus a line may arrive in parts.
-    pub(crate) fn line_slots(&self, topology: &Topology) -> usize {
-        if *topology == Topology::FullyConnected { self.line_slots } else { 0 }
-    }
-
     /// Options of other backends are ignored; unknown ones of this backend are errors.
     pub(crate) fn parse(options: &BTreeMap<String, String>) -> Result<Self> {
         let mut parsed = Self::default();
@@ -203,8 +197,7 @@ mod tests {
         assert_eq!(parse("p2p.algorithm", "staged").unwrap().algorithm, Some(Algorithm::Staged));
         assert_eq!(parse("p2p.first_round", "4294967290").unwrap().first_round, u32::MAX - 5);
         let lines = parse("p2p.line_slots", "1000").unwrap();
-        assert_eq!(lines.line_slots(&Topology::FullyConnected), 896);
-        assert_eq!(lines.line_slots(&Topology::Other), 0);
+        assert_eq!(lines.line_slots, 896);
         assert!(parse("nccl.staging_bytes", "x").is_ok());
         assert!(!parse("nccl.staging_bytes", "x").unwrap().symmetric_operands);
         assert!(parse("p2p.symmetric_operands", "on").unwrap().symmetric_operands);

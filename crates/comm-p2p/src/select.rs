@@ -52,6 +52,8 @@ pub(crate) struct Plan {
 
 const PACKET_PAYLOAD: usize = 12;
 const PACK: usize = 16;
+/// The longest part or slice that goes by packs where lines would be the best and cannot be sent.
+const SHORT: usize = 512 << 10;
 
 impl Limits {
     /// The plan for `bytes` bytes of the full buffer. `launch` fits a choice, or says that it cannot be launched; `last`
@@ -191,7 +193,10 @@ impl Limits {
                 Some(self.plan(choice.algorithm, self.lamport(choice, part.div_ceil(PACK))))
             }
             Algorithm::Cells => Some(self.cells(choice)),
-            Algorithm::Lines => self.lines(choice, part),
+            Algorithm::Lines => {
+                let cells = || (part > SHORT).then(|| self.cells(&Choice::of(Algorithm::Cells)));
+                self.lines(choice, part).or_else(cells)
+            }
             Algorithm::Steps => Some(self.sum_steps(choice)),
             Algorithm::Staged => Some(self.staged()),
             _ => None,
@@ -212,7 +217,11 @@ impl Limits {
                 let shape = self.spread(choice, packs, self.packet_slots, &table);
                 Some(self.plan(choice.algorithm, shape))
             }
-            Algorithm::Lines => self.lines(choice, part),
+            Algorithm::Lines => {
+                let direct =
+                    || (registered && part > SHORT).then(|| self.direct(&Choice::of(Algorithm::Direct)));
+                self.lines(choice, part).or_else(direct)
+            }
             Algorithm::Direct if registered => Some(self.direct(choice)),
             Algorithm::Spread if registered => {
                 let shape =
@@ -247,7 +256,12 @@ impl Limits {
                 let slice = packs.div_ceil(self.world - 1);
                 Some(self.plan(choice.algorithm, self.packets(choice, slice)))
             }
-            Algorithm::Lines => self.lines(choice, bytes.div_ceil(self.world - 1)),
+            Algorithm::Lines => {
+                let slice = bytes.div_ceil(self.world - 1);
+                let direct =
+                    || (registered && slice > SHORT).then(|| self.direct(&Choice::of(Algorithm::Direct)));
+                self.lines(choice, slice).or_else(direct)
+            }
             Algorithm::Direct if registered => Some(self.direct(choice)),
             Algorithm::Staged => Some(self.staged()),
             _ => None,

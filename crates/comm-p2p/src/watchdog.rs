@@ -79,8 +79,9 @@ fn watch(shared: &Shared) -> Result<()> {
     }
 }
 
-/// Whether earlier work on the device has failed. Asks without waiting, and only when no call is under way: one may be in
-/// a driver call that waits for kernels, and this thread must stay able to end those kernels' waits.
+/// Whether earlier work on the device has failed. Asks without waiting, and not while a call is under way: one may be in a
+/// driver call that waits for kernels, and this thread should stay able to end those kernels' waits. One that begins in
+/// between can hold it up, for no longer than those kernels' own timeouts.
 fn device_is_fit(shared: &Shared) -> Result<()> {
     if matches!(shared.owned.try_lock(), Err(TryLockError::WouldBlock)) {
         return Ok(());
@@ -88,8 +89,8 @@ fn device_is_fit(shared: &Shared) -> Result<()> {
     shared.fitness.ask()
 }
 
-/// Declares an error of the device's that the watchdog has not seen yet, while the other ranks can still be told: once
-/// the handle has been dropped they would take this rank for one that left, and wait for it until their timeout. Waits
+/// Declares an error of the device's that the watchdog has not seen yet, while the other ranks can still be told, before
+/// the handle is closed or dropped: they would take this rank for one that left, and wait for it until their timeout. Waits
 /// for nothing, and asks the device whatever the watchdog is doing: that may be held up in the same question, by the fault
 /// that the caller has met already. What became of the other ranks is not asked unless a wait of this one's was given up:
 /// those that have dropped theirs before must not end work that is still under way here.

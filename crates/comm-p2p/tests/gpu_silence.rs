@@ -135,3 +135,30 @@ fn staged_results_are_whole_though_a_rank_gave_up_at_the_end_of_the_call() {
         &[10.0, 11.0],
     );
 }
+
+/// The late rank makes one call, the other more than there are buffers: all but the first find nobody, and none but the
+/// second, which had not given up yet, may send anything.
+#[test]
+fn lines_are_whole_though_a_rank_gave_up_in_a_later_call() {
+    if world_size().is_none() {
+        return;
+    }
+    let found = late("lines", true, |rank| {
+        let (f32s, stream) = (DType::F32, rank.stream());
+        let own = |call: usize| rank.buffer(2 * COUNT, (10 * call + rank.rank) as f32);
+        let calls = if rank.rank == 0 { 8 } else { 1 };
+        let sends: Vec<_> = (1..=calls).map(own).collect();
+        let results: Vec<_> = (0..calls).map(|_| rank.buffer(2 * COUNT, -1.0)).collect();
+        for (&send, &to) in sends.iter().zip(&results) {
+            // SAFETY: the operands are large enough and live until the memory goes, which is last.
+            let call = unsafe { rank.comm.all_gather(send, to, COUNT, f32s, stream) };
+            // It may be known by then that a wait was given up.
+            if rank.rank == 1 {
+                call.unwrap();
+            }
+        }
+        let got = rank.get(results[0], 2 * COUNT);
+        got.chunks(COUNT).zip([10.0, 11.0]).all(|(part, value)| part.iter().all(|&got| got == value))
+    });
+    assert_eq!(found, [true, true]);
+}

@@ -4,10 +4,11 @@
 //
 // # Lines
 // Eight lanes of a warp store a line in one instruction, 16 bytes each; the last word of the eighth lane is the round
-// number. What PTX promises is atomicity of each lane's 16 bytes. That all eight arrive together is a property of the
-// hardware: an aligned line that one warp instruction stores crosses NVLink as one write and is written to the L2 cache
-// as one, and a line that one warp instruction reads is read there at one time. NCCL's LL128 protocol stands on the same
-// property and takes it for granted on NVLink since Volta. The test gpu_lines looks for torn lines.
+// number. PTX promises the atomicity of each lane's 16 bytes. That the whole line is there once its last word is, is a
+// property of the hardware: an aligned line that one warp instruction stores crosses NVLink as one write, and reaches the L2
+// cache no later than its last word does. NCCL's LL128 protocol stands on the same property, and takes it for granted on
+// NVLink since Volta. The receiver asks no more of it than NCCL does: it looks at the last words alone, and reads the lines
+// when all of them have come. The test gpu_acceptance/lines.rs looks for torn lines.
 //
 // So packets, which stand on PTX alone, lose a quarter of the wire, and lines a thirty-second. A warp handles a burst of
 // 16 lines: 4 stores of 4 lines each, 1984 bytes of payload in 2048. The eighth lanes' 4 x 12 bytes of a group of lanes
@@ -97,25 +98,43 @@ struct Burst {
         w[2] = {{c.w[2], d.w[0], d.w[1], d.w[2]}};
     }
 
+    // Both by a whole warp, together: a line is one only if its eight lanes store it in one instruction.
     __device__ __forceinline__ void send(char* slot) const {
+        __syncwarp();
 #pragma unroll
         for (uint32_t u = 0; u < kPacks; u++)
             store_pack(slot + (u * 32 + lane()) * kPackBytes, w[u].w[0], w[u].w[1], w[u].w[2], w[u].w[3]);
     }
-    // Loads a slot, all of it in one go. What lies between two of these loads belongs to the later.
+    // Once `arrived`.
     __device__ __forceinline__ void load(const char* slot) {
+        __syncwarp();
 #pragma unroll
         for (uint32_t u = 0; u < kPacks; u++) {
             const uint4 p = load_pack(slot + (u * 32 + lane()) * kPackBytes);
             w[u] = {{p.x, p.y, p.z, p.w}};
         }
     }
+};
+
+// The words of a slot that say whether its lines have come: an eighth lane looks at its own four.
+struct Seals {
+    uint32_t w[Burst::kPacks];
+
+    __device__ __forceinline__ void load(const char* slot) {
+        if (!Burst::seals()) return;
+#pragma unroll
+        for (uint32_t u = 0; u < Burst::kPacks; u++)
+            asm volatile("ld.relaxed.sys.global.u32 %0, [%1];"
+                         : "=r"(w[u])
+                         : "l"(slot + (u * 32 + Burst::lane()) * kPackBytes + 12)
+                         : "memory");
+    }
     // Whether all lines of what the warp has loaded carry the round.
     __device__ __forceinline__ bool arrived(uint32_t round) const {
         bool mine = true;
 #pragma unroll
-        for (uint32_t u = 0; u < kPacks; u++) mine = mine && w[u].w[3] == round;
-        return __all_sync(0xffffffffu, mine || !seals());
+        for (uint32_t u = 0; u < Burst::kPacks; u++) mine = mine && w[u] == round;
+        return __all_sync(0xffffffffu, mine || !Burst::seals());
     }
 };
 
@@ -128,16 +147,19 @@ constexpr int kBurstsAtOnce = kWorld - 1 <= 4 ? kWorld - 1 : kWorld / 2;
 template <int kWorld, class Source>
 __device__ __forceinline__ void receive_bursts(const Link& link, Waiter& waiter, uint32_t round, size_t warp,
                                                uint32_t wanted, Source source, Burst (&b)[kBurstsAtOnce<kWorld>]) {
+    auto slot = [&](int i) { return burst_slot<kWorld>(link, link.rank, round, source(i), warp); };
     waiter.until_arrived_by_warp(link, round, [&] {
+        Seals seals[kBurstsAtOnce<kWorld>];
 #pragma unroll
-        for (int i = 0; i < kBurstsAtOnce<kWorld>; i++)
-            b[i].load(burst_slot<kWorld>(link, link.rank, round, source(i), warp));
+        for (int i = 0; i < kBurstsAtOnce<kWorld>; i++) seals[i].load(slot(i));
         uint32_t late = 0;
 #pragma unroll
         for (int i = 0; i < kBurstsAtOnce<kWorld>; i++)
-            if (!b[i].arrived(round) && wanted >> i & 1) late |= 1u << source(i);
+            if (!seals[i].arrived(round) && wanted >> i & 1) late |= 1u << source(i);
         return late;
     });
+#pragma unroll
+    for (int i = 0; i < kBurstsAtOnce<kWorld>; i++) b[i].load(slot(i));
 }
 
 // Bytes of burst `burst` of `bytes` bytes.
@@ -290,9 +312,11 @@ __device__ __forceinline__ void broadcast_lines(const Link& link, const char* se
                 Burst b;
                 const char* const slot = burst_slot<kWorld>(link, rank, first + k, root, warp);
                 waiter.until_arrived_by_warp(link, first + k, [&] {
-                    b.load(slot);
-                    return b.arrived(first + k) ? 0u : 1u << root;
+                    Seals seals;
+                    seals.load(slot);
+                    return seals.arrived(first + k) ? 0u : 1u << root;
                 });
+                b.load(slot);
                 if (!waiter.gave_up) {
 #pragma unroll
                     for (int d = 1; d < kWorld; d++) {

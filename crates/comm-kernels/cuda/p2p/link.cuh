@@ -9,12 +9,12 @@
 //     [ flags:   kFlagCtas x kFlagKinds x kMaxRanks 32-bit words, one line per (CTA, kind)            ]
 //     [ packs:   4 buffers x 2 stages x world sources x slot_packs x 16 bytes                        ]
 //
-// A channel is one scratch area with its `Channel` block. A communicator has three: for Lamport packs, for packets
-// (whose flags the direct gathers use too) and for cells, which has cells in place of packs (cells.cuh). They are kept
-// apart because each tells "not arrived" from "arrived" by its own mark, which the others' data could forge. All ranks
-// run the same ops on a channel in the same order. Before first use, each rank sets its own areas: flags to
-// `first_round - 1`, Lamport packs to 0xff bytes, packets of buffer b to the 32-bit pattern ~b, and then all ranks meet
-// on the host.
+// A channel is one scratch area with its `Channel` block. For data a communicator has four: for Lamport packs, for packets
+// (whose flags the direct gathers use too), for lines, which have one stage (lines.cuh), and for cells, which has cells in
+// place of packs (cells.cuh). They are kept apart because each tells "not arrived" from "arrived" by its own mark, which
+// the others' data could forge. All ranks run the same ops on a channel in the same order. Before first use, each rank
+// sets its own areas: flags to `first_round - 1`, Lamport packs to 0xff bytes, packets and lines of buffer b to the 32-bit
+// pattern ~b, and then all ranks meet on the host.
 //
 // # Rounds
 // A round is one use of a buffer; round r uses buffer r mod 4. The number lives in device memory, so that a replayed

@@ -56,7 +56,7 @@ impl P2pComm {
             world: shared.info.size,
             packet_slots: options.packet_slots,
             lamport_slots: options.lamport_slots,
-            line_slots: options.line_slots(&shared.topology),
+            line_slots: shared.channels.as_ref().map_or(0, |channels| channels.lines.slot_packs as usize),
             cell_ctas: options.cell_ctas,
             room: shared.base.room,
             forced: options.algorithm,

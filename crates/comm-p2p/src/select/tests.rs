@@ -24,7 +24,8 @@ pub(crate) fn launchable(limits: &Limits, plan: &Plan, registered: bool) {
     }
     let Shape { grid, block } = plan.shape;
     assert!(grid >= 1 && (32..=512).contains(&block), "{plan:?}");
-    assert!(grid <= limits.room.blocks(if block <= 256 { 2 } else { 1 }), "{plan:?} in {:?}", limits.room);
+    let two = block <= 256 && plan.algorithm != Algorithm::Lines;
+    assert!(grid <= limits.room.blocks(if two { 2 } else { 1 }), "{plan:?} in {:?}", limits.room);
     let slots = match plan.algorithm {
         Algorithm::Packets | Algorithm::Relayed | Algorithm::OneShot => limits.packet_slots,
         Algorithm::Lines => limits.line_slots / 4,
@@ -50,6 +51,9 @@ fn every_plan_can_be_launched() {
             Some(Algorithm::TwoShot),
             Some(Algorithm::Direct),
             Some(Algorithm::Steps),
+            Some(Algorithm::Lines),
+            Some(Algorithm::Lamport),
+            Some(Algorithm::Composed),
         ] {
             let limits = Limits { room, ..limits(world, forced) };
             for bytes in (0..34).flat_map(|shift| [1_usize << shift, (1 << shift) + 1]) {
@@ -186,9 +190,17 @@ fn where_no_lines_are_sent_every_plan_goes_without() {
                 [gathers, broadcasts, [sums, first], [second, second]].concat()
             };
             lines += plans(&with).iter().filter(|plan| plan.algorithm == Algorithm::Lines).count();
-            for plan in plans(&without) {
+            let instead = plans(&without);
+            for plan in &instead {
                 assert_ne!(plan.algorithm, Algorithm::Lines, "{bytes} bytes, {world} ranks");
-                launchable(&without, &plan, true);
+                launchable(&without, plan, true);
+            }
+            // Large ones do not go by packs for that.
+            if bytes / world > 4 << 20 {
+                use Algorithm as A;
+                let stores = |plan: &Plan| matches!(plan.algorithm, A::Direct | A::Spread | A::Steps);
+                assert!(stores(&instead[1]) && stores(&instead[3]), "{bytes}, {world}: {instead:?}");
+                assert_ne!(instead[4].algorithm, A::TwoShot, "{bytes}, {world}");
             }
         }
         assert!(lines > 0 || forced.is_none(), "{world} ranks");

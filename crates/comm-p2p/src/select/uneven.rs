@@ -1,11 +1,8 @@
 //! The choice for parts that differ from rank to rank: what even parts as long as the longest would take, because the rank
 //! that has it takes as long; and of that, what there is for uneven parts.
 
-use super::{Limits, Plan};
+use super::{Limits, Plan, SHORT};
 use crate::usage::Algorithm;
-
-/// The longest part that goes by packs where even ones go by lines.
-const SHORT: usize = 512 << 10;
 
 impl Limits {
     /// An all-gather of parts of up to `longest` bytes.

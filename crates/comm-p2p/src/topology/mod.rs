@@ -49,6 +49,11 @@ pub(crate) fn of_ranks(
     Ok((topology, Some(routes)))
 }
 
+/// Whether every pair of ranks is known to be joined by NVLink, or is on one device, whatever topology is imposed.
+pub(crate) fn all_linked(links: &[Links]) -> Result<bool> {
+    Ok(mesh(links)?.classify() == Topology::FullyConnected)
+}
+
 /// Links over switches count for every pair of devices that both have some. Ranks on one device reach each other over
 /// nothing but its memory, as if over all links.
 fn mesh(links: &[Links]) -> Result<LinkMesh> {
@@ -108,6 +113,17 @@ mod tests {
         assert_eq!(impose("hybrid_cube_mesh").unwrap(), (Topology::FullyConnected, None));
         assert!(impose("torus").is_err());
         assert!(of_ranks(&two, Some("hybrid_cube_mesh"), &[0, 8]).is_err());
+    }
+
+    #[test]
+    fn what_is_imposed_makes_no_links() {
+        let two = |switch| [device("a", switch, &[]), device("b", switch, &[])];
+        assert!(all_linked(&two(18)).unwrap());
+        for name in ["fully_connected", "hybrid_cube_mesh"] {
+            assert_eq!(of_ranks(&two(0), Some(name), &[0, 1]).unwrap().0, Topology::FullyConnected);
+        }
+        assert!(!all_linked(&two(0)).unwrap());
+        assert!(!all_linked(&[device("a", 18, &[]), Links::default()]).unwrap());
     }
 
     #[test]
