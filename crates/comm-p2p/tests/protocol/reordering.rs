@@ -181,6 +181,11 @@ impl Checked {
             }
         }
         let rank = &mut state.ranks[index];
+        if self.protocol.at_once {
+            for store in rank.pending.drain(..) {
+                state.memory[usize::from(store.at)] = store.value;
+            }
+        }
         // Only differences of epochs matter.
         let least = rank.pending.iter().map(|store| store.epoch).min().unwrap_or(rank.epoch);
         rank.epoch -= least;
@@ -213,9 +218,13 @@ impl Model for Checked {
             if self.ended(state, index) {
                 continue;
             }
-            if self.try_step(&mut state.clone(), index) {
+            let goes_on = self.try_step(&mut state.clone(), index);
+            if goes_on {
                 actions.push(Action::Step(index));
-            } else if matches!(self.instr(state, index), Some(Instr::Await { .. } | Instr::Collect { .. }))
+            }
+            // A store that lands at once could have been late for the wait that is given up.
+            if (!goes_on || self.protocol.at_once)
+                && matches!(self.instr(state, index), Some(Instr::Await { .. } | Instr::Collect { .. }))
                 && (unwell || self.trouble == Trouble::Impatience)
             {
                 actions.push(Action::GiveUp(index));
