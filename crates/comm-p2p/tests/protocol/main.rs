@@ -1,7 +1,7 @@
 //! The flag protocol of the peer-to-peer kernels, model-checked.
 //!
-//! `programs`, `staged`, `cube`, `direct` and `steps` write down what one CTA (or one thread, where threads are independent;
-//! or several warps, where they go their own ways) of each rank does to shared memory, access by access, as
+//! `programs`, `staged`, `cube`, `direct`, `lines` and `steps` write down what one CTA (or one thread, where threads are
+//! independent; or several warps, where they go their own ways) of each rank does to shared memory, access by access, as
 //! `comm-kernels/cuda/p2p` does it. Three checkers run the same programs behind the same [`memory::Mem`]:
 //!
 //! - `reordering` (stateright, 2 to 4 ranks): stores of a rank land in any order that its releases and fences allow, and
@@ -16,6 +16,7 @@
 mod cube;
 mod direct;
 mod holding;
+mod lines;
 mod memory;
 mod programs;
 mod reordering;

@@ -38,6 +38,8 @@ pub(crate) enum Order {
 pub(crate) enum Until {
     /// `Flag::raised`: the word's round has reached this one.
     Reached(Round),
+    /// The same for a flag that may be further ahead, by so much.
+    ReachedWithin(Round, Round),
     /// The mutant of it that compares without regard to the wrap.
     AtLeast(Round),
     /// `Packet::arrived`: the word carries this round.
@@ -47,12 +49,13 @@ pub(crate) enum Until {
 }
 
 /// How far ahead of a wait a flag may be.
-const AHEAD: Round = 16;
+pub(crate) const AHEAD: Round = 16;
 
 impl Until {
     fn holds(self, value: Value) -> bool {
         match self {
             Self::Reached(round) => round_of(value).wrapping_sub(round) < AHEAD,
+            Self::ReachedWithin(round, further) => round_of(value).wrapping_sub(round) < AHEAD + further,
             Self::AtLeast(round) => round_of(value) >= round,
             Self::Carries(round) => round_of(value) == round,
             Self::Differs => value != MARK,
@@ -227,6 +230,8 @@ pub(crate) struct Protocol {
     pub(crate) memory: Vec<Value>,
     /// The mutant of the rule that a rank which gave up falls silent.
     pub(crate) garbage_goes_out: bool,
+    /// Stores land as soon as they can be made, and nobody is told by it that they did (`lines` says when that is enough).
+    pub(crate) at_once: bool,
     places: HashMap<Place, Word>,
 }
 

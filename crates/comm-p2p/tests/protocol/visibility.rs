@@ -6,6 +6,7 @@ use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU16, Ordering, fence};
 
 use super::direct;
+use super::lines::{lines, two_ranks};
 use super::memory::{Mem, Order, Outcome, Protocol, Value, Word, step};
 use super::programs::{self, TwoShot};
 use super::staged::{self, Exchanges};
@@ -87,6 +88,12 @@ fn two_epochs_hold() {
     explore(programs::broadcast(2, 2, FIRST, Mutant::None));
     explore(staged::pair(2, FIRST, Mutant::None));
     explore(direct::broadcast(2, &[2], FIRST, Mutant::None));
+}
+
+#[test]
+fn lines_hold() {
+    explore(lines(two_ranks(FIRST), Mutant::None));
+    assert!(is_caught(lines(two_ranks(FIRST), Mutant::OneLineSeen)));
 }
 
 #[test]

@@ -11,6 +11,7 @@ pub(crate) enum Mutant {
     /// Flags are polled by relaxed loads.
     RelaxedAcquire,
     OneBufferFewer,
+    OneBuffer,
     /// The second round is sent before anything of the first has arrived.
     EarlySecondPush,
     /// Who has nothing to send sends nothing.
@@ -41,6 +42,17 @@ pub(crate) enum Mutant {
     NoFlush,
     /// Tiles past the end of a slice are counted as well.
     EmptyCounted,
+    /// Of a burst, one line's round is looked at.
+    OneLineSeen,
+    /// A broadcast ends without knowing that all ranks have started it: at its root, or at its relays.
+    NoEntryAtRootsEnd,
+    NoEntryAtRelaysEnd,
+    /// The root of a broadcast ends without knowing that the relays are through.
+    NoTokensAtEnd,
+    /// A flag that has been raised for the next kernel counts only if this one has few rounds.
+    AheadIgnored,
+    /// No mutant: what is not needed, as `lines` says, is left out.
+    SparesLeftOut,
 }
 
 pub(crate) const ENTER: u8 = 0;
