@@ -9,12 +9,15 @@
 //! - `holding` (any number of ranks): the same, where that is too much: everything runs at once but what is held back.
 //! - `visibility` (loom, 2 ranks): loads may see any value that acquires and releases allow.
 //!
+//! `handoff` stands by itself: what warps of one CTA tell each other outside of barriers.
+//!
 //! Every mutant, one protection taken away, must be caught by one of the three. Not modelled: the order of accesses inside a
 //! CTA (CTA barriers order them), the order between ordinary stores and those of the bulk copy unit, the host, and the copying
 //! of data that no rank shares.
 
 mod cube;
 mod direct;
+mod handoff;
 mod holding;
 mod lines;
 mod memory;
