@@ -41,7 +41,7 @@ enum Command {
     Doctor,
     /// Compile the CUDA kernels; installs NVIDIA's compiler into the target folder if there is none.
     Kernels(kernels::KernelsArgs),
-    /// Run every kernel under NVIDIA's compute-sanitizer, a process per rank.
+    /// Run every kernel under NVIDIA's compute-sanitizer, ranks as processes or threads.
     Sanitize(sanitize::SanitizeArgs),
     /// Run every test that this machine can run.
     Test(test::TestArgs),

@@ -157,7 +157,7 @@ fn table_of_captured(base: &Base, world: usize) -> Result<Option<Captured>> {
 struct Met {
     topology: Topology,
     routes: Option<Routes>,
-    /// Packs of lines in flight between two ranks. None, so that no lines are sent, where not every pair is known to be
+    /// Packs of lines in flight between two ranks. 0, so that no lines are sent, where not every pair is known to be
     /// joined by NVLink, over which they arrive whole, and where some do not reach each other.
     line_slots: usize,
     /// The devices' names.

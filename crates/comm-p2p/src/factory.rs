@@ -21,7 +21,7 @@ use crate::tables::MIXED;
 use crate::topology::links::Links;
 
 /// Raised when ranks of different builds would no longer understand each other.
-const PROTOCOL: u32 = 3;
+const PROTOCOL: u32 = 4;
 
 /// Makes communicators over peer-to-peer memory, for 1 to 8 ranks of one host.
 ///
@@ -45,21 +45,21 @@ const PROTOCOL: u32 = 3;
 /// | `p2p.stall_ns` | for tests: how long every kernel sleeps before its first wait, or behind it where it only waits | 0 |
 /// | `p2p.stall_rank` | for tests: the only rank whose kernels do | all |
 /// | `p2p.test_clear_peers` | for checkers of uninitialised reads, which do not see what other processes store: every rank clears all ranks' staging memory at first | `off` |
-/// | `p2p.test_single_buffer` | for tests only, **gives wrong results**: calls by packs use one buffer instead of four | `off` |
+/// | `p2p.test_single_buffer` | for tests only, **gives wrong results**: calls by packs or lines use one buffer instead of four | `off` |
 /// | `p2p.test_copies_when_broken` | for tests only, **may give others wrong results**: a rank that has given up a wait goes on copying | `off` |
 ///
 /// # Memory
 /// A communicator takes memory on each rank's device, in proportion to the number of ranks where not said otherwise. With
-/// the defaults and 8 ranks it is 327 MB: 138 MB for the cells of large sums (`p2p.cell_ctas`), 69 MB for
+/// the defaults and 8 ranks it is 328 MB: 138 MB for the cells of large sums (`p2p.cell_ctas`), 69 MB for
 /// `p2p.lamport_slots`, 43 MB for `p2p.line_slots`, 35 MB for `p2p.packet_slots`, 34 MB of staging memory, whatever the number of ranks, and 8 MB for
 /// `p2p.pair_bytes`. Fewer slots or blocks, or less staging memory, cost speed at the sizes that
 /// would use them.
 ///
 /// # Lines
-/// Where NVLink is known to join every pair of ranks, whatever topology is imposed, gathers, broadcasts and
-/// reduce-scatters of middle size, and large ones of results that are not registered, go by lines: 128 bytes that one
-/// instruction of a warp stores and that are whole once their last word has arrived. PTX promises that of 16 bytes; of lines NVLink's and the cache's
-/// working does, as it does for NCCL's LL128 protocol. Over a bus, or where the links are not known, none are sent.
+/// Where NVLink is known to join every pair of ranks (imposing a topology makes no links, and a mesh with gaps sends none),
+/// gathers, broadcasts and reduce-scatters of middle size, and large gathers and broadcasts of unregistered results, go by
+/// lines: 128 bytes that one warp instruction stores, whole once their last word has arrived. PTX promises this of 16 bytes
+/// only; of lines it is a property of NVLink and the cache, which NCCL's LL128 protocol assumes too.
 ///
 /// # Symmetric operands
 /// Large results can be stored straight into the other ranks' buffers. A rank then computes from its own operand where

@@ -5,7 +5,8 @@
 //! processes, each with a Hopper GPU (or later) of its own.
 //!
 //! - Small and middle sizes travel as packs that announce their own arrival, and as lines of 128 bytes that do: no barrier,
-//!   no registered memory. So do large ones whose results are not registered.
+//!   no registered memory. So do large gathers and broadcasts whose results are not registered; large sums go by cells or
+//!   in steps, which need no registration either.
 //! - Other large ones are stored straight, where that is faster, into result buffers that lie in memory of
 //!   [`allocate`](comm_core::DeviceComm::allocate), at the same offset of the same allocation on every rank, or on no
 //!   rank in any; checked mode compares. If the caller promises the same of its own buffers, by the option

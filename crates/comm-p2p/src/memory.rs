@@ -90,7 +90,7 @@ impl P2pComm {
                 ?addr,
                 bytes,
                 reason,
-                "registered buffer will be staged"
+                "results there will go by way of scratch memory"
             );
         }
         Ok(call.owned.table.insert(Origin::Registered, (addr, bytes), peers, hold))

@@ -6,7 +6,8 @@
 //! 1. the forced algorithm (`COMM_P2P_ALGO`), in the shape that the table has for it, if the operation has it and it can
 //!    be launched here: its packs fit, and the result is registered where it must be;
 //! 2. the table's row for the size, under the same conditions;
-//! 3. what takes every size anywhere: two-shot for sums, packets for gathers, relays for broadcasts, and for a norm
+//! 3. for long parts whose row is lines, where none can be sent: cells, or direct stores if the result is registered;
+//! 4. what takes every size anywhere: two-shot for sums, packets for gathers, relays for broadcasts, and for a norm
 //!    two-shot and else an all-reduce with a norm of its own.
 
 use std::sync::Arc;

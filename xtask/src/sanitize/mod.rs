@@ -1,5 +1,5 @@
-//! `cargo xtask sanitize`: every kernel of comm-kernels and comm-p2p under NVIDIA's compute-sanitizer, a process per
-//! rank, tool by tool.
+//! `cargo xtask sanitize`: every kernel of comm-kernels and comm-p2p under NVIDIA's compute-sanitizer, tool
+//! by tool; a process per rank, or a thread.
 //!
 //! What each tool can and cannot see: `memcheck` and `synccheck` see all of it. `racecheck` sees shared memory only;
 //! what the GPUs tell each other through flags and packs is proved by other tests. It knows barriers alone, so the sums

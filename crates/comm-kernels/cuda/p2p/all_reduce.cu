@@ -5,8 +5,8 @@
 // p2p_ar2_<dtype>_w<world>(link, send, recv, count): all-reduce, two hops, by Lamport packs: middle sizes.
 // p2p_rs_<dtype>_w<world>(link, send, recv, count): reduce-scatter by Lamport packs; `count` elements a rank.
 //
-// The wires were chosen by measurement: where the hop's latency counts, restoring marks costs more than packets' extra
-// bytes; from two hops on it is the other way round.
+// Measured: packets have the least latency; from some size on Lamport packs' fewer bytes outweigh the restoring of marks, and
+// in two hops they always do.
 //
 // `link` is the packet channel's for ar1, the Lamport channel's for ar1l, ar2 and rs. `send` and `recv` are element-aligned,
 // equal or disjoint (reduce-scatter: see reduce.cuh); `count` is at least 1. Launch: one-dimensional, equal on all

@@ -1,5 +1,5 @@
-// All-gather and broadcast of any bytes: by packets through scratch (small and middle sizes, unregistered buffers), and
-// by direct stores into the peers' result buffers (large sizes, registered buffers).
+// All-gather and broadcast of any bytes: by packets through scratch (small sizes), and by direct stores into the peers' result
+// buffers (large sizes, registered buffers). By lines: lines.cuh.
 //
 // Owns: the schedules and why they are safe. Thread mapping and launch rules of the packet forms are reduce.cuh's.
 #pragma once

@@ -1,5 +1,5 @@
-// Reduce-scatter by lines: what rank r sends for the others arrives as in an all-gather, and is added up on the way to the
-// result.
+// Reduce-scatter by lines: what rank r sends for the others arrives as in an all-gather, and is added up on the way to
+// the result.
 //
 // Owns: the schedule. Lines, slots and why none is overwritten early are lines.cuh's, of `all_gather_lines`: here too
 // every rank has a burst from every other in each round, and sends its own one ahead.
@@ -12,8 +12,8 @@
 namespace p2p {
 
 // `count`: elements that each rank receives; `send` holds `kWorld * count`. In place (`recv == send + rank * count`) is
-// allowed: a pack of `recv` is written by the lane that has read the same pack of `send`. Sums are in fp32, in rank order,
-// rounded once.
+// allowed: a pack of `recv` is written by the lane that has read the same pack of `send`. Sums are in fp32, in rank
+// order, rounded once.
 template <class T, int kWorld>
 __device__ __forceinline__ void reduce_scatter_lines(const Link& link, const T* send, T* recv, size_t count) {
     using Acc = Accumulator<T, 4>;
@@ -22,7 +22,8 @@ __device__ __forceinline__ void reduce_scatter_lines(const Link& link, const T* 
     const char* const in = reinterpret_cast<const char*>(send);
     const size_t bytes = count * sizeof(T);
     const uint32_t align_in = common_alignment(address(send) | bytes), align_out = common_alignment(address(recv));
-    const size_t warp = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32, warps = size_t(gridDim.x) * blockDim.x / 32;
+    const size_t warp = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32,
+                 warps = size_t(gridDim.x) * blockDim.x / 32;
     const size_t bursts = (bytes + kBurstBytes - 1) / kBurstBytes;
     const uint32_t rounds = uint32_t((bursts + warps - 1) / warps);
     Waiter waiter;

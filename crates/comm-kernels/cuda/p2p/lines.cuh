@@ -5,18 +5,18 @@
 // # Lines
 // Eight lanes of a warp store a line in one instruction, 16 bytes each; the last word of the eighth lane is the round
 // number. PTX promises the atomicity of each lane's 16 bytes. That the whole line is there once its last word is, is a
-// property of the hardware: an aligned line that one warp instruction stores crosses NVLink as one write, and reaches the L2
-// cache no later than its last word does. NCCL's LL128 protocol stands on the same property, and takes it for granted on
-// NVLink since Volta. The receiver asks no more of it than NCCL does: it looks at the last words alone, and reads the lines
-// when all of them have come. The test gpu_acceptance/lines.rs looks for torn lines.
+// property of the hardware: an aligned line that one warp instruction stores crosses NVLink as one write, and reaches
+// the L2 cache no later than its last word does. NCCL's LL128 protocol stands on the same property, and takes it for
+// granted on NVLink since Volta. The receiver asks no more of it than NCCL does: it looks at the last words alone, and
+// reads the lines when all of them have come. The test gpu_acceptance/lines.rs looks for torn lines.
 //
-// So packets, which stand on PTX alone, lose a quarter of the wire, and lines a thirty-second. A warp handles a burst of
-// 16 lines: 4 stores of 4 lines each, 1984 bytes of payload in 2048. The eighth lanes' 4 x 12 bytes of a group of lanes
-// are three packs of the payload, so nothing is read or written out of its alignment.
+// So packets, which stand on PTX alone, lose a quarter of the wire, and lines a thirty-second. A warp handles a burst
+// of 16 lines: 4 stores of 4 lines each, 1984 bytes of payload in 2048. The eighth lanes' 4 x 12 bytes of a group of
+// lanes are three packs of the payload, so nothing is read or written out of its alignment.
 //
 // # Slots
-// The channel's scratch (link.cuh), of one stage: row `source` of buffer `round mod 4`, and there burst w of warp w. Lines
-// and packets cannot share a channel: a line's payload may look like a packet's round.
+// The channel's scratch (link.cuh), of one stage: row `source` of buffer `round mod 4`, and there burst w of warp w.
+// Lines and packets cannot share a channel: a line's payload may look like a packet's round.
 #pragma once
 #include "meet.cuh"
 #include "numeric.cuh"
@@ -32,8 +32,8 @@ __device__ __forceinline__ char* burst_slot(const Link& link, int owner, uint32_
     return link.scratch[owner] + kFlagBytes + (row * link.slot_packs + warp * kBurstPacks) * kPackBytes;
 }
 
-// One lane's part of a burst: four packs of payload, or three in an eighth lane, and in their sealed form what crosses the
-// wire.
+// One lane's part of a burst: four packs of payload, or three in an eighth lane, and in their sealed form what crosses
+// the wire.
 struct Burst {
     static constexpr int kPacks = 4;
     Words<4> w[kPacks];
@@ -142,8 +142,8 @@ struct Seals {
 template <int kWorld>
 constexpr int kBurstsAtOnce = kWorld - 1 <= 4 ? kWorld - 1 : kWorld / 2;
 
-// Waits, by a whole warp, for its bursts of `round` from the ranks `source(0)`, `source(1)`, ... of which bit `i` of `wanted`
-// is set. They stay sealed.
+// Waits, by a whole warp, for its bursts of `round` from the ranks `source(0)`, `source(1)`, ... of which bit `i` of
+// `wanted` is set. They stay sealed.
 template <int kWorld, class Source>
 __device__ __forceinline__ void receive_bursts(const Link& link, Waiter& waiter, uint32_t round, size_t warp,
                                                uint32_t wanted, Source source, Burst (&b)[kBurstsAtOnce<kWorld>]) {
@@ -176,21 +176,22 @@ __device__ __forceinline__ uint32_t claim_rounds_by_warp(const Link& link, uint3
     return round;
 }
 
-// One hop. Rank r's `bytes` bytes at `send` come to `recv + r * bytes` everywhere; in place is allowed. Warp w of a rank
-// exchanges with the warps w of the others only, without a barrier.
+// One hop. Rank r's `bytes` bytes at `send` come to `recv + r * bytes` everywhere; in place is allowed. Warp w of a
+// rank exchanges with the warps w of the others only, without a barrier.
 //
-// Why no slot is overwritten early: A pushes round r in iteration r - 1, after it has B's burst of r - 2, which B pushed
-// in iteration r - 3, after it had read that of r - 4. Between kernels: every kernel on this channel ends knowing that all
-// ranks have started it, so that their earlier kernels have ended, and that all are through with its last round but
-// three. So a kernel may push its first round at once. This one knows of both by what it has received: in the last
-// round, or where a warp has nothing there, in the one before. The second push waits for the first receipt, which shows
-// that B has started this kernel.
+// Why no slot is overwritten early: A pushes round r in iteration r - 1, after it has B's burst of r - 2, which B
+// pushed in iteration r - 3, after it had read that of r - 4. Between kernels: every kernel on this channel ends
+// knowing that all ranks have started it, so that their earlier kernels have ended, and that all are through with its
+// last round but three. So a kernel may push its first round at once. This one knows of both by what it has received:
+// in the last round, or where a warp has nothing there, in the one before. The second push waits for the first receipt,
+// which shows that B has started this kernel.
 template <int kWorld>
 __device__ __forceinline__ void all_gather_lines(const Link& link, const char* send, char* recv, size_t bytes) {
     allow_successor();
     wait_for_predecessor();
     const uint32_t align_in = common_alignment(address(send)), align_out = common_alignment(address(recv) | bytes);
-    const size_t warp = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32, warps = size_t(gridDim.x) * blockDim.x / 32;
+    const size_t warp = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32,
+                 warps = size_t(gridDim.x) * blockDim.x / 32;
     const size_t bursts = (bytes + kBurstBytes - 1) / kBurstBytes;
     const uint32_t rounds = uint32_t((bursts + warps - 1) / warps);
     Waiter waiter;
@@ -235,24 +236,26 @@ __device__ __forceinline__ void all_gather_lines(const Link& link, const char* s
     }
 }
 
-// Two hops: the root sends each other rank a slice, which passes it on to the rest. A relay's word that it is through with
-// a round, a token of each CTA, is what lets the root go on.
+// Two hops: the root sends each other rank a slice; that rank, its relay, passes it on to the rest. A relay's word that
+// it is through with a round, a token of each CTA, is what lets the root go on.
 //
 // Why no slot is overwritten early: before the root pushes round r it has every relay's token of r - 4. A relay passes
-// round r on when it has the root's, and so after all tokens of r - 4, too. Between kernels as above: the first round is
-// pushed at once; before the second the root waits until all ranks have started this kernel, which they say with a flag.
-// At the end each rank waits for these flags of all, and for all relays' tokens of the last round but three: whoever is
-// the next root must know.
+// round r on when it has the root's, and so after all tokens of r - 4, too. Between kernels as above: the first round
+// is pushed at once; before the second the root waits until all ranks have started this kernel, which they say with a
+// flag. At the end each rank waits for these flags of all, and for all relays' tokens of the last round but three:
+// whoever is the next root must know.
 //
 // Tokens are stores without a release: what they follow are reads that have returned, which no later store can change.
 template <int kWorld>
-__device__ __forceinline__ void broadcast_lines(const Link& link, const char* send, char* recv, size_t bytes, int root) {
+__device__ __forceinline__ void broadcast_lines(const Link& link, const char* send, char* recv, size_t bytes,
+                                                int root) {
     allow_successor();
     wait_for_predecessor();
     constexpr int kParts = kWorld - 1;
     const auto cut = Slices<4>::cut(bytes, kParts);
     const uint32_t align_in = common_alignment(address(send)), align_out = common_alignment(address(recv));
-    const size_t warp = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32, warps = size_t(gridDim.x) * blockDim.x / 32;
+    const size_t warp = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32,
+                 warps = size_t(gridDim.x) * blockDim.x / 32;
     const size_t bursts = (min(cut.stride, bytes) + kBurstBytes - 1) / kBurstBytes;
     const uint32_t rounds = uint32_t((bursts + warps - 1) / warps);
     Waiter waiter;

@@ -7,7 +7,7 @@
 //     (ceil(hidden * element size / 12)).
 // norm1l: the same by packs of 16 bytes.
 // norm2: block >= ceil(ceil(hidden * element size / 16) / world), a multiple of 32; any grid that is resident as a
-// whole. Both: at most 512 threads a CTA, grid * block <= slot_packs, equal launches on all ranks.
+// whole. All: at most 512 threads a CTA, grid * block <= slot_packs, equal launches on all ranks.
 #include "norm.cuh"
 
 #define P2P_NORM(T, DTYPE, WORLD)                                                                \

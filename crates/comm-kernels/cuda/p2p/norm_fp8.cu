@@ -1,5 +1,5 @@
 // Entry points of the fused all-reduce + residual + bias + RMSNorm with an fp8 result:
-// p2p_norm<1|2>_fp8_<dtype>_w<world>(link, args, quantized).
+// p2p_norm<1|1l|2>_fp8_<dtype>_w<world>(link, args, quantized).
 //
 // As norm.cu says of the ones without; `args.output` may be null here.
 #include "norm.cuh"

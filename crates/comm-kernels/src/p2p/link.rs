@@ -29,7 +29,7 @@ pub const fn lines_bytes(world: usize, slot_packs: usize) -> usize {
     FLAG_BYTES + BUFFERS * world * slot_packs * PACK_BYTES
 }
 
-/// Bytes of one of the four buffers of such an area; they follow its flags.
+/// Bytes of one of the four buffers of a pack channel's area; they follow its flags.
 #[must_use]
 pub const fn buffer_bytes(world: usize, slot_packs: usize) -> usize {
     STAGES * world * slot_packs * PACK_BYTES

@@ -45,7 +45,7 @@ pub enum Units {
     Four = 1,
 }
 
-/// The format of the packs that one hop sends, each on the channel of its own.
+/// The format of the packs that one hop sends, each on a channel of its own.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Wire {
     /// 12 bytes of payload and a round number in 16: the least latency.

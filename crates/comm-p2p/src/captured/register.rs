@@ -121,7 +121,7 @@ impl P2pComm {
                         comm = shared.info.name,
                         number,
                         reason,
-                        "captured result will be staged"
+                        "captured result will go by way of scratch memory"
                     );
                     words.push((slot, CapturedEntry::scratch()));
                     Err(reason)

@@ -1,5 +1,5 @@
-//! All-reduces in two kernels: a reduce-scatter into a slice of the result, and an all-gather of the slices. Neither asks
-//! where the result lies.
+//! All-reduces in two kernels, and a third for what is less than a pack a rank: a reduce-scatter into a slice of the result,
+//! and an all-gather of the slices. None asks where the result lies.
 
 use super::{Limits, PACK, Plan};
 use crate::usage::Algorithm;

@@ -22,7 +22,7 @@ pub(crate) struct Region<H> {
     pub(crate) start: DeviceAddr,
     pub(crate) bytes: usize,
     pub(crate) generation: u64,
-    /// Where each rank's range starts, as mapped here; or why it cannot be reached, and operands are staged.
+    /// Where each rank's range starts, as mapped here; or why it cannot be reached, and operands go by way of scratch memory.
     pub(crate) peers: Result<Peers, String>,
     /// Keeps mappings alive.
     pub(crate) hold: H,

@@ -1,4 +1,5 @@
 //! lines.cuh, `all_gather_lines` and `broadcast_lines`: kernels of both kinds, one after the other on one channel.
+//! (`reduce_scatter_lines` sends and waits as the gather does.)
 //!
 //! An agent is a warp of an all-gather, and of a broadcast, whose warps meet at barriers, a CTA. A burst is a store of a round
 //! and a payload. That it may be one, though it is sixteen lines and only each of them is written at once, is seen to with
@@ -11,7 +12,7 @@
 //! Bursts of two stores, and the smaller runs, are checked with stores that land late as well.
 //!
 //! Not needed, and checked to be so: tokens to other ranks than the root, or of the last three rounds, or that are later than
-//! the root's burst; that relays wait for tokens at the end; that anybody does for entry after two rounds or more. Each relay
+//! the root's burst; that relays wait for tokens at the end; that anybody waits for entry at the end of two rounds or more. Each relay
 //! has the others' bursts of the last round but one, which they passed on when they were through with the round before, and
 //! somebody has a burst of the second round, which the root sent when all had started.
 
