@@ -161,7 +161,7 @@ fn report(tally: &mut Tally, tool: Tool, result: &CaseResult, took: Duration) {
 fn words(tool: Tool, runner: &Path) -> Vec<std::ffi::OsString> {
     let found = FOUND.to_string();
     let mut words: Vec<std::ffi::OsString> =
-        ["--tool", tool.name(), "--error-exitcode", &found, "--print-limit", "20", "--launch-timeout", "120"]
+        ["--tool", tool.name(), "--error-exitcode", &found, "--print-limit", "200", "--launch-timeout", "120"]
             .map(Into::into)
             .into();
     if tool == Tool::Memcheck {
