@@ -160,10 +160,18 @@ fn report(tally: &mut Tally, tool: Tool, result: &CaseResult, took: Duration) {
 /// The tool's command line in front of this program's own as a rank.
 fn words(tool: Tool, runner: &Path) -> Vec<std::ffi::OsString> {
     let found = FOUND.to_string();
-    let mut words: Vec<std::ffi::OsString> =
-        ["--tool", tool.name(), "--error-exitcode", &found, "--print-limit", "200", "--launch-timeout", "120"]
-            .map(Into::into)
-            .into();
+    let mut words: Vec<std::ffi::OsString> = [
+        "--tool",
+        tool.name(),
+        "--error-exitcode",
+        &found,
+        "--print-limit",
+        "200",
+        "--launch-timeout",
+        "120",
+    ]
+    .map(Into::into)
+    .into();
     if tool == Tool::Memcheck {
         // The driver is asked what it may not know (which memory can be exported, which peer is enabled already), and
         // answers are no errors.
