@@ -72,6 +72,11 @@ impl Limits {
         forced.or_else(chosen).or_else(|| launch(&Choice::of(last))).unwrap_or(self.staged())
     }
 
+    /// The same with an algorithm forced.
+    fn forcing(&self, algorithm: Algorithm) -> Self {
+        Self { forced: Some(algorithm), ..self.clone() }
+    }
+
     /// The shape that the table has for an algorithm nearest to a size, from below if it can be.
     fn forced_choice(
         &self,

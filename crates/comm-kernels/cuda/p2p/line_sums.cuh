@@ -22,21 +22,20 @@ __device__ __forceinline__ void reduce_scatter_lines(const Link& link, const T* 
     const char* const in = reinterpret_cast<const char*>(send);
     const size_t bytes = count * sizeof(T);
     const uint32_t align_in = common_alignment(address(send) | bytes), align_out = common_alignment(address(recv));
-    const size_t warp = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32,
-                 warps = size_t(gridDim.x) * blockDim.x / 32;
-    const size_t bursts = (bytes + kBurstBytes - 1) / kBurstBytes;
-    const uint32_t rounds = uint32_t((bursts + warps - 1) / warps);
+    const Deal deal(bytes);
+    const uint32_t rounds = deal.rounds;
+    const size_t warp = deal.warp;
     Waiter waiter;
     const uint32_t first = claim_rounds_by_warp(link, rounds, waiter);
     const int rank = link.rank;
 
     auto push = [&](uint32_t k) {
-        const size_t burst = warp + k * warps;
+        const size_t burst = deal.burst(k);
         const uint32_t n = burst_length(burst, bytes);
         if (n == 0 || waiter.gave_up) return;
 #pragma unroll 2
         for (int d = 1; d < kWorld; d++) {
-            const int to = rank + d >= kWorld ? rank + d - kWorld : rank + d;
+            const int to = wrapped<kWorld>(rank + d);
             Burst b;
             b.read<sizeof(T)>(in + to * bytes + burst * kBurstBytes, n, align_in);
             b.seal(first + k);
@@ -47,7 +46,7 @@ __device__ __forceinline__ void reduce_scatter_lines(const Link& link, const T* 
     injected_stall(link);
     for (uint32_t k = 0; k < rounds; k++) {
         if (k > 0 && k + 1 < rounds) push(k + 1);
-        const size_t burst = warp + k * warps;
+        const size_t burst = deal.burst(k);
         const uint32_t n = burst_length(burst, bytes);
         if (n != 0) {
             Burst own;

@@ -144,22 +144,22 @@ constexpr int kBurstsAtOnce = kWorld - 1 <= 4 ? kWorld - 1 : kWorld / 2;
 
 // Waits, by a whole warp, for its bursts of `round` from the ranks `source(0)`, `source(1)`, ... of which bit `i` of
 // `wanted` is set. They stay sealed.
-template <int kWorld, class Source>
+template <int kWorld, int kCount, class Source>
 __device__ __forceinline__ void receive_bursts(const Link& link, Waiter& waiter, uint32_t round, size_t warp,
-                                               uint32_t wanted, Source source, Burst (&b)[kBurstsAtOnce<kWorld>]) {
+                                               uint32_t wanted, Source source, Burst (&b)[kCount]) {
     auto slot = [&](int i) { return burst_slot<kWorld>(link, link.rank, round, source(i), warp); };
     waiter.until_arrived_by_warp(link, round, [&] {
-        Seals seals[kBurstsAtOnce<kWorld>];
+        Seals seals[kCount];
 #pragma unroll
-        for (int i = 0; i < kBurstsAtOnce<kWorld>; i++) seals[i].load(slot(i));
+        for (int i = 0; i < kCount; i++) seals[i].load(slot(i));
         uint32_t late = 0;
 #pragma unroll
-        for (int i = 0; i < kBurstsAtOnce<kWorld>; i++)
+        for (int i = 0; i < kCount; i++)
             if (!seals[i].arrived(round) && wanted >> i & 1) late |= 1u << source(i);
         return late;
     });
 #pragma unroll
-    for (int i = 0; i < kBurstsAtOnce<kWorld>; i++) b[i].load(slot(i));
+    for (int i = 0; i < kCount; i++) b[i].load(slot(i));
 }
 
 // Bytes of burst `burst` of `bytes` bytes.
@@ -167,6 +167,20 @@ __device__ __forceinline__ uint32_t burst_length(size_t burst, size_t bytes) {
     const size_t begin = burst * kBurstBytes;
     return begin >= bytes ? 0 : uint32_t(min(size_t(kBurstBytes), bytes - begin));
 }
+
+// How `bytes` bytes are dealt out: burst `warp + k * warps` is this warp's in the kernel's round `k`.
+struct Deal {
+    size_t warp, warps;
+    uint32_t rounds;
+
+    __device__ __forceinline__ explicit Deal(size_t bytes) {
+        warp = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+        warps = size_t(gridDim.x) * blockDim.x / 32;
+        const size_t bursts = (bytes + kBurstBytes - 1) / kBurstBytes;
+        rounds = uint32_t((bursts + warps - 1) / warps);
+    }
+    __device__ __forceinline__ size_t burst(uint32_t k) const { return warp + k * warps; }
+};
 
 // Claims rounds with one `gave_up` for each warp.
 __device__ __forceinline__ uint32_t claim_rounds_by_warp(const Link& link, uint32_t rounds, Waiter& waiter) {
@@ -190,16 +204,15 @@ __device__ __forceinline__ void all_gather_lines(const Link& link, const char* s
     allow_successor();
     wait_for_predecessor();
     const uint32_t align_in = common_alignment(address(send)), align_out = common_alignment(address(recv) | bytes);
-    const size_t warp = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32,
-                 warps = size_t(gridDim.x) * blockDim.x / 32;
-    const size_t bursts = (bytes + kBurstBytes - 1) / kBurstBytes;
-    const uint32_t rounds = uint32_t((bursts + warps - 1) / warps);
+    const Deal deal(bytes);
+    const uint32_t rounds = deal.rounds;
+    const size_t warp = deal.warp;
     Waiter waiter;
     const uint32_t first = claim_rounds_by_warp(link, rounds, waiter);
     const int rank = link.rank;
 
     auto push = [&](uint32_t k) {
-        const size_t burst = warp + k * warps, at = burst * kBurstBytes;
+        const size_t burst = deal.burst(k), at = burst * kBurstBytes;
         const uint32_t n = burst_length(burst, bytes);
         if (n == 0 || waiter.gave_up) return;
         Burst b;
@@ -209,7 +222,7 @@ __device__ __forceinline__ void all_gather_lines(const Link& link, const char* s
         b.seal(first + k);
 #pragma unroll
         for (int d = 1; d < kWorld; d++) {
-            const int to = rank + d >= kWorld ? rank + d - kWorld : rank + d;
+            const int to = wrapped<kWorld>(rank + d);
             b.send(burst_slot<kWorld>(link, to, first + k, rank, warp));
         }
     };
@@ -217,12 +230,12 @@ __device__ __forceinline__ void all_gather_lines(const Link& link, const char* s
     injected_stall(link);
     for (uint32_t k = 0; k < rounds; k++) {
         if (k > 0 && k + 1 < rounds) push(k + 1);
-        const size_t burst = warp + k * warps;
+        const size_t burst = deal.burst(k);
         const uint32_t n = burst_length(burst, bytes);
         // In the order in which they are sent to this rank.
 #pragma unroll 1
         for (int d = 1; d < kWorld && n != 0; d += kBurstsAtOnce<kWorld>) {
-            auto source = [&](int i) { return rank - d - i < 0 ? rank - d - i + kWorld : rank - d - i; };
+            auto source = [&](int i) { return wrapped_below<kWorld>(rank - d - i); };
             Burst b[kBurstsAtOnce<kWorld>];
             receive_bursts<kWorld>(link, waiter, first + k, warp, (1u << (kWorld - d)) - 1, source, b);
 #pragma unroll
@@ -254,17 +267,16 @@ __device__ __forceinline__ void broadcast_lines(const Link& link, const char* se
     constexpr int kParts = kWorld - 1;
     const auto cut = Slices<4>::cut(bytes, kParts);
     const uint32_t align_in = common_alignment(address(send)), align_out = common_alignment(address(recv));
-    const size_t warp = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32,
-                 warps = size_t(gridDim.x) * blockDim.x / 32;
-    const size_t bursts = (min(cut.stride, bytes) + kBurstBytes - 1) / kBurstBytes;
-    const uint32_t rounds = uint32_t((bursts + warps - 1) / warps);
+    const Deal deal(min(cut.stride, bytes));
+    const uint32_t rounds = deal.rounds;
+    const size_t warp = deal.warp;
     Waiter waiter;
     const uint32_t first = claim_rounds_by_warp(link, rounds, waiter);
     // With one verdict for the CTA, which has barriers.
     waiter.gave_up = __syncthreads_or(waiter.gave_up);
     if (waiter.gave_up) return;
     const int rank = link.rank;
-    auto relay = [&](int i) { return root + 1 + i >= kWorld ? root + 1 + i - kWorld : root + 1 + i; };
+    auto relay = [&](int i) { return wrapped<kWorld>(root + 1 + i); };
     // Bytes of burst `burst` of slice `i`.
     auto length = [&](int i, size_t burst) {
         const size_t begin = i * cut.stride;
@@ -290,7 +302,7 @@ __device__ __forceinline__ void broadcast_lines(const Link& link, const char* se
             if (k == 1) all_started();
             if (k >= kBuffers) all_through(first + k - kBuffers);
             if ((k == 1 || k >= kBuffers) && __syncthreads_or(waiter.gave_up)) return;
-            const size_t burst = warp + k * warps;
+            const size_t burst = deal.burst(k);
 #pragma unroll 1
             for (int turn = 0; turn < kParts; turn++) {
                 // Warps begin with different relays.
@@ -308,22 +320,17 @@ __device__ __forceinline__ void broadcast_lines(const Link& link, const char* se
         injected_stall(link);
     } else {
         injected_stall(link);
-        const int mine = rank - root - 1 < 0 ? rank - root - 1 + kWorld : rank - root - 1;
+        const int mine = wrapped_below<kWorld>(rank - root - 1);
         for (uint32_t k = 0; k < rounds; k++) {
-            const size_t burst = warp + k * warps;
+            const size_t burst = deal.burst(k);
             if (const uint32_t n = length(mine, burst); n != 0) {
-                Burst b;
-                const char* const slot = burst_slot<kWorld>(link, rank, first + k, root, warp);
-                waiter.until_arrived_by_warp(link, first + k, [&] {
-                    Seals seals;
-                    seals.load(slot);
-                    return seals.arrived(first + k) ? 0u : 1u << root;
-                });
-                b.load(slot);
+                Burst from_root[1];
+                receive_bursts<kWorld>(link, waiter, first + k, warp, 1, [&](int) { return root; }, from_root);
+                Burst& b = from_root[0];
                 if (!waiter.gave_up) {
 #pragma unroll
                     for (int d = 1; d < kWorld; d++) {
-                        const int to = rank + d >= kWorld ? rank + d - kWorld : rank + d;
+                        const int to = wrapped<kWorld>(rank + d);
                         if (to != root) b.send(burst_slot<kWorld>(link, to, first + k, rank, warp));
                     }
                 }
@@ -332,8 +339,8 @@ __device__ __forceinline__ void broadcast_lines(const Link& link, const char* se
             }
 #pragma unroll 1
             for (int d = 1; d < kWorld; d += kBurstsAtOnce<kWorld>) {
-                auto source = [&](int i) { return rank - d - i < 0 ? rank - d - i + kWorld : rank - d - i; };
-                auto slice = [&](int s) { return s - root - 1 < 0 ? s - root - 1 + kWorld : s - root - 1; };
+                auto source = [&](int i) { return wrapped_below<kWorld>(rank - d - i); };
+                auto slice = [&](int s) { return wrapped_below<kWorld>(s - root - 1); };
                 uint32_t wanted = 0;
 #pragma unroll
                 for (int i = 0; i < kBurstsAtOnce<kWorld>; i++)

@@ -9,6 +9,18 @@ namespace p2p {
 // What a flag word announces. Kinds are told apart by place, so that kernels may use several at once.
 enum FlagKind : uint32_t { kEnter = 0, kExit = 1, kChunk = 2, kToken = 3 };
 
+// `rank`, at most one round too far.
+template <int kWorld>
+__device__ __forceinline__ int wrapped(int rank) {
+    return rank >= kWorld ? rank - kWorld : rank;
+}
+
+// The same for one that is at most a round too low.
+template <int kWorld>
+__device__ __forceinline__ int wrapped_below(int rank) {
+    return rank < 0 ? rank + kWorld : rank;
+}
+
 // The result buffer of every rank, as mapped on this device.
 struct Peers {
     char* at[kMaxRanks];

@@ -36,12 +36,6 @@ __device__ __forceinline__ uint32_t* step_flag(const Link& link, int owner, uint
     return flag(link, owner, kFirstStepWord + step % kStepWords, kToken, src);
 }
 
-// `rank`, at most one round too far.
-template <int kWorld>
-__device__ __forceinline__ int wrapped(int rank) {
-    return rank >= kWorld ? rank - kWorld : rank;
-}
-
 // Where the mover of a rank's queue stands, and its waits.
 template <int kWorld>
 struct Mover {

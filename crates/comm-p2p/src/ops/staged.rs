@@ -56,7 +56,13 @@ impl<'a> Staging<'a> {
         width: usize,
         rows: usize,
     ) -> Result<()> {
-        copy_rows_unless_broken(self.call, self.channels, from, to, (width, rows), self.stream)
+        if from.0 == to.0 {
+            return Ok(());
+        }
+        let (kernels, unless) = (&self.call.shared.base.kernels, silence(self.call, self.channels));
+        // SAFETY: the operation's caller vouches for its operands; a half of the staging memory is as large as the chunk;
+        // the word lives as long as the channels.
+        self.call.fatal(unsafe { kernels.copy_rows_unless(unless, from, to, width, rows, self.stream) })
     }
 
     /// Says how many bytes of a half the next chunks use, from its beginning on, so that no more is copied for others.
@@ -163,24 +169,6 @@ fn silence(call: &Call<'_>, channels: &Channels) -> DeviceAddr {
         false => channels.barrier.broken,
         true => DeviceAddr::NULL,
     }
-}
-
-/// Copies `rows` rows of `width` bytes, which begin the given bytes apart, unless this rank has given up a wait.
-pub(crate) fn copy_rows_unless_broken(
-    call: &Call<'_>,
-    channels: &Channels,
-    from: (DeviceAddr, usize),
-    to: (DeviceAddr, usize),
-    (width, rows): (usize, usize),
-    stream: StreamHandle,
-) -> Result<()> {
-    if from.0 == to.0 {
-        return Ok(());
-    }
-    let (kernels, unless) = (&call.shared.base.kernels, silence(call, channels));
-    // SAFETY: the operation's caller vouches for its operands; staging memory is as large as the chunk or piece; the word
-    // lives as long as the channels.
-    call.fatal(unsafe { kernels.copy_rows_unless(unless, from, to, width, rows, stream) })
 }
 
 /// Copies bytes between operands of this rank, behind no wait.

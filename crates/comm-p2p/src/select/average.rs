@@ -19,7 +19,7 @@ impl Limits {
         if self.gaps.is_some() {
             return self.staged();
         }
-        let force = |algorithm| choose(&Self { forced: Some(algorithm), ..self.clone() });
+        let force = |algorithm| choose(&self.forcing(algorithm));
         let by_packs = |plan: &Plan| {
             matches!(plan.algorithm, Algorithm::OneShot | Algorithm::TwoShot | Algorithm::Staged)
         };

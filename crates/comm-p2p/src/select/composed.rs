@@ -7,13 +7,16 @@ use crate::usage::Algorithm;
 impl Limits {
     /// The plans of the two, for slices of `part` bytes.
     pub(crate) fn parts_of_all_reduce(&self, part: usize) -> (Plan, Plan) {
-        let force = |algorithm| Self { forced: Some(algorithm), ..self.clone() };
         let sums = match self.reduce_scatter(part) {
-            plan if plan.algorithm == Algorithm::Staged => force(Algorithm::TwoShot).reduce_scatter(part),
+            plan if plan.algorithm == Algorithm::Staged => {
+                self.forcing(Algorithm::TwoShot).reduce_scatter(part)
+            }
             plan => plan,
         };
         let copies = match self.all_gather(part, false) {
-            plan if plan.algorithm == Algorithm::Staged => force(Algorithm::Packets).all_gather(part, false),
+            plan if plan.algorithm == Algorithm::Staged => {
+                self.forcing(Algorithm::Packets).all_gather(part, false)
+            }
             plan => plan,
         };
         (sums, copies)

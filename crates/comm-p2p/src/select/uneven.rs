@@ -26,7 +26,7 @@ impl Limits {
         if !matches!(plan.algorithm, Algorithm::Steps | Algorithm::Spread | Algorithm::Lines) {
             return plan;
         }
-        let force = |algorithm| choose(&Self { forced: Some(algorithm), ..self.clone() });
+        let force = |algorithm| choose(&self.forcing(algorithm));
         let stored = (longest > SHORT || plan.algorithm != Algorithm::Lines).then(|| force(long));
         stored.filter(|plan| plan.algorithm == long).unwrap_or_else(|| force(short))
     }
