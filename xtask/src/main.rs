@@ -17,6 +17,7 @@ mod gpus;
 mod job;
 mod kernels;
 mod launch;
+mod pip;
 mod rank;
 mod sanitize;
 mod signal;

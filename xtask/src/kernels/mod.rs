@@ -236,6 +236,11 @@ fn target_folder() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from)
 }
 
+/// The target folder, if the source tree that this program was built from is still there: as it is not for a bundle's.
+pub(crate) fn target_of_source_tree() -> Option<PathBuf> {
+    workspace().join(SOURCES).is_dir().then(target_folder)
+}
+
 /// Builds the kernels if this program finds none that fit it and was built from a source tree that is still there: so
 /// that what needs them needs no command before it. Elsewhere whoever uses a kernel says what to do.
 ///
@@ -243,7 +248,7 @@ fn target_folder() -> PathBuf {
 /// When they cannot be built.
 pub(crate) fn ensure() -> anyhow::Result<()> {
     let Err(reason) = KernelSet::locate() else { return Ok(()) };
-    if std::env::var_os(VARIABLE).is_some() || !workspace().join(SOURCES).is_dir() {
+    if std::env::var_os(VARIABLE).is_some() || target_of_source_tree().is_none() {
         return Ok(());
     }
     println!("building the CUDA kernels, because {reason}");

@@ -4,15 +4,13 @@
 
 use std::env;
 use std::fs;
-use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
 
 use anyhow::{Context as _, bail};
-use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::command::output_of;
+use crate::pip::{self, ANSWER};
 
 /// What the compiler needs, pinned to versions that are known to work together.
 const WHEELS: [&str; 5] = [
@@ -22,11 +20,6 @@ const WHEELS: [&str; 5] = [
     "nvidia-cuda-runtime==13.0.96",
     "nvidia-cuda-cccl==13.0.85",
 ];
-
-/// How long a program may take to say who it is, from a cold disk too.
-const ANSWER: Duration = Duration::from_secs(30);
-/// How long the installation may take: minutes at a megabyte a second.
-const INSTALLATION: Duration = Duration::from_secs(30 * 60);
 
 /// Where the wheels put the compiler.
 const INSTALLED: &str = "cuda-toolchain/nvidia/cu13/bin/nvcc";
@@ -102,86 +95,15 @@ fn candidates(target: &Path) -> Vec<PathBuf> {
 /// # Errors
 /// When Python, pip or a C++ compiler is missing, or pip fails.
 pub(crate) fn install(target: &Path) -> anyhow::Result<Nvcc> {
-    require(
-        &["python3", "-m", "pip", "--version"],
-        "python3 with pip is needed to install NVIDIA's compiler (Debian: `apt install python3-pip`); or install the \
-         CUDA toolkit, or name a compiler by --nvcc",
-    )?;
-    require(
+    pip::require(
         &["g++", "--version"],
         "nvcc needs a C++ compiler: install g++ (Debian: `apt install g++`) and have it on PATH",
     )?;
     println!("no nvcc found; installing NVIDIA's from PyPI into {}", target.join("cuda-toolchain").display());
-    fs::create_dir_all(target).with_context(|| format!("creating {}", target.display()))?;
-    // Installed beside its place and then moved, so that an interrupted installation is never taken for a whole one.
-    let scratch = tempfile::Builder::new().prefix("cuda-toolchain-").tempdir_in(target)?;
-    pip_install(scratch.path())?;
-    let place = target.join("cuda-toolchain");
-    if place.exists() {
-        fs::remove_dir_all(&place).with_context(|| format!("removing {}", place.display()))?;
-    }
-    fs::rename(scratch.keep(), &place).with_context(|| format!("moving to {}", place.display()))?;
+    let or = "python3 with pip is needed to install NVIDIA's compiler (Debian: `apt install python3-pip`); or install \
+              the CUDA toolkit, or name a compiler by --nvcc";
+    pip::install(&target.join("cuda-toolchain"), &WHEELS, or)?;
     Nvcc::probe(&target.join(INSTALLED)).context("the compiler that was just installed")
-}
-
-fn require(command: &[&str], what_to_do: &str) -> anyhow::Result<()> {
-    if output_of(Command::new(command[0]).args(&command[1..]), ANSWER).is_none() {
-        bail!("`{}` does not work: {what_to_do}", command.join(" "));
-    }
-    Ok(())
-}
-
-fn pip_install(into: &Path) -> anyhow::Result<()> {
-    let spinner = ProgressBar::new_spinner();
-    spinner.set_style(ProgressStyle::with_template("{spinner} {elapsed} {wide_msg}")?);
-    spinner.enable_steady_tick(Duration::from_millis(100));
-    let mut child = Command::new("python3")
-        .args(["-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar=off"])
-        .args(["--timeout=30", "--retries=3", "--no-compile", "--no-deps", "--target"])
-        .arg(into)
-        .args(WHEELS)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .context("starting pip")?;
-    let mut errors = child.stderr.take().context("pip without standard error")?;
-    let reader = std::thread::spawn(move || {
-        let mut text = String::new();
-        let _ = std::io::Read::read_to_string(&mut errors, &mut text);
-        text
-    });
-    let output = child.stdout.take().context("pip without standard output")?;
-    let shown = spinner.clone();
-    std::thread::spawn(move || {
-        for line in BufReader::new(output).lines().map_while(Result::ok) {
-            let words = ["Collecting", "Downloading", "Installing", "Successfully"];
-            if words.iter().any(|word| line.trim_start().starts_with(word)) {
-                if shown.is_hidden() {
-                    println!("{}", line.trim());
-                }
-                shown.set_message(line.trim().to_owned());
-            }
-        }
-    });
-    let give_up = Instant::now() + INSTALLATION;
-    let status = loop {
-        if let Some(status) = child.try_wait().context("waiting for pip")? {
-            break status;
-        }
-        if Instant::now() >= give_up {
-            let _ = child.kill();
-            let _ = child.wait();
-            bail!("pip has not installed {} within {INSTALLATION:?}", WHEELS.join(" "));
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    };
-    spinner.finish_and_clear();
-    if !status.success() {
-        let text = reader.join().unwrap_or_default();
-        bail!("pip could not install {} ({status}):\n{text}", WHEELS.join(" "));
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail, ensure};
 use clap::{Args, ValueEnum};
 
+use self::find::Sanitizer;
 use crate::events::{CaseResult, Event};
 use crate::gpus;
 use crate::job;
@@ -69,7 +70,7 @@ pub struct SanitizeArgs {
     /// Tools, comma separated.
     #[arg(long, value_delimiter = ',', default_value = "memcheck,initcheck,synccheck,racecheck")]
     tool: Vec<Tool>,
-    /// The program; looked for on the PATH and in CUDA toolkits if not given.
+    /// The program; if not given, the newest on the PATH and in CUDA toolkits, or one from PyPI if those are too old.
     #[arg(long, value_name = "PATH")]
     sanitizer: Option<PathBuf>,
     /// Ranks, a GPU each.
@@ -121,7 +122,7 @@ fn run_tools(args: &SanitizeArgs, tally: &mut Tally) -> Result<()> {
     kernels::ensure()?;
     for &tool in &args.tool {
         let start = Instant::now();
-        let result = match one(args, tool, sanitizer.as_deref(), &gpus)? {
+        let result = match one(args, tool, sanitizer.as_ref(), &gpus)? {
             CaseResult::Skipped(why) if args.require_gpus.is_some() => CaseResult::Failed(why),
             result => result,
         };
@@ -134,14 +135,16 @@ fn run_tools(args: &SanitizeArgs, tally: &mut Tally) -> Result<()> {
 }
 
 /// compute-sanitizer, if a tool of it is wanted, and the GPUs; or why there is nothing to run with.
-fn ready(args: &SanitizeArgs) -> Result<(Option<PathBuf>, Vec<String>), String> {
+fn ready(args: &SanitizeArgs) -> Result<(Option<Sanitizer>, Vec<String>), String> {
     let gpus = gpus::visible()?;
     let needed = args.require_gpus.unwrap_or(0).max(args.world);
     if gpus.len() < needed {
         return Err(format!("{needed} GPUs are needed; {} are usable", gpus.len()));
     }
     let wanted = args.tool.iter().any(|&tool| tool != Tool::Plain);
-    let sanitizer = wanted.then(|| find::sanitizer(args.sanitizer.as_deref())).transpose()?;
+    let sanitizer = wanted
+        .then(|| find::sanitizer(args.sanitizer.as_deref(), kernels::target_of_source_tree().as_deref()))
+        .transpose()?;
     Ok((sanitizer, gpus))
 }
 
@@ -177,7 +180,7 @@ fn words(tool: Tool, runner: &Path) -> Vec<std::ffi::OsString> {
         // answers are no errors.
         words.extend(["--report-api-errors", "no"].map(Into::into));
     }
-    if tool == Tool::Racecheck {
+    if tool == Tool::Racecheck && std::env::var_os("RC_ALL").is_none() {
         let excluded =
             NOT_FOR_RACECHECK.map(|name| ["--kernel-name-exclude".into(), format!("kns={name}").into()]);
         words.extend(excluded.into_iter().flatten());
@@ -186,7 +189,17 @@ fn words(tool: Tool, runner: &Path) -> Vec<std::ffi::OsString> {
     words
 }
 
-fn one(args: &SanitizeArgs, tool: Tool, sanitizer: Option<&Path>, gpus: &[String]) -> Result<CaseResult> {
+fn one(
+    args: &SanitizeArgs,
+    tool: Tool,
+    sanitizer: Option<&Sanitizer>,
+    gpus: &[String],
+) -> Result<CaseResult> {
+    if tool == Tool::Initcheck
+        && let Some(why) = sanitizer.and_then(Sanitizer::initcheck_problem)
+    {
+        return Ok(CaseResult::Skipped(why));
+    }
     eprintln!("running {} ...", tool.name());
     let spec = job::spec(args.world, args.mode, Duration::from_secs(args.timeout), COMM_TIMEOUT)?;
     let spec = spec.with_gpus(gpus, true)?;
@@ -203,8 +216,8 @@ fn one(args: &SanitizeArgs, tool: Tool, sanitizer: Option<&Path>, gpus: &[String
     let mut spec = LaunchSpec { output, ..spec };
     let watched = sanitizer.filter(|_| tool != Tool::Plain);
     if let Some(sanitizer) = watched {
-        println!("{} --tool {}", sanitizer.display(), tool.name());
-        spec = LaunchSpec { args: words(tool, &spec.program), program: sanitizer.to_owned(), ..spec };
+        println!("{} --tool {}", sanitizer.path.display(), tool.name());
+        spec = LaunchSpec { args: words(tool, &spec.program), program: sanitizer.path.clone(), ..spec };
     }
     // The check of the GPUs' links is no kernel of its own, and its verdict would be kept.
     spec.env.push(("COMM_P2P_CHECK".to_owned(), "skip".into()));

@@ -63,26 +63,18 @@ struct Waiter {
     // data is not complete.
     template <class Missing>
     __device__ __forceinline__ void until_arrived(const Link& link, uint32_t round, Missing missing) {
-        if (gave_up) return;
-        uint64_t started = 0;
-        uint32_t polls = 0;
-        for (;;) {
-            const uint32_t late = missing();
-            if (late == 0) return;
-            if (++polls == kPollsPerCheck) {
-                polls = 0;
-                started = check_wait(link, round, late, started);
-                if (started == 0) {
-                    gave_up = true;
-                    return;
-                }
-            }
-        }
+        wait<false>(link, round, missing);
     }
 
     // The same by a whole warp, whose lanes give up together. `missing` returns the same in all of them.
     template <class Missing>
     __device__ __forceinline__ void until_arrived_by_warp(const Link& link, uint32_t round, Missing missing) {
+        wait<true>(link, round, missing);
+    }
+
+private:
+    template <bool kByWarp, class Missing>
+    __device__ __forceinline__ void wait(const Link& link, uint32_t round, Missing missing) {
         if (gave_up) return;
         uint64_t started = 0;
         uint32_t polls = 0;
@@ -91,8 +83,8 @@ struct Waiter {
             if (late == 0) return;
             if (++polls == kPollsPerCheck) {
                 polls = 0;
-                if (threadIdx.x % 32 == 0) started = check_wait(link, round, late, started);
-                started = __shfl_sync(0xffffffffu, started, 0);
+                if (!kByWarp || threadIdx.x % 32 == 0) started = check_wait(link, round, late, started);
+                if constexpr (kByWarp) started = __shfl_sync(0xffffffffu, started, 0);
                 if (started == 0) {
                     gave_up = true;
                     return;
