@@ -1,5 +1,6 @@
 //! The exchange kernels' own source, compiled for the CPU, between 2 to 8 ranks: packets, Lamport packs and lines, in random
-//! sequences of calls that share their channels, with ranks that rest and hurry at random and round numbers that wrap.
+//! sequences of calls that share their channels, with ranks that rest and hurry at random, round numbers that wrap, and
+//! flags that were last raised almost a wrap ago.
 //!
 //! Only the instructions that a CPU has not are replaced, function by function; `emulator/gpu.h` says what stands in for a
 //! GPU. What weaker memory orders do is checked by the models in comm-p2p's tests, and everything by GPUs.
@@ -138,6 +139,15 @@ fn without_a_protection_a_result_is_wrong_or_none_comes() {
                 "wire.cuh",
                 "static constexpr bool kRestores = true;",
                 "static constexpr bool kRestores = false;",
+            ),
+        ),
+        // Flags that nobody has raised since before round 0 stand ahead of the last rounds before the wrap.
+        (
+            "lifts",
+            (
+                "link.cuh",
+                "if (round / kLiftEvery != (round + rounds) / kLiftEvery) lift_flags(link, round);",
+                "",
             ),
         ),
     ];

@@ -1,6 +1,6 @@
 //! The communicator's handle: [`DeviceComm`], each method delegating to the module that owns it.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, PoisonError, TryLockError};
 use std::time::Duration;
 
 use comm_core::topology::Topology;
@@ -9,6 +9,8 @@ use comm_core::{
     OpKind, OpQuery, P2pOp, ReduceOp, Registration, Result, RmsNormArgs, StreamHandle, Support,
     TwoGroupNormArgs,
 };
+
+use comm_kernels::raw::{Current, RelaxedCapture};
 
 use crate::create::{self, sibling};
 use crate::state::{Hosts, Shared, lock};
@@ -20,6 +22,10 @@ use crate::watchdog;
 /// wait for nothing, so all can be captured into CUDA graphs. Drop graphs before [`close`](DeviceComm::close), and do
 /// not launch them after.
 ///
+/// Calls may come on several streams: a call on another stream than the last one waits for all before it. What is
+/// captured has its order in its graph; graphs, and calls beside them, are ordered by whoever launches them, for the
+/// communicator does not see that.
+///
 /// A transfer of a rank to itself needs its other end in the same [`group`](DeviceComm::group).
 ///
 /// Dropping the handle returns at once: a thread of its own waits for enqueued work and gives the memory back. Before
@@ -30,6 +36,9 @@ pub struct P2pComm {
 
 /// How much longer than its timeout a close may take: it waits for the ranks, and then for the device.
 const CLOSE_MARGIN: Duration = Duration::from_secs(1);
+
+/// How long a drop waits for the lock: longer than the watchdog holds it while the driver answers.
+const MARK_TIME: Duration = Duration::from_millis(5);
 
 impl P2pComm {
     pub(crate) const fn new(shared: Arc<Shared>) -> Self {
@@ -61,12 +70,16 @@ impl P2pComm {
         let deadline = Deadline::after(shared.base.timeout.saturating_mul(2).saturating_add(CLOSE_MARGIN));
         // By this thread too: the watchdog, which does the rest, may be held up by what this rank closes for.
         watchdog::report_last(shared);
-        let mut ending = lock(&shared.ending);
-        if ending.close {
+        if std::mem::replace(&mut lock(&shared.ending).claimed, true) {
             return Err(shared.closed());
         }
-        ending.close = true;
         shared.start_closing();
+        if let Ok(_current) = Current::enter(&shared.base.context) {
+            // Behind a call that another thread has begun; there are no later ones.
+            lock(&shared.owned).order.mark();
+        }
+        let mut ending = lock(&shared.ending);
+        ending.close = true;
         shared.changed.notify_all();
         loop {
             if let Some(outcome) = &ending.outcome {
@@ -85,10 +98,28 @@ impl P2pComm {
     }
 }
 
+impl P2pComm {
+    /// Marks the end of the calls, unless the watchdog is held up in the driver with the lock: a drop does not wait.
+    fn mark_briefly(&self) {
+        let patience = Deadline::after(MARK_TIME);
+        let Ok(_current) = Current::enter(&self.shared.base.context) else { return };
+        let _relaxed = RelaxedCapture::new();
+        loop {
+            match self.shared.owned.try_lock() {
+                Ok(mut owned) => return owned.order.mark(),
+                Err(TryLockError::Poisoned(poisoned)) => return poisoned.into_inner().order.mark(),
+                Err(TryLockError::WouldBlock) if patience.has_passed() => return,
+                Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_micros(20)),
+            }
+        }
+    }
+}
+
 impl Drop for P2pComm {
     fn drop(&mut self) {
         // The caller may have met an error of its device, and drop for that, before the watchdog has seen it.
         watchdog::report_last(&self.shared);
+        self.mark_briefly();
         lock(&self.shared.ending).dropped = true;
         self.shared.changed.notify_all();
         // On this thread, because a host communicator may tell a death from a departure by the thread that drops it.
@@ -117,7 +148,8 @@ unsafe impl DeviceComm for P2pComm {
         let group = control.split(color, key.into(), deadline).map_err(lost)?;
         let made = group.map(|group| {
             let hosts = Hosts { control: group, parent: None };
-            create::create(hosts, Ok(shared.base.clone()), true)
+            // In a mesh with gaps only neighbours were checked, and a part of it may have none.
+            create::create(hosts, Ok(shared.base.clone()), !shared.keeps_to_neighbours())
         });
         // Groups may be made at different speeds, and one must not be at work on a device where another is being made.
         let met = shared.meet_if_shared(&*control).map_err(lost);

@@ -16,6 +16,7 @@ use crate::comm::P2pComm;
 use crate::fitness::Sentinel;
 use crate::ledger::Ledger;
 use crate::mesh::Mesh;
+use crate::order::Order;
 use crate::state::{Base, Channels, Hosts, Owned, Shared};
 use crate::symmetric::table::Table;
 use crate::symmetric::words::Words;
@@ -109,6 +110,7 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result
     let Met { topology, routes, line_slots, uuids } = meet(&*control, &base, &tables)?;
     let words = Words::new().map(Arc::new);
     let sentinel = Sentinel::new().map(Arc::new);
+    let order = Order::new(base.options.unordered_streams);
     let (channels, scratch, captured, ledger) = if info.size > 1 {
         let prepared = words
             .as_ref()
@@ -117,7 +119,8 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result
                 Ok((Arc::clone(words), P2pKernels::load(&base.context, info.size, base.room.overlap())?))
             })
             .and_then(|(words, kernels)| Ok((words, kernels, table_of_captured(&base, info.size)?)))
-            .and_then(|prepared| sentinel.as_ref().map(|_| prepared).map_err(Clone::clone));
+            .and_then(|prepared| sentinel.as_ref().map(|_| prepared).map_err(Clone::clone))
+            .and_then(|prepared| order.as_ref().map(|_| prepared).map_err(Clone::clone));
         agree(&*control, &prepared.as_ref().map(|_| 0).map_err(Clone::clone))?;
         let (words, kernels, captured) = prepared?;
         let mesh = routes.as_ref().map(|routes| (Mesh::new(info.rank, &topology, routes), routes));
@@ -137,19 +140,25 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result
     let owned = Owned {
         table: Table::new(generations),
         captured,
+        order: order?,
         chain: 0,
         scratch,
         words: Some(words?),
         sentinel: Some(sentinel?),
     };
     let shared = Arc::new(Shared::new(info, base, topology, tables, channels, ledger, owned, hosts));
-    watchdog::spawn(Arc::clone(&shared))?;
-    Ok(P2pComm::new(shared))
+    let spawned = watchdog::spawn(Arc::clone(&shared));
+    // A rank that fails in the very end has no communicator, so no rank may have one.
+    let agreed = agree(&*control, &spawned.as_ref().map(|()| 0).map_err(Clone::clone));
+    // Dropped, it is given back by its watchdog, if it has one.
+    let made = P2pComm::new(shared);
+    agreed.map(|()| made)
 }
 
 fn table_of_captured(base: &Base, world: usize) -> Result<Option<Captured>> {
     let options = &base.options;
-    let table = || Captured::new(&base.context, (world, base.room.overlap()), options.graph_entries);
+    let table =
+        || Captured::new((&base.context, base.ordinal), (world, base.room.overlap()), options.graph_entries);
     options.graph_registration.then(table).transpose()
 }
 
@@ -167,7 +176,7 @@ struct Met {
 /// Exchanges what the ranks' devices are, and agrees on their topology and routes and on how algorithms are chosen.
 fn meet(host: &dyn HostComm, base: &Base, tables: &InUse) -> Result<Met> {
     let (device, imposed) = (&base.device, &base.options.topology);
-    let choice = format!("{} and {}", tables.describe(base.options.algorithm), base.options.sizes());
+    let choice = format!("{} and {}", tables.describe(base.options.algorithm), base.options.shared_values());
     type Fact = (String, Links, (Option<String>, Place), String);
     let own = (device.uuid.clone(), device.links.clone(), (imposed.clone(), device.place), choice);
     let all: Vec<Fact> = host.all_gather(&own)?;

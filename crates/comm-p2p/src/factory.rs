@@ -47,6 +47,7 @@ const PROTOCOL: u32 = 4;
 /// | `p2p.test_clear_peers` | for checkers of uninitialised reads, which do not see what other processes store: every rank clears all ranks' staging memory at first | `off` |
 /// | `p2p.test_single_buffer` | for tests only, **gives wrong results**: calls by packs or lines use one buffer instead of four | `off` |
 /// | `p2p.test_copies_when_broken` | for tests only, **may give others wrong results**: a rank that has given up a wait goes on copying | `off` |
+/// | `p2p.test_unordered_streams` | for tests only, **gives wrong results**: calls on several streams may overtake each other | `off` |
 ///
 /// # Memory
 /// A communicator takes memory on each rank's device, in proportion to the number of ranks where not said otherwise. With
@@ -87,11 +88,22 @@ const PROTOCOL: u32 = 4;
 ///   waiting for this very thread. Do it where all ranks have made the same calls, and let all ranks be through with it
 ///   before the next. The communicator's own such calls (creation, `split`, `allocate`, `free`, `register_captured`,
 ///   `close`) are collective, and end on no rank before they have on all.
-/// - A close waits for the work of all ranks on the device: no rank may be waiting for what another is to call, on another
-///   communicator, after its close.
 ///
 /// As processes, without NVIDIA's MPS, ranks take turns on a device, a few milliseconds each: every wait for another rank
 /// takes at least a turn. It works, slowly; timeouts have to be generous.
+///
+/// # Several communicators on a device
+/// Kernels of large calls fill their device, and wait there for the other ranks'. So calls of two communicators whose
+/// ranks share devices (a world and a [`split`](DeviceComm::split) of it, say) must come to run in one order on all ranks:
+/// on one stream, or with streams that wait for each other. On streams of their own one rank's device may be full of the
+/// one's kernel, and another's of the other's, until both time out.
+///
+/// # After a failure
+/// A rank that was only late may still be about to store into the results of calls that the others have given up. It stops
+/// as soon as it learns of the failure, which takes its watchdog some milliseconds once the rank runs at all. Memory of
+/// [`allocate`](DeviceComm::allocate) cannot be harmed by that, once freed. Results that the caller owns (registered, or captured with
+/// `p2p.graph_registration`) must not be freed or used for something else before every rank has closed or dropped the
+/// communicator, or has died.
 ///
 /// # Graphs
 /// Every operation can be captured and replayed as it is; results in memory of [`allocate`](DeviceComm::allocate) are

@@ -49,6 +49,7 @@ mod memory;
 mod mesh;
 mod ops;
 mod options;
+mod order;
 mod placement;
 mod room;
 mod select;

@@ -9,12 +9,21 @@ use crate::symmetric::table::Origin;
 use crate::symmetric::{Block, Hold, agree};
 
 impl P2pComm {
-    /// An error of a collective over the host communicator. If that one is lost, so is this.
+    /// An error of a collective over the host communicator. If that one is lost, so is this. Else a rank's driver
+    /// refused, on all ranks alike: the communicator goes on without what was asked for.
     pub(crate) fn lost(&self, host: &dyn HostComm, op: OpKind, error: CommError) -> CommError {
         let shared = self.shared();
-        match host.poll() {
-            Err(cause) => shared.fail(shared.relocate(cause, op)),
-            Ok(()) => shared.relocate(error, op),
+        if let Err(cause) = host.poll() {
+            return shared.fail(shared.relocate(cause, op));
+        }
+        let what = if op == OpKind::Allocate { "bytes" } else { "addr" };
+        let refused = |rank, cause: &CommError| {
+            CommError::invalid(what, format!("rank {rank} refused, so all did: {cause}"))
+        };
+        match error {
+            error @ CommError::Cuda { .. } => refused(shared.info.rank, &error),
+            CommError::PeerFailed { rank, cause, .. } => refused(rank, &cause),
+            error => shared.relocate(error, op),
         }
     }
 
@@ -122,8 +131,9 @@ impl P2pComm {
         let shared = self.shared();
         let mut call = shared.begin(OpKind::Deregister)?;
         call.owned.table.registered(&shared.info.name, registration)?;
-        // Closes what was opened of the other ranks' memory; the device is current.
         drop(call.owned.table.remove(registration.id));
+        // The device is current.
+        ipc::close_unused(shared.base.ordinal);
         Ok(())
     }
 }

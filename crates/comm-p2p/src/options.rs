@@ -33,6 +33,8 @@ pub(crate) struct Options {
     pub(crate) single_buffer: bool,
     /// Copies go on after a wait that was given up.
     pub(crate) copies_when_broken: bool,
+    /// Calls on several streams may overtake each other.
+    pub(crate) unordered_streams: bool,
     pub(crate) algorithm: Option<Algorithm>,
     /// The topology to impose, by name.
     pub(crate) topology: Option<String>,
@@ -62,6 +64,7 @@ impl Default for Options {
             clear_peers: false,
             single_buffer: false,
             copies_when_broken: false,
+            unordered_streams: false,
             algorithm: None,
             topology: None,
             share_devices: false,
@@ -82,12 +85,18 @@ const PREFIX: &str = "p2p.";
 pub(crate) const SHARE_DEVICES: &str = "COMM_P2P_SHARE_DEVICES";
 
 impl Options {
-    /// The sizes that layouts and launches follow from, which must be the same on all ranks; for people to read as well.
-    pub(crate) fn sizes(&self) -> String {
+    /// What layouts, launches and collective calls follow from, which must be the same on all ranks; for people to read as
+    /// well.
+    pub(crate) fn shared_values(&self) -> String {
         let Self { staging_bytes, pair_bytes, packet_slots, lamport_slots, line_slots, cell_ctas, .. } = self;
+        let Self { first_round, graph_registration, symmetric_operands, .. } = self;
+        let switch = |on: &bool| if *on { "on" } else { "off" };
         format!(
             "p2p.staging_bytes={staging_bytes}, p2p.pair_bytes={pair_bytes}, p2p.packet_slots={packet_slots}, \
-             p2p.lamport_slots={lamport_slots}, p2p.line_slots={line_slots}, p2p.cell_ctas={cell_ctas}"
+             p2p.lamport_slots={lamport_slots}, p2p.line_slots={line_slots}, p2p.cell_ctas={cell_ctas}, \
+             p2p.first_round={first_round}, p2p.graph_registration={}, p2p.symmetric_operands={}",
+            switch(graph_registration),
+            switch(symmetric_operands)
         )
     }
 
@@ -127,6 +136,7 @@ impl Options {
                 "test_clear_peers" => parsed.clear_peers = switch(name, value)?,
                 "test_single_buffer" => parsed.single_buffer = switch(name, value)?,
                 "test_copies_when_broken" => parsed.copies_when_broken = switch(name, value)?,
+                "test_unordered_streams" => parsed.unordered_streams = switch(name, value)?,
                 "algorithm" => parsed.algorithm = Some(algorithm(name, value)?),
                 "topology" => parsed.topology = Some(topology(name, value)?),
                 "share_devices" => parsed.share_devices = switch(name, value)?,
@@ -205,7 +215,8 @@ mod tests {
         assert_eq!(parse("p2p.stall_rank", "3").unwrap().stall_rank, Some(3));
         assert!(parse("p2p.test_single_buffer", "on").unwrap().single_buffer);
         assert!(parse("p2p.test_copies_when_broken", "on").unwrap().copies_when_broken);
-        assert!(!Options::default().copies_when_broken);
+        assert!(parse("p2p.test_unordered_streams", "on").unwrap().unordered_streams);
+        assert!(!Options::default().copies_when_broken && !Options::default().unordered_streams);
         assert!(parse("p2p.share_devices", "on").unwrap().share_devices);
         assert!(!parse("p2p.share_devices", "off").unwrap().share_devices);
         for (name, value) in [

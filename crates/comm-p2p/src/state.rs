@@ -10,7 +10,7 @@ use comm_core::{
 };
 use comm_kernels::Kernels;
 use comm_kernels::p2p::{ErrorRecord, Link, P2pKernels, Peers, Wire};
-use comm_kernels::raw::{Current, is_capturing};
+use comm_kernels::raw::Current;
 use cudarc::driver::CudaContext;
 
 use crate::blame;
@@ -19,6 +19,7 @@ use crate::fitness::{Fitness, Sentinel};
 use crate::ledger::{Ledger, Note, mix};
 use crate::mesh::Mesh;
 use crate::options::Options;
+use crate::order::Order;
 use crate::room::Room;
 use crate::symmetric::ipc;
 use crate::symmetric::table::{Found, Table};
@@ -106,6 +107,7 @@ pub(crate) struct Owned {
     pub(crate) table: Table<Hold>,
     /// With the option `p2p.graph_registration`, between at least two ranks.
     pub(crate) captured: Option<Captured>,
+    pub(crate) order: Order,
     /// Of the calls that have been written into the ledger.
     pub(crate) chain: u64,
     #[allow(dead_code, reason = "held, not read")]
@@ -117,6 +119,8 @@ pub(crate) struct Owned {
 /// What the handle asks of the watchdog, and what came of it.
 #[derive(Default)]
 pub(crate) struct Ending {
+    /// Somebody is closing.
+    pub(crate) claimed: bool,
     pub(crate) close: bool,
     pub(crate) dropped: bool,
     pub(crate) outcome: Option<Result<()>>,
@@ -359,7 +363,18 @@ impl Shared {
             return Err(self.fail(self.why(&record)));
         }
         let seq = self.seq.fetch_add(1, Ordering::Relaxed);
-        Ok(Call { shared: self, owned, kind, seq, alike: (None, 0, 0), _current: current })
+        Ok(Call { shared: self, owned, kind, seq, alike: (None, 0, 0), captured: false, _current: current })
+    }
+
+    /// The same for a call that enqueues work on `stream`: behind all calls before, on whatever stream those were.
+    pub(crate) fn begin_on(&self, kind: OpKind, stream: StreamHandle) -> Result<Call<'_>> {
+        let mut call = self.begin(kind)?;
+        call.captured = call.owned.order.follow(stream).map_err(|error| match error {
+            // Nothing has been enqueued, and the caller can mend it.
+            refused @ CommError::InvalidArgument { .. } => refused,
+            error => self.fail(error),
+        })?;
+        Ok(call)
     }
 
     /// Words and sentinel are given up, so that nobody touches them any more.
@@ -377,6 +392,7 @@ pub(crate) struct Call<'a> {
     seq: u64,
     /// What all ranks must pass alike: type, count, and a mixture of the rest.
     alike: (Option<DType>, usize, u64),
+    captured: bool,
     _current: Current,
 }
 
@@ -425,12 +441,18 @@ impl Call<'_> {
         let transfers = matches!(self.kind, OpKind::Send | OpKind::Recv | OpKind::Group);
         if let Some(ledger) = &self.shared.ledger
             && !transfers
-            && !is_capturing(stream)
+            && !self.captured
         {
             let (dtype, count, more) = self.alike;
             let note = Note { kind: self.kind, algorithm, dtype, count, more };
             self.owned.chain = ledger.add(self.owned.chain, &note);
         }
         self.shared.usage.count(self.kind, algorithm);
+        if !self.captured
+            && let Err(error) = self.owned.order.enqueued(stream)
+        {
+            // The next call fails with it, if nothing else does before.
+            self.shared.fail(error);
+        }
     }
 }

@@ -1,30 +1,36 @@
 //! The thread that watches a communicator and, at its end, gives back what it owns.
 //!
-//! It alone unmaps memory, after it has seen the device idle, so an abort, a close and a drop come down to telling it.
+//! It alone unmaps memory, after it has seen the communicator's work over, so an abort, a close and a drop come down to telling it.
 //! It ends itself when everything is given back.
 
 use std::sync::{Arc, PoisonError, TryLockError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use comm_core::{CommError, Deadline, OpKind, Result};
+use comm_core::{CommError, OpKind, Result};
 use comm_kernels::exit;
 use comm_kernels::raw::{self, Current, RelaxedCapture, check};
 use cudarc::driver::sys;
 
 use crate::captured::take_back;
+use crate::order::Left;
 use crate::state::{Shared, lock};
+use crate::symmetric::ipc::User;
 use crate::symmetric::table::Table;
 
 /// Short enough that a death is known to kernels and callers well within a second.
 const INTERVAL: Duration = Duration::from_millis(25);
 
+/// How long a close lets graphs take that have been dropped: the driver tells by a thread of its own.
+const GRAPHS_TIME: Duration = Duration::from_millis(200);
+
 /// Starts the watchdog.
 pub(crate) fn spawn(shared: Arc<Shared>) -> Result<()> {
     let live = exit::Live::new();
+    let user = User::new(shared.base.ordinal);
     std::thread::Builder::new()
         .name(format!("p2p-watch-{}", shared.info.rank))
         .spawn(move || {
-            run(&shared);
+            run(&shared, user);
             // It may be what keeps the context alive, so this too is before the thread counts as ended.
             drop(shared);
             drop(live);
@@ -33,10 +39,14 @@ pub(crate) fn spawn(shared: Arc<Shared>) -> Result<()> {
         .map_err(|error| CommError::io("starting a communicator's watchdog thread", &error))
 }
 
-fn run(shared: &Shared) {
+fn run(shared: &Shared, user: User) {
     raw::relax_capture_rules();
     let outcome = match Current::enter(&shared.base.context) {
-        Ok(_current) => watch(shared),
+        Ok(_current) => {
+            let outcome = watch(shared);
+            drop(user);
+            outcome
+        }
         // Without its context nothing can be given back; the failure is what callers learn.
         Err(error) => Err(shared.fail(error)),
     };
@@ -45,6 +55,7 @@ fn run(shared: &Shared) {
 }
 
 fn watch(shared: &Shared) -> Result<()> {
+    let mut silenced = false;
     loop {
         let (close, dropped) = {
             let ending = lock(&shared.ending);
@@ -55,6 +66,10 @@ fn watch(shared: &Shared) -> Result<()> {
             };
             (ending.close, ending.dropped)
         };
+        if shared.has_failed() && !silenced {
+            silence(shared);
+            silenced = true;
+        }
         if close || dropped {
             return end(shared, close);
         }
@@ -106,13 +121,22 @@ pub(crate) fn report_last(shared: &Shared) {
     }
 }
 
-/// Waits for enqueued work and gives everything back.
+/// Has kernels that start from now on send nothing, as those do that start after a wait has been given up. The others may
+/// have given up waiting for this rank, have closed, and use their buffers for something else.
+fn silence(shared: &Shared) {
+    let Some(channels) = &shared.channels else { return };
+    if let Err(error) = shared.fitness.store(channels.barrier.broken, 1) {
+        tracing::debug!(comm = shared.info.name, %error, "later kernels could not be told that all is over");
+    }
+}
+
+/// Waits for the communicator's work and gives everything back.
 ///
-/// The ranks of a collective close meet before each waits for its device, not after. The wait is for all of the
-/// device's work, as nothing else is known of the streams and graphs that the communicator's calls went to, and some of
-/// that work may wait for what another rank is to enqueue after its own close: on another communicator, say. Nobody
-/// needs the others' devices to be idle: once this rank's kernels have ended, no other rank's kernel has anything left
-/// to do in this rank's buffers (the arguments above the kernels), and its own memory every rank keeps by its mapping.
+/// The ranks of a collective close meet before each waits for its work, not after: some of that may be behind what another
+/// rank is to enqueue after its own close, on another communicator, say. Nobody needs the others' work to be over: once
+/// this rank's kernels have ended, and no wait of them was given up, no other rank's kernel has anything left to do in this
+/// rank's buffers (the arguments above the kernels), and its own memory every rank keeps by its mapping. After a failure a
+/// late rank's kernel may still store into buffers that callers registered (see `P2pFactory`).
 fn end(shared: &Shared, collective: bool) -> Result<()> {
     let deadline = shared.deadline();
     if collective && !shared.has_failed() {
@@ -126,7 +150,7 @@ fn end(shared: &Shared, collective: bool) -> Result<()> {
             shared.fail(error);
         }
     }
-    let mut idle = drain(deadline);
+    let mut idle = drain(shared, collective);
     // What has been enqueued may have failed while it was waited for. The other ranks may have left by now.
     if idle.is_ok()
         && let Some(cause) = shared.given_up()
@@ -135,7 +159,7 @@ fn end(shared: &Shared, collective: bool) -> Result<()> {
     }
     if let Err(error) = &idle {
         shared.fail(error.clone());
-        idle = drain(Deadline::after(shared.base.timeout));
+        idle = drain(shared, collective);
     }
     let outcome = if shared.has_failed() { shared.healthy() } else { Ok(()) };
     if idle.is_ok() {
@@ -155,23 +179,37 @@ fn end(shared: &Shared, collective: bool) -> Result<()> {
     outcome
 }
 
-/// Waits until the device is idle. Every wait of the communicator's kernels is bounded, so only work of others can
-/// make this long; it is the watchdog that waits, and the caller for no longer than its own deadline.
-fn drain(deadline: Deadline) -> Result<()> {
+/// Waits until the communicator's work is over. Its kernels' waits are bounded, so only work of others before them can make
+/// this long; it is the watchdog that waits, and the caller for no longer than its own deadline. Meanwhile it goes on
+/// watching: a rank whose death would be noticed here alone must still end the kernels that wait for it.
+fn drain(shared: &Shared, collective: bool) -> Result<()> {
+    let start = Instant::now();
+    let mut observed = start;
     loop {
-        // SAFETY: the context is current.
-        match unsafe { sys::cuCtxSynchronize() } {
-            sys::CUresult::CUDA_SUCCESS => return Ok(()),
-            // Another thread is capturing a graph, during which the device may not be waited for.
-            sys::CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
-            | sys::CUresult::CUDA_ERROR_STREAM_CAPTURE_IMPLICIT
-                if !deadline.has_passed() =>
-            {
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            code => return check("cuCtxSynchronize", code),
+        let left = lock(&shared.owned).order.left()?;
+        match left {
+            Left::Nothing => return shared.fitness.settle(),
+            Left::Unknown => return synchronize(),
+            // Who closes has been asked to drop graphs before, and may still wait for this.
+            Left::Graphs if collective && start.elapsed() > GRAPHS_TIME => return synchronize(),
+            Left::Graphs if exit::is_near() => return Err(shared.closed()),
+            Left::Graphs | Left::Calls => {}
         }
+        if observed.elapsed() > INTERVAL && !shared.has_failed() {
+            observed = Instant::now();
+            if let Err(error) = shared.observe() {
+                shared.fail(error);
+            }
+        }
+        // Soon at first, for who waits for a close; what takes long is not asked about as often.
+        std::thread::sleep((start.elapsed() / 8).clamp(Duration::from_micros(20), INTERVAL));
     }
+}
+
+/// Waits for all of the device's work, where nothing else will do: it breaks captures that are under way there.
+fn synchronize() -> Result<()> {
+    // SAFETY: the context is current.
+    check("cuCtxSynchronize", unsafe { sys::cuCtxSynchronize() })
 }
 
 /// On a shared device no rank goes on before all have given back: its next calls, on another communicator, would be among
@@ -189,6 +227,7 @@ fn take(shared: &Shared) -> crate::state::Owned {
     crate::state::Owned {
         table: std::mem::replace(&mut owned.table, Table::new(0)),
         captured: owned.captured.take(),
+        order: std::mem::take(&mut owned.order),
         chain: 0,
         scratch: owned.scratch.take(),
         words: owned.words.take(),

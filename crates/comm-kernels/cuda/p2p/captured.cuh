@@ -6,7 +6,7 @@
 // # Why an entry may be read without synchronisation
 // The host writes an entry when no replay that reads it runs: before the first one it is allowed (the call that fills
 // it precedes the launch), and after the last one (the graph, and with it every launch under way, is gone). A replay
-// that comes too early finds the entry unset, touches no operand, and leaves an error record. All ranks fill an entry
+// that comes too early finds the entry unset, or being filled, and leaves an error record. All ranks fill an entry
 // with the same way, so their kernels exchange by the same schedule.
 #pragma once
 #include "cells.cuh"
@@ -29,11 +29,17 @@ struct CapturedEntry {
 };
 static_assert(sizeof(CapturedEntry) == 128, "what the host writes");
 
-// Copies the entry's addresses to `recv`, in shared memory, and returns its way: the same for all threads of the grid.
+// Copies the entry's addresses to `recv`, in shared memory, and returns its way: the same for all threads of the block. A
+// replay that comes too early may meet the host's copy halfway: an entry with addresses missing counts as unset.
+template <int kWorld>
 __device__ __forceinline__ uint32_t look_up(const Link& link, const CapturedEntry* entry, Peers& recv) {
+    __shared__ uint32_t found;
     if (threadIdx.x < kMaxRanks) recv.at[threadIdx.x] = entry->recv.at[threadIdx.x];
-    const uint32_t way = entry->way;
+    if (threadIdx.x == 0) found = entry->way;
     __syncthreads();
+    uint32_t way = found;
+    for (int r = 0; r < kWorld; r++)
+        if (way == kMapped && recv.at[r] == nullptr) way = kUnset;
     if (way != kMapped && way != kScratch) {
         // The successor must not overtake what runs before this kernel.
         allow_successor();
@@ -56,7 +62,7 @@ template <class T, int kWorld, int kUnits>
 __device__ __forceinline__ void all_reduce_captured(const Link& cells, const Link& lamport, const T* send, T* recv,
                                                     size_t count, const CapturedEntry* entry) {
     __shared__ Peers peers;
-    const uint32_t way = look_up(cells, entry, peers);
+    const uint32_t way = look_up<kWorld>(cells, entry, peers);
     if (way == kMapped) all_reduce_cells<T, kWorld, kUnits>(cells, send, peers, count);
     if (way == kScratch) all_reduce_two_shot<T, kWorld, Lamport>(lamport, send, recv, count);
 }
@@ -65,7 +71,7 @@ template <int kWorld>
 __device__ __forceinline__ void all_gather_captured(const Link& link, const char* send, char* recv, size_t bytes,
                                                     uint32_t chunk, const CapturedEntry* entry) {
     __shared__ Peers peers;
-    const uint32_t way = look_up(link, entry, peers);
+    const uint32_t way = look_up<kWorld>(link, entry, peers);
     if (way == kMapped) all_gather_direct<kWorld>(link, send, peers, bytes, chunk);
     if (way == kScratch) all_gather_packets<kWorld>(link, send, recv, bytes);
 }

@@ -19,7 +19,8 @@
 // # Rounds
 // A round is one use of a buffer; round r uses buffer r mod 4. The number lives in device memory, so that a replayed
 // graph goes on counting, and is only ever compared for equality or by signed difference: it may start anywhere and
-// wraps at 2^32, where the buffer order stays intact because 4 divides 2^32. Slots lie at a fixed stride, whatever the
+// wraps at 2^32, where the buffer order stays intact because 4 divides 2^32, and no flag is ever 2^31 rounds old
+// (lift_flags). Slots lie at a fixed stride, whatever the
 // message's size, so that ops of different sizes never reinterpret each other's packs.
 #pragma once
 #include <cstddef>
@@ -100,6 +101,24 @@ __device__ __forceinline__ void allow_successor() { asm volatile("griddepcontrol
 // in these files that say "the kernel has ended" rest on it.
 __device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
+// How far a flag may be ahead of a wait for it. Ranks are never further apart than a few rounds, unless a kernel says
+// otherwise; a flag that was last raised long ago, because other kernels or larger grids used the channel since, must not
+// count as raised when the distance wraps.
+constexpr uint32_t kAhead = 1024;
+// After so many rounds a flag that was not raised since is lifted to the present. It would else come to stand ahead of the
+// rounds, and count as raised, when those have gone once round 2^32.
+constexpr uint32_t kLiftEvery = 1u << 30;
+
+// Lifts this rank's flags that are far behind `round`, all of whose earlier rounds are over here, to just before it. A peer
+// that raises one meanwhile is not undone.
+__device__ __noinline__ void lift_flags(const Link& link, uint32_t round) {
+    uint32_t* const flags = reinterpret_cast<uint32_t*>(link.scratch[link.rank]);
+    for (size_t i = 0; i < kFlagBytes / sizeof(uint32_t); i++) {
+        const uint32_t seen = *reinterpret_cast<volatile uint32_t*>(flags + i);
+        if (int32_t(seen - round) < -int32_t(kAhead)) atomicCAS_system(flags + i, seen, round - 1);
+    }
+}
+
 // Claims `rounds` rounds for this kernel and returns the first. Called once by all threads of all CTAs. `silent` becomes
 // true if this rank has given up a wait before (see wait.cuh): for each thread by what it saw, as a barrier that had to
 // know it would keep the kernel's first loads waiting.
@@ -116,6 +135,7 @@ __device__ __forceinline__ uint32_t claim_rounds_by_thread(const Link& link, uin
         if (last) {
             link.channel->arrived = 0;
             link.channel->round = round + rounds;
+            if (round / kLiftEvery != (round + rounds) / kLiftEvery) lift_flags(link, round);
         }
     }
     return round;

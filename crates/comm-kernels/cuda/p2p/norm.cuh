@@ -421,10 +421,10 @@ __device__ __forceinline__ void norm_two_shot(const Link& link, const NormArgs<T
         // The second push follows a receipt of this kernel, as in reduce.cuh: thread 0 has one if the slice is not empty,
         // which shows every thread behind the barrier that the others have started; else the row's results are one.
         if (k == 0 && rounds > 1) {
-            if (sums)
-                __syncthreads();
-            else
+            if (!sums)
                 finish(0);
+            else if (__syncthreads_or(threadIdx.x == 0 && r.waiter.gave_up))
+                r.waiter.gave_up = true;
             scatter(1);
         }
         if (k > 1 || (k == 1 && sums)) finish(k - 1);

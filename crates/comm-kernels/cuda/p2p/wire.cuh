@@ -77,11 +77,6 @@ struct Packet {
     __device__ __forceinline__ static void restore(char*) {}
 };
 
-// How far a flag may be ahead of a wait for it. Ranks are never further apart than a few rounds, unless a kernel says
-// otherwise; a flag that was last raised long ago, because other kernels or larger grids used the channel since, must not
-// count as raised when the distance wraps.
-constexpr uint32_t kAhead = 1024;
-
 // A word that says "everything I wrote before, you may read" (raise_after_writes) or only "I am here" (raise).
 struct Flag {
     __device__ __forceinline__ static void raise(uint32_t* at, uint32_t round) {

@@ -8,7 +8,7 @@ use comm_core::{DType, DeviceAddr, Result, StreamHandle};
 use cudarc::driver::CudaContext;
 
 use super::functions::{PerFloat, by_world, float_index, per_float};
-use super::{Link, Overlap, Peers, Shape, Units, check_direct, check_shape};
+use super::{Link, Overlap, Peers, Shape, Units, check_direct, check_flags, check_shape};
 use crate::kernels::parameters;
 use crate::module::{Function, Module};
 
@@ -110,7 +110,7 @@ impl CapturedKernels {
         entry: DeviceAddr,
         stream: StreamHandle,
     ) -> Result<()> {
-        check_shape(shape, lamport.slot_packs.into())?;
+        check_flags(shape, lamport.slot_packs.into())?;
         let function = &self.all_reduce[units as usize][float_index(dtype)?];
         let count = count as u64;
         let mut parameters = parameters![*cells, *lamport, send, recv, count, entry];

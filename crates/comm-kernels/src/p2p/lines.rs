@@ -6,7 +6,7 @@ use comm_core::{CommError, DType, DeviceAddr, Result, StreamHandle};
 use cudarc::driver::CudaContext;
 
 use super::functions::{PerFloat, by_world, float_index, per_float};
-use super::{FLAG_CTAS, Link, P2pKernels, Shape, check_shape};
+use super::{Link, P2pKernels, Shape, check_flags};
 use crate::kernels::parameters;
 use crate::module::{Function, Module};
 
@@ -37,15 +37,10 @@ impl LineFunctions {
 }
 
 fn check(link: &Link, shape: Shape) -> Result<()> {
-    check_shape(shape, u64::from(link.slot_packs) / 4)?;
-    if shape.grid > FLAG_CTAS || !shape.block.is_multiple_of(32) || shape.block > MAX_LINE_BLOCK {
-        return Err(CommError::invalid(
-            "shape",
-            format!(
-                "{} blocks of {} threads; at most {FLAG_CTAS}, of whole warps, up to {MAX_LINE_BLOCK} threads",
-                shape.grid, shape.block
-            ),
-        ));
+    check_flags(shape, u64::from(link.slot_packs) / 4)?;
+    if shape.block > MAX_LINE_BLOCK {
+        let found = format!("blocks of {} threads; at most {MAX_LINE_BLOCK}", shape.block);
+        return Err(CommError::invalid("shape", found));
     }
     Ok(())
 }

@@ -112,27 +112,36 @@ impl fmt::Debug for P2pKernels {
 /// Most threads of a block, as the kernels' launch bounds say.
 const MAX_BLOCK: u32 = 512;
 
+/// Whole warps: what a kernel's threads have at least that the protocols' arguments count on, and what cells' rows are cut
+/// by.
 fn check_shape(shape: Shape, most_threads: u64) -> Result<()> {
-    if shape.grid == 0 || shape.block == 0 || shape.block > MAX_BLOCK || shape.threads() > most_threads {
+    let Shape { grid, block } = shape;
+    let whole = block != 0 && block <= MAX_BLOCK && block.is_multiple_of(32);
+    if grid == 0 || !whole || shape.threads() > most_threads {
         return Err(CommError::invalid(
             "shape",
             format!(
-                "{} blocks of {} threads; at most {MAX_BLOCK} a block and {most_threads} in all",
-                shape.grid, shape.block
+                "{grid} blocks of {block} threads; whole warps, at most {MAX_BLOCK} threads a block and {most_threads} in all"
             ),
         ));
     }
     Ok(())
 }
 
-fn check_direct(shape: Shape, chunk: u32) -> Result<()> {
-    check_shape(shape, u64::MAX)?;
-    if shape.grid > FLAG_CTAS || !shape.block.is_multiple_of(32) {
+/// For kernels whose blocks have flags of their own.
+fn check_flags(shape: Shape, most_threads: u64) -> Result<()> {
+    check_shape(shape, most_threads)?;
+    if shape.grid > FLAG_CTAS {
         return Err(CommError::invalid(
             "shape",
-            format!("{} blocks of {} threads; at most {FLAG_CTAS}, of whole warps", shape.grid, shape.block),
+            format!("{} blocks; at most {FLAG_CTAS} have flags", shape.grid),
         ));
     }
+    Ok(())
+}
+
+fn check_direct(shape: Shape, chunk: u32) -> Result<()> {
+    check_flags(shape, u64::MAX)?;
     if chunk == 0 || !chunk.is_multiple_of(4096) {
         return Err(CommError::invalid("chunk", format!("{chunk} is no multiple of 4096")));
     }
@@ -233,7 +242,7 @@ impl P2pKernels {
         shape: Shape,
         stream: StreamHandle,
     ) -> Result<()> {
-        check_shape(shape, u64::MAX)?;
+        check_flags(shape, u64::MAX)?;
         let function = &self.functions.all_reduce_cells[units as usize][float_index(dtype)?];
         let count = count as u64;
         // SAFETY: as above.
@@ -255,7 +264,10 @@ impl P2pKernels {
         shape: Shape,
         stream: StreamHandle,
     ) -> Result<()> {
-        check_shape(shape, if cells.is_some() { u64::MAX } else { link.slot_packs.into() })?;
+        match cells {
+            Some(_) => check_flags(shape, u64::MAX)?,
+            None => check_shape(shape, link.slot_packs.into())?,
+        }
         let table = match cells {
             Some(units) => &self.functions.reduce_scatter_cells[units as usize],
             None => &self.functions.reduce_scatter,

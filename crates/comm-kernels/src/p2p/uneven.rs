@@ -7,7 +7,7 @@ use cudarc::driver::CudaContext;
 
 use super::functions::{PerFloat, by_world, float_index, per_float};
 use super::link::MAX_RANKS;
-use super::{FLAG_CTAS, Link, P2pKernels, Peers, Shape, Units, check_direct, check_shape};
+use super::{Link, P2pKernels, Peers, Shape, Units, check_direct, check_flags, check_shape};
 use crate::kernels::parameters;
 use crate::module::{Function, Module};
 
@@ -135,10 +135,9 @@ impl P2pKernels {
         stream: StreamHandle,
     ) -> Result<()> {
         parts.check()?;
-        check_shape(shape, if cells.is_some() { u64::MAX } else { link.slot_packs.into() })?;
-        if cells.is_some() && (shape.grid > FLAG_CTAS || !shape.block.is_multiple_of(32)) {
-            let found = format!("{} blocks of {} threads", shape.grid, shape.block);
-            return Err(CommError::invalid("shape", format!("{found}; at most {FLAG_CTAS}, of whole warps")));
+        match cells {
+            Some(_) => check_flags(shape, u64::MAX)?,
+            None => check_shape(shape, link.slot_packs.into())?,
         }
         let uneven = &self.functions.uneven;
         let table = cells.map_or(&uneven.reduce_scatter, |units| &uneven.cells[units as usize]);

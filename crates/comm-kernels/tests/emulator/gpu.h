@@ -211,5 +211,8 @@ inline uint32_t atomicCAS(uint32_t* at, uint32_t expected, uint32_t value) {
     if (found == expected) *at = value;
     return found;
 }
+inline uint32_t atomicCAS_system(uint32_t* at, uint32_t expected, uint32_t value) {
+    return atomicCAS(at, expected, value);
+}
 inline void __threadfence_system() {}
 inline void __nanosleep(uint32_t) { gpu::yield(); }

@@ -58,6 +58,11 @@ impl<H> Entries<H> {
         Some((number, slot))
     }
 
+    /// Whether [`reserve`](Self::reserve) would find no slot.
+    pub(crate) const fn is_full(&self) -> bool {
+        self.free.is_empty() && self.unused == self.capacity
+    }
+
     /// The operands that are not registered, in order.
     pub(crate) fn awaiting(&self) -> impl Iterator<Item = (Number, &Entry<H>)> {
         let entries = self.live.iter().filter(|(_, entry)| matches!(entry.state, State::Awaiting));
@@ -105,11 +110,14 @@ mod tests {
     fn slots_come_back_when_their_graph_is_gone_and_not_before() {
         let mut entries = Entries::<()>::new(2);
         assert_eq!(entries.reserve(AT, 64), Some((0, 0)));
+        assert!(!entries.is_full());
         assert_eq!(entries.reserve(AT, 64), Some((1, 1)));
+        assert!(entries.is_full());
         assert_eq!(entries.reserve(AT, 64), None);
         let gone = entries.remove(0).unwrap();
         assert_eq!(entries.reserve(AT, 64), None, "its memory has not been cleared");
         entries.recycle(gone.slot);
+        assert!(!entries.is_full());
         // The numbers of the refused ones are used up, as the other ranks may have had room.
         assert_eq!(entries.reserve(AT, 64), Some((4, 0)));
         assert!(entries.remove(0).is_none());

@@ -10,62 +10,55 @@ pub(crate) mod register;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use comm_core::{CommError, DeviceAddr, Result};
+use comm_core::{CommError, Deadline, DeviceAddr, Result};
 use comm_kernels::capture::{CapturingGraph, when_gone};
 use comm_kernels::p2p::{CAPTURED_ENTRY_BYTES, CapturedEntry, CapturedKernels, Overlap};
-use comm_kernels::raw::{self, check};
+use comm_kernels::raw::{RelaxedCapture, check};
 use cudarc::driver::{CudaContext, sys};
 
 use self::entries::{Entries, Entry, Number};
 use crate::state::{Shared, lock};
 use crate::stream::Stream;
 use crate::symmetric::ipc::Opened;
+use crate::symmetric::vmm::{Mapping, Physical};
 
 /// How long clearing a few entries is waited for, with calls kept waiting meanwhile.
 const CLEAR_TIME: Duration = Duration::from_millis(1);
+/// How long a captured call waits for a slot: the driver tells of graphs that are gone a little later, by a thread of its own.
+const RECYCLE_TIME: Duration = Duration::from_millis(20);
 
 /// The table and what launches by it. Its context is current whenever it is used, and when it is dropped.
 pub(crate) struct Captured {
     pub(crate) kernels: CapturedKernels,
-    memory: DeviceAddr,
+    memory: Mapping,
     entries: Entries<Vec<Opened>>,
     /// Operands whose graphs are gone, told by the driver, who may not be kept waiting.
     gone: Arc<Mutex<Vec<Number>>>,
     /// What clears entries.
     clearing: Stream,
-    /// Operands of graphs that are gone whose clearing has been enqueued, and others that have been cleared. The
-    /// watchdog lets go of what those mapped.
+    /// Operands of graphs that are gone whose clearing has been enqueued.
     leaving: Vec<Entry<Vec<Opened>>>,
-    cleared: Vec<Entry<Vec<Opened>>>,
 }
 
 impl Captured {
-    /// A table of `capacity` unset entries.
+    /// A table of `capacity` unset entries, on device `ordinal`, whose context is current. It is mapped, not allocated,
+    /// since the driver waits for the whole device where it frees memory, but not where it unmaps it.
     pub(crate) fn new(
-        context: &Arc<CudaContext>,
+        (context, ordinal): (&Arc<CudaContext>, usize),
         (world, overlap): (usize, Overlap),
         capacity: u32,
     ) -> Result<Self> {
         let kernels = CapturedKernels::load(context, world, overlap)?;
         let bytes = capacity as usize * CAPTURED_ENTRY_BYTES;
         let clearing = Stream::new()?;
-        let memory = raw::allocate(bytes)?;
-        let table = Self {
-            kernels,
-            memory,
-            entries: Entries::new(capacity),
-            gone: Arc::default(),
-            clearing,
-            leaving: Vec::new(),
-            cleared: Vec::new(),
-        };
-        // SAFETY: the memory has just been allocated.
-        unsafe { raw::zero(memory, bytes) }?;
-        Ok(table)
+        let memory = Physical::create(ordinal, bytes)?.map(ordinal)?;
+        memory.fill(0, 0, bytes)?;
+        let entries = Entries::new(capacity);
+        Ok(Self { kernels, memory, entries, gone: Arc::default(), clearing, leaving: Vec::new() })
     }
 
     fn at(&self, slot: u32) -> DeviceAddr {
-        self.memory.offset(u64::from(slot) * CAPTURED_ENTRY_BYTES as u64)
+        self.memory.addr().offset(u64::from(slot) * CAPTURED_ENTRY_BYTES as u64)
     }
 
     /// An entry for a result of `bytes` bytes, until the graph is gone.
@@ -75,6 +68,14 @@ impl Captured {
         recv: DeviceAddr,
         bytes: usize,
     ) -> Result<DeviceAddr> {
+        // A slot may only be waiting to be asked for, and what one rank refuses the others must not have captured.
+        if self.entries.is_full() {
+            let _relaxed = RelaxedCapture::new();
+            let patience = Deadline::after(RECYCLE_TIME);
+            while self.entries.is_full() && !patience.has_passed() {
+                self.take_back()?;
+            }
+        }
         let Some((number, slot)) = self.entries.reserve(recv, bytes) else {
             return Err(CommError::invalid(
                 "stream",
@@ -120,28 +121,21 @@ impl Captured {
         if self.leaving.is_empty() || !self.clearing.is_done_within(CLEAR_TIME)? {
             return Ok(());
         }
-        self.leaving.iter().for_each(|entry| self.entries.recycle(entry.slot));
-        self.cleared.append(&mut self.leaving);
+        // What was opened for them is not closed here (`ipc::close_unused`).
+        self.leaving.drain(..).for_each(|entry| self.entries.recycle(entry.slot));
         Ok(())
     }
 }
 
 impl Drop for Captured {
     fn drop(&mut self) {
-        // SAFETY: the owner sees to it that no kernel runs any more.
-        unsafe { raw::free(self.memory) };
+        // The owner sees to it that no kernel runs any more; entries may still be being cleared.
+        let _ = self.clearing.wait();
     }
 }
 
 /// Takes back what graphs have let go of, unless a call is under way. The context is current.
 pub(crate) fn take_back(shared: &Shared) -> Result<()> {
-    let cleared = {
-        let Ok(mut owned) = shared.owned.try_lock() else { return Ok(()) };
-        let Some(captured) = &mut owned.captured else { return Ok(()) };
-        captured.take_back()?;
-        std::mem::take(&mut captured.cleared)
-    };
-    // Closing what was mapped may wait for the device, so calls must not wait for that.
-    drop(cleared);
-    Ok(())
+    let Ok(mut owned) = shared.owned.try_lock() else { return Ok(()) };
+    owned.captured.as_mut().map_or(Ok(()), Captured::take_back)
 }

@@ -137,7 +137,9 @@ impl P2pComm {
         if let Some(captured) = &mut call.owned.captured {
             settled.into_iter().for_each(|(number, outcome)| captured.entries.settle(number, outcome));
         }
-        shared.meet_if_shared(&*host).map_err(|error| self.lost(&*host, KIND, error))
+        shared.meet_if_shared(&*host).map_err(|error| self.lost(&*host, KIND, error))?;
+        ipc::close_unused(shared.base.ordinal);
+        Ok(())
     }
 }
 

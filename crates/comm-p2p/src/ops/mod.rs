@@ -16,7 +16,7 @@ mod vector;
 
 use std::sync::Arc;
 
-use comm_core::{CommError, DType, Deadline, OpKind, ReduceOp, Result};
+use comm_core::{CommError, DType, Deadline, OpKind, ReduceOp, Result, StreamHandle};
 
 use crate::comm::P2pComm;
 use crate::select::{Gaps, Limits};
@@ -75,8 +75,8 @@ impl P2pComm {
         found.map_or_else(String::new, |found| format!(" at {} of region {}", found.offset, found.id))
     }
 
-    fn begin(&self, kind: OpKind) -> Result<Call<'_>> {
-        self.shared().begin(kind)
+    fn begin(&self, kind: OpKind, stream: StreamHandle) -> Result<Call<'_>> {
+        self.shared().begin_on(kind, stream)
     }
 }
 

@@ -25,7 +25,7 @@ impl P2pComm {
             format!("{count} {dtype}{}", self.place(recv, count * dtype.size() * info.size))
         })?;
         let part = checked?;
-        let mut call = self.begin(KIND)?;
+        let mut call = self.begin(KIND, stream)?;
         call.passes(dtype, count, &[]);
         let Some(channels) = self.channels(part) else {
             return self.local(call, send, recv, part, stream);
@@ -96,7 +96,7 @@ impl P2pComm {
             format!("{count} {dtype} from {root}{}", self.place(recv, count * dtype.size()))
         })?;
         let bytes = checked?;
-        let mut call = self.begin(KIND)?;
+        let mut call = self.begin(KIND, stream)?;
         call.passes(dtype, count, &[root as u64]);
         let Some(channels) = self.channels(bytes) else {
             return self.local(call, send, recv, bytes, stream);
@@ -170,7 +170,7 @@ impl P2pComm {
         let checked = check::all_to_all(info, send, recv, count, dtype);
         self.compare(KIND, &checked, || format!("{count} {dtype}"))?;
         let part = checked?;
-        let mut call = self.begin(KIND)?;
+        let mut call = self.begin(KIND, stream)?;
         call.passes(dtype, count, &[]);
         let Some(channels) = self.channels(part) else {
             return self.local(call, send, recv, part, stream);

@@ -47,11 +47,11 @@ impl P2pComm {
             )
         })?;
         if checked? == 0 {
-            self.begin(kind)?.finish(Algorithm::Local, stream);
+            self.begin(kind, stream)?.finish(Algorithm::Local, stream);
             return Ok(());
         }
         let Some(channels) = &self.shared().channels else {
-            let call = self.begin(kind)?;
+            let call = self.begin(kind, stream)?;
             // SAFETY: the operands have been checked and the caller vouches for them. One rank's sum is its input.
             call.fatal(unsafe { self.local_norm(args, quantized, stream) })?;
             call.finish(Algorithm::Local, stream);
@@ -66,7 +66,7 @@ impl P2pComm {
             // SAFETY: as above; the sums go to `output`, which is `input` only if the caller said so, and the norm is
             // ordered behind them by the stream.
             unsafe { self.do_all_reduce((args.input, args.output), count, dtype, ReduceOp::Sum, stream) }?;
-            let mut call = self.begin(kind)?;
+            let mut call = self.begin(kind, stream)?;
             call.passes(dtype, count, &rest);
             let summed = RmsNormArgs { input: args.output, ..*args };
             // SAFETY: as above.
@@ -74,7 +74,7 @@ impl P2pComm {
             call.finish(algorithm, stream);
             return Ok(());
         }
-        let mut call = self.begin(kind)?;
+        let mut call = self.begin(kind, stream)?;
         call.passes(args.dtype, args.tokens * args.hidden, &rest);
         // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks, and the
         // caller vouches for the operands.
@@ -121,7 +121,7 @@ impl P2pComm {
         }
         shared.healthy()?;
         let local = |rows: &RmsNormArgs, quantized: Option<&NormQuantization>| {
-            let call = self.begin(kind)?;
+            let call = self.begin(kind, stream)?;
             // SAFETY: the operands have been checked and the caller vouches for them.
             call.fatal(unsafe { self.local_norm(rows, quantized, stream) })
         };

@@ -52,7 +52,7 @@ impl P2pComm {
                 "a transfer from a rank to itself needs both ends in one group",
             ));
         }
-        let call = self.begin(kind)?;
+        let call = self.begin(kind, stream)?;
         if let Some(channels) = self.channels(bytes) {
             for chunk in chunks(&[Transfer { addr, bytes }], channels.pair_bytes) {
                 match kind {
@@ -85,7 +85,7 @@ impl P2pComm {
                 "this rank's transfers with itself do not match: as many sends as receives, of equal sizes, in order",
             ));
         }
-        let call = self.begin(KIND)?;
+        let call = self.begin(KIND, stream)?;
         for (send, receive) in own.0.iter().zip(&own.1) {
             copy(&call, send.addr, receive.addr, send.bytes, stream)?;
         }

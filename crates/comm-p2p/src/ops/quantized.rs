@@ -23,7 +23,7 @@ impl P2pComm {
         if self.shared().keeps_to_neighbours() {
             return Err(CommError::unsupported(KIND, crate::NAME, QUANTIZED_NEEDS_ALL));
         }
-        let mut call = self.begin(KIND)?;
+        let mut call = self.begin(KIND, stream)?;
         call.passes(dtype, count, &[]);
         let Some(channels) = self.channels(bytes) else {
             return self.local(call, send, recv, bytes, stream);

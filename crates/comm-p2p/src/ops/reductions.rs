@@ -35,7 +35,7 @@ impl P2pComm {
             format!("{count} {dtype} {op}{}", self.place(recv, count * dtype.size()))
         })?;
         let bytes = checked?;
-        let mut call = self.begin(KIND)?;
+        let mut call = self.begin(KIND, stream)?;
         call.passes(dtype, count, &[op as u64]);
         let Some(channels) = self.channels(bytes) else {
             return self.local(call, send, recv, bytes, stream);
@@ -117,7 +117,7 @@ impl P2pComm {
         let checked = check::reduce(&self.shared().info, send, recv, count, dtype, root);
         self.compare(KIND, &checked, || format!("{count} {dtype} {op} to {root}"))?;
         let bytes = checked?;
-        let mut call = self.begin(KIND)?;
+        let mut call = self.begin(KIND, stream)?;
         call.passes(dtype, count, &[op as u64, root as u64]);
         let Some(channels) = self.channels(bytes) else {
             return self.local(call, send, recv, bytes, stream);
@@ -191,7 +191,7 @@ impl P2pComm {
         let checked = check::reduce_scatter(info, send, recv, count, dtype);
         self.compare(KIND, &checked, || format!("{count} {dtype} {op}"))?;
         let part = checked?;
-        let mut call = self.begin(KIND)?;
+        let mut call = self.begin(KIND, stream)?;
         call.passes(dtype, count, &[op as u64]);
         let Some(channels) = self.channels(part) else {
             return self.local(call, send, recv, part, stream);
@@ -298,7 +298,7 @@ impl P2pComm {
     pub(crate) unsafe fn do_barrier(&self, stream: StreamHandle) -> Result<()> {
         const KIND: OpKind = OpKind::Barrier;
         self.compare(KIND, &Ok(()), String::new)?;
-        let call = self.begin(KIND)?;
+        let call = self.begin(KIND, stream)?;
         let Some(channels) = &self.shared().channels else {
             call.finish(Algorithm::Local, stream);
             return Ok(());

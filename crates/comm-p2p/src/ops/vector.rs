@@ -31,7 +31,7 @@ impl P2pComm {
             format!("{counts:?} {dtype}{place}")
         })?;
         let whole = checked?;
-        let mut call = self.begin(KIND)?;
+        let mut call = self.begin(KIND, stream)?;
         call.passes(dtype, whole, &widened(counts));
         let Some(channels) = self.channels(whole) else {
             return self.local(call, send, recv, whole, stream);
@@ -118,7 +118,7 @@ impl P2pComm {
         let checked = check::reduce_scatter_v(&self.shared().info, send, recv, counts, dtype);
         self.compare(KIND, &checked, || format!("{counts:?} {dtype} {op}"))?;
         let whole = checked?;
-        let mut call = self.begin(KIND)?;
+        let mut call = self.begin(KIND, stream)?;
         call.passes(dtype, whole, &[&[op as u64], &*widened(counts)].concat());
         let Some(channels) = self.channels(whole) else {
             return self.local(call, send, recv, whole, stream);
@@ -167,7 +167,7 @@ impl P2pComm {
             format!("{height} x {width} {dtype}, row pitch {row_pitch}, rank stride {rank_stride}")
         })?;
         checked?;
-        let mut call = self.begin(KIND)?;
+        let mut call = self.begin(KIND, stream)?;
         call.passes(block.dtype, block.height, &widened(&[block.width, block.row_pitch, block.rank_stride]));
         let size = block.dtype.size();
         let (height, width) = (block.height, block.width * size);

@@ -83,7 +83,7 @@ struct Mapped {
     users: usize,
 }
 
-/// Another rank's buffer as seen from here. Dropping it closes what was opened; the context is current then.
+/// Another rank's buffer as seen from here. Once nobody holds it, what was opened for it can be closed ([`close_unused`]).
 pub(crate) struct Opened {
     pub(crate) addr: DeviceAddr,
     key: Option<Key>,
@@ -132,21 +132,60 @@ fn map(handle: &[u8]) -> Result<sys::CUdeviceptr> {
 impl Drop for Opened {
     fn drop(&mut self) {
         let Some(key) = self.key.take() else { return };
-        let base = {
-            let mut table = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
-            let Some(mapped) = table.get_mut(&key) else { return };
-            mapped.users -= 1;
-            if mapped.users > 0 {
-                return;
-            }
+        let mut table = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(mapped) = table.get_mut(&key) else { return };
+        mapped.users -= 1;
+        if mapped.users == 0 {
             let base = mapped.base;
+            DUE.lock().unwrap_or_else(PoisonError::into_inner).push((key.0, base));
             table.remove(&key);
-            base
-        };
-        // Not under the lock: the driver may wait for the device here. Should another thread open the allocation again
-        // before it is closed, the driver has counted both and keeps it mapped.
-        // SAFETY: it was opened here, its last user is going, and owners see to it that nothing runs that uses it.
+        }
+    }
+}
+
+/// Mappings without users, by device. Closing one waits for everything on the device, and meanwhile no thread of the
+/// process can launch anything there: not even what is being waited for. So that is left to calls of which callers know
+/// that they may wait, and to the end of the last communicator on the device.
+static DUE: Mutex<Vec<(usize, sys::CUdeviceptr)>> = Mutex::new(Vec::new());
+
+/// Communicators by device.
+static USERS: Mutex<BTreeMap<usize, usize>> = Mutex::new(BTreeMap::new());
+
+/// Closes the mappings of a device that have no users any more. Its context is current.
+pub(crate) fn close_unused(ordinal: usize) {
+    let due: Vec<_> = {
+        let mut due = DUE.lock().unwrap_or_else(PoisonError::into_inner);
+        due.extract_if(.., |&mut (of, _)| of == ordinal).collect()
+    };
+    for (_, base) in due {
+        // Should somebody have opened the allocation again meanwhile, the driver has counted both and keeps it mapped.
+        // SAFETY: it was opened here and its last user is gone, who saw to it that nothing runs that uses it.
         let _ = unsafe { sys::cuIpcCloseMemHandle(base) };
+    }
+}
+
+/// A communicator on a device, which may open others' memory there. The last to be dropped closes what is unused; the
+/// context is current then.
+pub(crate) struct User(usize);
+
+impl User {
+    pub(crate) fn new(ordinal: usize) -> Self {
+        *USERS.lock().unwrap_or_else(PoisonError::into_inner).entry(ordinal).or_default() += 1;
+        Self(ordinal)
+    }
+}
+
+impl Drop for User {
+    fn drop(&mut self) {
+        let mut users = USERS.lock().unwrap_or_else(PoisonError::into_inner);
+        let left = users.get_mut(&self.0).map_or(0, |users| {
+            *users -= 1;
+            *users
+        });
+        drop(users);
+        if left == 0 {
+            close_unused(self.0);
+        }
     }
 }
 

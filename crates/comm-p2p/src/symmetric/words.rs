@@ -2,6 +2,7 @@
 
 use std::ffi::{c_uint, c_void};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use comm_core::{DeviceAddr, Result};
 use comm_kernels::p2p::ErrorRecord;
@@ -16,6 +17,20 @@ const ERROR_OFFSET: usize = 256;
 pub(crate) struct Words {
     host: *mut c_void,
     device: DeviceAddr,
+    /// The number of the context that it was allocated in.
+    context: u64,
+}
+
+/// Pages that nobody uses: of which context, and where on host and device. The driver waits for the whole device before it
+/// frees one, and lets no thread of the process launch anything meanwhile: not even what the device is waiting for. So none
+/// is freed. A page goes when its context goes, whose number never comes again; until then the next communicator takes it.
+static IDLE: Mutex<Vec<(u64, usize, DeviceAddr)>> = Mutex::new(Vec::new());
+
+fn take_idle(context: u64) -> Option<Words> {
+    let mut idle = IDLE.lock().unwrap_or_else(PoisonError::into_inner);
+    let at = idle.iter().position(|&(of, ..)| of == context)?;
+    let (_, host, device) = idle.swap_remove(at);
+    Some(Words { host: std::ptr::with_exposed_provenance_mut(host), device, context })
 }
 
 // SAFETY: the memory is plain, and all access goes through atomics and volatile reads.
@@ -26,13 +41,24 @@ unsafe impl Sync for Words {}
 impl Words {
     /// The context is current.
     pub(crate) fn new() -> Result<Self> {
+        let mut context = 0;
+        // SAFETY: a null context stands for the current one; the pointer is valid for the write.
+        check("cuCtxGetId", unsafe { sys::cuCtxGetId(std::ptr::null_mut(), &raw mut context) })?;
+        let words = match take_idle(context) {
+            Some(words) => words,
+            None => Self::allocate(context)?,
+        };
+        // SAFETY: the page is that large, and nobody else's.
+        unsafe { words.host.cast::<u8>().write_bytes(0, BYTES) };
+        Ok(words)
+    }
+
+    fn allocate(context: u64) -> Result<Self> {
         let flags = (sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP) as c_uint;
         let mut host = std::ptr::null_mut();
         // SAFETY: the pointer is valid for the write.
         check("cuMemHostAlloc", unsafe { sys::cuMemHostAlloc(&raw mut host, BYTES, flags) })?;
-        let mut words = Self { host, device: DeviceAddr::NULL };
-        // SAFETY: the allocation is that large.
-        unsafe { host.cast::<u8>().write_bytes(0, BYTES) };
+        let mut words = Self { host, device: DeviceAddr::NULL, context };
         // SAFETY: the memory is mapped for the device.
         check("cuMemHostGetDevicePointer", unsafe {
             sys::cuMemHostGetDevicePointer_v2(&raw mut words.device.0, host, 0)
@@ -67,7 +93,8 @@ impl Words {
 
 impl Drop for Words {
     fn drop(&mut self) {
-        // SAFETY: this object owns the allocation; its owner sees to it that no kernel runs any more.
-        let _ = unsafe { sys::cuMemFreeHost(self.host) };
+        // Its owner sees to it that no kernel runs any more that knows it.
+        let page = (self.context, self.host.expose_provenance(), self.device);
+        IDLE.lock().unwrap_or_else(PoisonError::into_inner).push(page);
     }
 }
