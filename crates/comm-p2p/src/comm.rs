@@ -75,6 +75,7 @@ impl P2pComm {
         }
         shared.start_closing();
         if let Ok(_current) = Current::enter(&shared.base.context) {
+            let _relaxed = RelaxedCapture::new();
             // Behind a call that another thread has begun; there are no later ones.
             lock(&shared.owned).order.mark();
         }

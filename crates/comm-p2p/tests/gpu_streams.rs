@@ -1,4 +1,5 @@
 //! Calls of one communicator on several streams: none overtakes another, although nobody but the communicator orders them.
+//! And what the end of a communicator does to streams that are not its own: nothing.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -8,8 +9,8 @@ use std::ffi::c_void;
 use std::sync::Arc;
 use std::time::Duration;
 
-use comm_core::{DType, DeviceAddr, ReduceOp, StreamHandle};
-use common::{PATIENT, Rank, skipped_where_shared, world, world_size};
+use comm_core::{DType, Deadline, DeviceAddr, DeviceMemory as _, ReduceOp, StreamHandle};
+use common::{PATIENT, Rank, connect, skipped_where_shared, world, world_size};
 use cudarc::driver::{CudaStream, sys};
 
 const COUNT: usize = 3000;
@@ -211,5 +212,68 @@ fn a_call_beside_a_capture_that_holds_the_last_calls_stream_is_refused() {
         other.synchronize().unwrap();
         assert!(are_right(&rank, operands));
         rank.comm.close().unwrap();
+    });
+}
+
+/// The thread that gives a communicator back must not ask for the whole device: that breaks every capture there.
+#[test]
+fn a_capture_survives_the_end_of_another_communicator() {
+    let Some(size) = ranks() else { return };
+    for closed in [false, true] {
+        world(size, PATIENT, &[], |rank| {
+            let operands = operands(&rank);
+            let other = connect(rank.host.clone(), PATIENT, &[]).unwrap();
+            let at = other.buffer(COUNT, 1.0);
+            other.sum(at, at, COUNT).unwrap();
+            let Rank { comm, memory, .. } = other;
+            let mut graph = rank
+                .memory
+                .capture(|| {
+                    if closed {
+                        comm.close().unwrap();
+                    }
+                    drop(comm);
+                    // Its thread has all the time it needs.
+                    std::thread::sleep(Duration::from_millis(200));
+                    operands.into_iter().for_each(|at| sum_on(&rank, at, rank.stream()));
+                    Ok(())
+                })
+                .unwrap();
+            // SAFETY: the operands outlive the graph; the stream is the memory's own.
+            unsafe { graph.launch(rank.stream()).unwrap() };
+            assert!(are_right(&rank, operands));
+            drop((graph, memory));
+            rank.comm.close().unwrap();
+        });
+    }
+}
+
+/// Memory is given back when the last graph is gone, and not before: a replay that is under way still uses it.
+#[test]
+fn a_communicator_outlives_its_handle_while_graphs_hold_its_calls() {
+    let Some(size) = ranks() else { return };
+    world(size, PATIENT, &[], |rank| {
+        let operands = operands(&rank);
+        let mut graph = rank
+            .memory
+            .capture(|| {
+                operands.into_iter().for_each(|at| sum_on(&rank, at, rank.stream()));
+                hold_up(rank.stream());
+                operands.into_iter().for_each(|at| sum_on(&rank, at, rank.stream()));
+                Ok(())
+            })
+            .unwrap();
+        // SAFETY: the operands outlive the graph; the stream is the memory's own.
+        unsafe { graph.launch(rank.stream()).unwrap() };
+        drop(graph);
+        // All ranks have launched, so that no rank's departure can end another's.
+        rank.host.barrier(Deadline::after(PATIENT)).unwrap();
+        let Rank { comm, memory, .. } = rank;
+        drop(comm);
+        let mut bytes = vec![0; COUNT * 4];
+        // SAFETY: the buffer is that large; the download waits for the stream.
+        unsafe { memory.download(&mut bytes, operands[0]).unwrap() };
+        let sum = (size * (size + 1) / 2 * size) as f32;
+        assert!(bytes.chunks_exact(4).all(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]) == sum));
     });
 }

@@ -180,7 +180,7 @@ fn words(tool: Tool, runner: &Path) -> Vec<std::ffi::OsString> {
         // answers are no errors.
         words.extend(["--report-api-errors", "no"].map(Into::into));
     }
-    if tool == Tool::Racecheck && std::env::var_os("RC_ALL").is_none() {
+    if tool == Tool::Racecheck {
         let excluded =
             NOT_FOR_RACECHECK.map(|name| ["--kernel-name-exclude".into(), format!("kns={name}").into()]);
         words.extend(excluded.into_iter().flatten());
