@@ -109,3 +109,29 @@ fn nothing_asks_for_multicast() {
         .collect();
     complain(&problems);
 }
+
+/// What a user can set stands in one place.
+#[test]
+fn every_variable_is_in_the_list_of_settings() {
+    let listed = std::fs::read_to_string(root().join("docs/settings.md")).unwrap();
+    let internal = ["COMM_XTASK_", "COMM_KERNELS_SOURCES_SHA256"];
+    let mut problems = Vec::new();
+    for (path, text) in rust_files().iter().filter(|(path, _)| !is_tests(path)) {
+        for (number, line) in code(text) {
+            for name in line.split('"').filter(|name| is_variable(name)) {
+                let known = listed.contains(&format!("`{name}`"));
+                if !known && !internal.iter().any(|own| name.starts_with(own)) {
+                    problems.push(format!("{}:{number}: {name} is not in docs/settings.md", path.display()));
+                }
+            }
+        }
+    }
+    complain(&problems);
+}
+
+fn is_variable(text: &str) -> bool {
+    text.strip_prefix("COMM_").is_some_and(|rest| {
+        !rest.is_empty()
+            && rest.bytes().all(|byte| byte.is_ascii_uppercase() || byte.is_ascii_digit() || byte == b'_')
+    })
+}

@@ -103,7 +103,7 @@ impl Options {
     /// Options of other backends are ignored; unknown ones of this backend are errors.
     pub(crate) fn parse(options: &BTreeMap<String, String>) -> Result<Self> {
         let mut parsed = Self::default();
-        if let Ok(name) = std::env::var("COMM_P2P_ALGO") {
+        if let Some(name) = std::env::var("COMM_P2P_ALGO").ok().filter(|name| !name.is_empty()) {
             parsed.algorithm = Some(algorithm("COMM_P2P_ALGO", &name)?);
         }
         if let Some(name) = std::env::var("COMM_P2P_TOPOLOGY").ok().filter(|name| !name.is_empty()) {
