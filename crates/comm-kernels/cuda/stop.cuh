@@ -1,6 +1,6 @@
 // Work that is enqueued ahead and may turn out to be unwanted.
 //
-// Owns: the look at the word that says so. Never writes it: in comm-p2p it is `Link::broken` (p2p/wait.cuh).
+// Owns: the look at the word that says so by being 1. Never writes it: in comm-p2p it is `Link::broken` (p2p/link.cuh).
 //
 // # Why a look at the start is enough
 // What makes a copy unwanted is a wait before it in the same stream. The kernel of that wait has ended when this one
@@ -12,5 +12,5 @@
 #include "dtype.cuh"
 
 __device__ __forceinline__ bool stopped(const u32 *unless) {
-    return unless != nullptr && *reinterpret_cast<const volatile u32 *>(unless) != 0;
+    return unless != nullptr && *reinterpret_cast<const volatile u32 *>(unless) == 1;
 }

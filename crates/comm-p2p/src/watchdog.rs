@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use comm_core::{CommError, OpKind, Result};
 use comm_kernels::exit;
+use comm_kernels::p2p::HUSHED;
 use comm_kernels::raw::{self, Current, RelaxedCapture, check};
 use cudarc::driver::sys;
 
@@ -55,7 +56,7 @@ fn run(shared: &Shared, user: User) {
 }
 
 fn watch(shared: &Shared) -> Result<()> {
-    let mut silenced = false;
+    let mut hushed = false;
     loop {
         let (close, dropped) = {
             let ending = lock(&shared.ending);
@@ -66,9 +67,9 @@ fn watch(shared: &Shared) -> Result<()> {
             };
             (ending.close, ending.dropped)
         };
-        if shared.has_failed() && !silenced {
-            silence(shared);
-            silenced = true;
+        if shared.has_failed() && !hushed {
+            hush(shared);
+            hushed = true;
         }
         if close || dropped {
             return end(shared, close);
@@ -123,10 +124,10 @@ pub(crate) fn report_last(shared: &Shared) {
 
 /// Has kernels that start from now on send nothing, as those do that start after a wait has been given up. The others may
 /// have given up waiting for this rank, have closed, and use their buffers for something else.
-fn silence(shared: &Shared) {
+fn hush(shared: &Shared) {
     let Some(channels) = &shared.channels else { return };
-    if let Err(error) = shared.fitness.store(channels.barrier.broken, 1) {
-        tracing::debug!(comm = shared.info.name, %error, "later kernels could not be told that all is over");
+    if let Err(error) = shared.fitness.store(channels.barrier.broken, HUSHED) {
+        tracing::debug!(comm = shared.info.name, %error, "later kernels could not be hushed");
     }
 }
 

@@ -44,7 +44,7 @@ __device__ __forceinline__ uint32_t look_up(const Link& link, const CapturedEntr
         // The successor must not overtake what runs before this kernel.
         allow_successor();
         wait_for_predecessor();
-        if (blockIdx.x == 0 && threadIdx.x == 0 && atomicExch(link.broken, 1u) == 0) {
+        if (blockIdx.x == 0 && threadIdx.x == 0 && atomicExch(link.broken, uint32_t(kBroken)) == kWhole) {
             volatile ErrorRecord* error = link.error;
             error->op = link.op;
             error->round = 0;

@@ -51,6 +51,10 @@ struct Channel {
     uint32_t reduced[2];  // tiles of an even and of an odd round that have been summed
 };
 
+// Whether kernels still wait and send. The host hushes a rank that has failed for another reason than a wait of its own:
+// kernels that start later send nothing, while copies behind waits that ended well still deliver what had come.
+enum Broken : uint32_t { kWhole = 0, kBroken = 1, kHushed = 2 };
+
 enum GaveUp : uint32_t { kTimedOut = 1, kAborted = 2 };
 
 // Host-mapped memory. Written once, by the first wait that is given up; `cause` is written last.
@@ -66,7 +70,7 @@ struct ErrorRecord {
 struct Link {
     char* scratch[kMaxRanks];  // every rank's area as mapped on this device; entries from `world` on are unused
     Channel* channel;
-    uint32_t* broken;       // device memory, one for all channels of a communicator: 1 once a wait was given up
+    uint32_t* broken;       // device memory, one for all channels of a communicator: a Broken
     const uint32_t* abort;  // host-mapped word; nonzero ends all waits
     ErrorRecord* error;
     uint64_t timeout_ns;  // longest single wait
@@ -111,9 +115,10 @@ constexpr uint32_t kLiftEvery = 1u << 30;
 
 // Lifts this rank's flags that are far behind `round`, all of whose earlier rounds are over here, to just before it. A peer
 // that raises one meanwhile is not undone.
-__device__ __noinline__ void lift_flags(const Link& link, uint32_t round) {
+__device__ __forceinline__ void lift_flags(const Link& link, uint32_t round) {
     uint32_t* const flags = reinterpret_cast<uint32_t*>(link.scratch[link.rank]);
-    for (size_t i = 0; i < kFlagBytes / sizeof(uint32_t); i++) {
+#pragma unroll 1
+    for (uint32_t i = 0; i < kFlagBytes / sizeof(uint32_t); i++) {
         const uint32_t seen = *reinterpret_cast<volatile uint32_t*>(flags + i);
         if (int32_t(seen - round) < -int32_t(kAhead)) atomicCAS_system(flags + i, seen, round - 1);
     }
@@ -128,9 +133,12 @@ __device__ __noinline__ void lift_flags(const Link& link, uint32_t round) {
 // all CTAs keeps kernels of different grid sizes in step.
 __device__ __forceinline__ uint32_t claim_rounds_by_thread(const Link& link, uint32_t rounds, bool& silent) {
     const uint32_t round = *reinterpret_cast<volatile uint32_t*>(&link.channel->round);
-    silent = *reinterpret_cast<volatile uint32_t*>(link.broken) != 0;
+    const uint32_t broken = *reinterpret_cast<volatile uint32_t*>(link.broken);
+    silent = broken != kWhole;
     __syncthreads();
     if (threadIdx.x == 0) {
+        // What is not waited for must not be copied either.
+        if (broken == kHushed) *reinterpret_cast<volatile uint32_t*>(link.broken) = kBroken;
         const bool last = gridDim.x == 1 || atomicAdd(&link.channel->arrived, 1u) == gridDim.x - 1;
         if (last) {
             link.channel->arrived = 0;

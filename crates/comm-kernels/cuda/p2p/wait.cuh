@@ -9,6 +9,9 @@
 // wait it gave up, and no kernel that starts later sends anything, on any channel. The others' waits then end in errors
 // of their own, or at the abort word.
 //
+// The same holds on a rank whose host has declared the failure (Broken): the others may have closed by now, and use the
+// memory that this rank's late kernels would store into for something else.
+//
 // Memory that others read counts as sent: the wait may have been for their reading. So copies and sums between handshakes,
 // by kernels that do not wait themselves, look at `broken` too (../stop.cuh).
 #pragma once
@@ -32,7 +35,9 @@ __device__ __forceinline__ uint64_t now_ns() {
 // Decides about a wait that has lasted `kPollsPerCheck` polls more. `started` is 0 at its first check. Returns the time
 // the wait counts from, or 0 to give up. Out of line: it must not cost the spinning loop registers.
 __device__ __noinline__ uint64_t check_wait(const Link& link, uint32_t round, uint32_t missing, uint64_t started) {
-    if (*reinterpret_cast<volatile uint32_t*>(link.broken) != 0) return 0;
+    const uint32_t broken = *reinterpret_cast<volatile uint32_t*>(link.broken);
+    if (broken == kHushed) *reinterpret_cast<volatile uint32_t*>(link.broken) = kBroken;
+    if (broken != kWhole) return 0;
     const uint64_t now = now_ns();
     if (started == 0) started = now;
     bool aborted = false;
@@ -42,7 +47,7 @@ __device__ __noinline__ uint64_t check_wait(const Link& link, uint32_t round, ui
         aborted = *reinterpret_cast<const volatile uint32_t*>(link.abort) != 0;
         if (!aborted) return started;
     }
-    if (atomicExch(link.broken, 1u) == 0) {
+    if (atomicExch(link.broken, uint32_t(kBroken)) == kWhole) {
         volatile ErrorRecord* error = link.error;
         error->op = link.op;
         error->round = round;

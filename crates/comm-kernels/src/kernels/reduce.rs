@@ -41,7 +41,7 @@ impl Kernels {
         unsafe { self.reduce_unless(DeviceAddr::NULL, inputs, output, count, (dtype, op), stream) }
     }
 
-    /// [`reduce`](Self::reduce), unless the 32-bit word in device memory at `unless` is nonzero when the kernel starts:
+    /// [`reduce`](Self::reduce), unless the 32-bit word in device memory at `unless` is 1 when the kernel starts:
     /// nothing is read or written then.
     ///
     /// # Errors

@@ -67,6 +67,9 @@ pub struct Channel {
     reduced: [u32; 2],
 }
 
+/// What the host stores at [`Link::broken`] when the communicator has failed.
+pub const HUSHED: u32 = 2;
+
 /// Bytes of a pair channel's counters, in device memory, zero at first.
 pub const PAIR_COUNTERS_BYTES: usize = 2 * MAX_RANKS * 4;
 
@@ -95,8 +98,8 @@ pub struct Link {
     pub scratch: [DeviceAddr; MAX_RANKS],
     /// This rank's [`Channel`].
     pub channel: DeviceAddr,
-    /// A 32-bit word in device memory, zero at first, that all channels of a communicator share: whether this rank has
-    /// given up a wait. From then on its kernels send nothing.
+    /// A 32-bit word in device memory, zero at first, that all channels of a communicator share: 1 once this rank has given
+    /// up a wait, or [`HUSHED`] from the host. From then on its kernels send nothing.
     pub broken: DeviceAddr,
     /// The device's address of a host-mapped 32-bit word; nonzero ends all waits.
     pub abort: DeviceAddr,
