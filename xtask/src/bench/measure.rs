@@ -11,6 +11,7 @@ use comm_core::{
 use comm_kernels::pattern::Pattern;
 
 use crate::backends;
+use crate::bench::choose;
 use crate::bench::data::{Segment, pattern};
 use crate::bench::norm;
 use crate::bench::operands::{Operands, ROOT, query};
@@ -29,7 +30,17 @@ use crate::rank::RankContext;
 /// The first failure; the other ranks' waits then end too.
 pub fn run(job: &BenchJob, context: &RankContext) -> Result<()> {
     let device = context.open_device(&job.backend)?;
-    let comm = context.create(&job.backend, device.memory())?;
+    let comm = match context.create(&job.backend, device.memory()) {
+        Ok(comm) => comm,
+        Err(error) => {
+            // All ranks see the same error, so all of them stop here.
+            let Some(reason) = choose::obstacle(&error) else { return Err(error.into()) };
+            if context.host.rank() == 0 {
+                context.events.emit(Event::NotMade(reason));
+            }
+            return Ok(());
+        }
+    };
     if context.host.rank() == 0
         && let Some(library) = backends::library(&job.backend)
     {
