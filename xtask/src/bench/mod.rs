@@ -3,6 +3,7 @@
 mod ahead;
 mod check;
 mod choose;
+mod copy;
 pub mod data;
 mod judge;
 pub mod measure;
@@ -76,6 +77,10 @@ pub struct BenchArgs {
     /// On GPUs, issue the operations one by one.
     #[arg(long)]
     no_graph: bool,
+    /// Register no operands, which then are plain device memory and may lie differently on every rank; and show what a copy
+    /// of each size within a GPU takes, the most that registering is to save.
+    #[arg(long)]
+    unregistered: bool,
     /// Operations in a graph or loop [default: by size].
     #[arg(long)]
     iters: Option<usize>,
@@ -162,7 +167,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     };
     let found = torch.as_ref().and_then(|torch| torch.as_ref().ok());
     let mut libraries = BTreeMap::new();
-    println!("{}", table::header());
+    println!("{}", table::header(!args.unregistered));
     let mut measure = |backend| world::run(args, backend, found, &mut libraries);
     let rows = choose::measure_each(&args.backend, gpus, &mut measure, &mut world::note)?;
     println!("{}", table::summary(&rows));

@@ -30,10 +30,16 @@ pub struct Row {
     pub count: u64,
     /// Shape, for the fused norm.
     pub norm: Option<NormShape>,
+    /// Whether operands are made known to the communicator, where its backend takes registrations.
+    pub registered: bool,
     /// With distinct operands.
     pub out_of_place: Option<Timing>,
     /// With operands that coincide, for operations that have such a form.
     pub in_place: Option<Timing>,
+    /// Microseconds that a copy of `bytes` bytes within the device takes, the slowest rank's. Measured where operands are
+    /// not registered, for comparison.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copy: Option<f64>,
     /// Why nothing was measured.
     pub skipped: Option<String>,
 }

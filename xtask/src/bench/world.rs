@@ -111,6 +111,7 @@ fn prepare(args: &BenchArgs, backend: Backend) -> Result<(BenchJob, LaunchSpec)>
         hidden: args.hidden.unwrap_or(if backend.on_gpus { 8192 } else { 1024 }),
         dtype: args.dtype,
         redop: args.redop,
+        registered: !args.unregistered,
         effort: Effort {
             iters: args.iters,
             warmup: args.warmup,
