@@ -97,7 +97,7 @@ pub fn run(args: &BundleArgs) -> Result<()> {
 }
 
 /// Whether a test program is meant for GPUs: those are named so.
-fn is_gpu_test(name: &str) -> bool {
+pub fn is_gpu_test(name: &str) -> bool {
     name.starts_with("gpu_") || name == "gpu"
 }
 

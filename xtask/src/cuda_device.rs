@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use comm_core::{CommError, DType, Deadline, DeviceAddr, DeviceMemory, HostComm};
 use comm_kernels::pattern::{Mismatches, Pattern};
-use comm_kernels::{CapturedGraph, CudaMemory, EventTimer, Kernels};
+use comm_kernels::{CapturedGraph, CudaMemory, EventTimer, Kernels, raw};
 
 use crate::bench::data::{Content, Segment};
 use crate::bench::plan::Effort;
@@ -104,6 +104,12 @@ impl Device for CudaDevice {
         // SAFETY: the caller vouches for the range; the stream is this memory's own.
         unsafe { self.kernels.fill(buffer, bytes, DType::U8, &data, 0, 0, self.memory.stream())? };
         Ok(())
+    }
+
+    unsafe fn copy(&self, to: DeviceAddr, from: DeviceAddr, bytes: usize) -> comm_core::Result<()> {
+        let _current = raw::Current::enter(self.memory.context())?;
+        // SAFETY: the caller vouches for the ranges; the stream is this memory's own. One row, so its pitch is nothing.
+        unsafe { raw::copy_2d((from, bytes), (to, bytes), bytes, 1, self.memory.stream()) }
     }
 
     fn time(&self, host: &dyn HostComm, effort: &Effort, bytes: u64, op: Call<'_>) -> Result<Samples> {

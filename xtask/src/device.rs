@@ -60,6 +60,16 @@ pub trait Device: Send + Sync {
     /// The range is a live allocation, and nothing else uses it.
     unsafe fn poison(&self, buffer: DeviceAddr, bytes: usize) -> Result<()>;
 
+    /// Copies `bytes` bytes within the device. May return before it is done.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Safety
+    /// Both ranges are live allocations that do not overlap, and stay so until the copy is done; nothing else writes to
+    /// them meanwhile.
+    unsafe fn copy(&self, to: DeviceAddr, from: DeviceAddr, bytes: usize) -> comm_core::Result<()>;
+
     /// Times an operation as `effort` says. Collective: all ranks time the same operation.
     ///
     /// # Errors
@@ -138,6 +148,12 @@ impl Device for HostDevice {
     unsafe fn poison(&self, buffer: DeviceAddr, bytes: usize) -> Result<()> {
         // SAFETY: the caller vouches for the range.
         unsafe { self.bytes(buffer, 0, bytes) }.fill(POISON);
+        Ok(())
+    }
+
+    unsafe fn copy(&self, to: DeviceAddr, from: DeviceAddr, bytes: usize) -> comm_core::Result<()> {
+        // SAFETY: the caller vouches for both ranges.
+        unsafe { self.bytes(to, 0, bytes).copy_from_slice(self.bytes(from, 0, bytes)) };
         Ok(())
     }
 

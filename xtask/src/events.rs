@@ -25,6 +25,8 @@ pub enum Event {
     Phase(String),
     /// The library that the rank's backend works with.
     Library(String),
+    /// The machine is not one for the backend's communicator; why. Sent by rank 0; the ranks have nothing else to do then.
+    NotMade(String),
     /// A finished row of the benchmark table. Sent by rank 0.
     Row(Box<Row>),
     /// Tuning got ahead. Sent by rank 0.

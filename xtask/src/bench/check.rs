@@ -1,11 +1,11 @@
-//! Measured rows against targets or a peer: slower is a failure.
+//! Measured rows against targets or a peer of the targets' file: slower is a failure, out of place and in place alike. A
+//! figure of the file is one of an operation, whichever way its operands lie.
 
 use std::str::FromStr;
 
 use anyhow::{Result, ensure};
 
-use crate::bench::row::Row;
-use crate::bench::sizes::human;
+use crate::bench::row::{Form, Row};
 use crate::bench::targets::{Peers, Targets};
 
 /// What measured times are held against.
@@ -28,7 +28,7 @@ impl FromStr for Against {
 /// The comparison of one row.
 #[derive(Debug)]
 pub struct Verdict {
-    /// Operation and size.
+    /// Operation, size and form.
     pub what: String,
     /// Microseconds measured.
     pub ours: f64,
@@ -40,7 +40,7 @@ pub struct Verdict {
     pub met: bool,
 }
 
-/// Compares every row that the file has a figure for. `tolerance` is the percentage by which a bound may be exceeded.
+/// Compares every row that the file has a figure for, in each form that was measured. `tolerance` is the percentage by which a bound may be exceeded.
 ///
 /// # Errors
 /// When no row has a figure: a check that compares nothing must not pass.
@@ -55,14 +55,19 @@ pub fn compare(rows: &[Row], targets: &Targets, against: &Against, tolerance: f6
                 None => continue,
             },
         };
-        let what = match row.norm {
-            Some(norm) => format!("{} {} tokens x {}", row.op, norm.tokens, norm.hidden),
-            None => format!("{} {}", row.op, human(row.bytes)),
+        let mut verdict = |what: String, ours: f64| {
+            let met = ours <= bound * (1.0 + tolerance / 100.0);
+            verdicts.push(Verdict { what, ours, best_peer: best(peers), bound, met });
         };
+        for form in Form::ALL {
+            if let Some(timing) = row.timing(form) {
+                verdict(format!("{}, {form}", row.what()), timing.us);
+            }
+        }
         // A row that could not be measured is a target that was not met.
-        let ours = row.out_of_place.or(row.in_place).map_or(f64::INFINITY, |timing| timing.us);
-        let met = ours <= bound * (1.0 + tolerance / 100.0);
-        verdicts.push(Verdict { what, ours, best_peer: best(peers), bound, met });
+        if Form::ALL.into_iter().all(|form| row.timing(form).is_none()) {
+            verdict(row.what(), f64::INFINITY);
+        }
     }
     ensure!(
         !verdicts.is_empty(),
@@ -84,7 +89,7 @@ pub fn report(verdicts: &[Verdict], against: &Against) -> (String, usize) {
         Against::Peer(name) => name,
     };
     let mut text = format!(
-        "# {:<36} {:>10} {:>10} {:<24} {:>10}  verdict\n",
+        "# {:<44} {:>10} {:>10} {:<24} {:>10}  verdict\n",
         "times in us", "ours", "best peer", "", bound
     );
     for v in verdicts {
@@ -98,7 +103,7 @@ pub fn report(verdicts: &[Verdict], against: &Against) -> (String, usize) {
             "NOT MEASURED".to_owned()
         };
         text += &format!(
-            "  {:<36} {:>10.2} {:>10.2} {:<24} {:>10.2}  {verdict}\n",
+            "  {:<44} {:>10.2} {:>10.2} {:<24} {:>10.2}  {verdict}\n",
             v.what,
             v.ours,
             time,
@@ -114,6 +119,7 @@ pub fn report(verdicts: &[Verdict], against: &Against) -> (String, usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bench::row::Timing;
     use crate::bench::table::tests::row;
     use crate::bench::targets::tests::repository_targets;
     use comm_core::OpKind;
@@ -132,6 +138,23 @@ mod tests {
             text.contains("all_reduce 1M") && text.contains("SLOWER") && text.contains("1 of 2 met"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn each_form_that_was_measured_is_judged_and_named() {
+        let targets = repository_targets();
+        let mut both = row(OpKind::AllReduce, 1 << 20, 11.0);
+        both.in_place = both.out_of_place.map(|timing| Timing { us: 12.5, ..timing });
+        let verdicts = compare(&[both.clone()], &targets, &Against::Target, 0.0).unwrap();
+        let seen: Vec<_> = verdicts.iter().map(|v| (v.what.as_str(), v.met)).collect();
+        assert_eq!(seen, [("all_reduce 1M, out of place", true), ("all_reduce 1M, in place", false)]);
+        let (text, missed) = report(&verdicts, &Against::Target);
+        let slower: Vec<_> = text.lines().filter(|line| line.contains("SLOWER")).collect();
+        assert!(missed == 1 && slower.len() == 1 && slower[0].contains("in place"), "{text}");
+        // The form that was measured alone is not held against the one that was not.
+        both.out_of_place = None;
+        let verdicts = compare(&[both], &targets, &Against::Target, 0.0).unwrap();
+        assert_eq!(verdicts.iter().map(|v| v.what.as_str()).collect::<Vec<_>>(), ["all_reduce 1M, in place"]);
     }
 
     #[test]

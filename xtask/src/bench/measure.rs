@@ -11,6 +11,8 @@ use comm_core::{
 use comm_kernels::pattern::Pattern;
 
 use crate::backends;
+use crate::bench::choose;
+use crate::bench::copy::Copies;
 use crate::bench::data::{Segment, pattern};
 use crate::bench::norm;
 use crate::bench::operands::{Operands, ROOT, query};
@@ -29,17 +31,28 @@ use crate::rank::RankContext;
 /// The first failure; the other ranks' waits then end too.
 pub fn run(job: &BenchJob, context: &RankContext) -> Result<()> {
     let device = context.open_device(&job.backend)?;
-    let comm = context.create(&job.backend, device.memory())?;
+    let comm = match context.create(&job.backend, device.memory(), job.registered) {
+        Ok(comm) => comm,
+        Err(error) => {
+            // All ranks see the same error, so all of them stop here.
+            let Some(reason) = choose::obstacle(&error) else { return Err(error.into()) };
+            if context.host.rank() == 0 {
+                context.events.emit(Event::NotMade(reason));
+            }
+            return Ok(());
+        }
+    };
     if context.host.rank() == 0
         && let Some(library) = backends::library(&job.backend)
     {
         context.events.emit(Event::Library(library));
     }
-    let bench = Bench { job, context, device: &*device, comm: &comm, registered: true };
+    let bench = Bench { job, context, device: &*device, comm: &comm };
+    let mut copies = Copies::default();
     for (number, case) in job.cases(context.host.size()).into_iter().enumerate() {
         context.events.phase(format!("{} {}", case.op, human(case.bytes)));
         let row = bench
-            .case(number as u64, case)
+            .row(number as u64, case, &mut copies)
             .with_context(|| format!("{} of {}", case.op, human(case.bytes)))?;
         if context.host.rank() == 0 {
             context.events.emit(Event::Row(Box::new(row)));
@@ -60,13 +73,19 @@ pub struct Bench<'a> {
     pub device: &'a dyn Device,
     /// Its end of the communicator.
     pub comm: &'a Arc<dyn DeviceComm>,
-    /// Whether operands are registered, where the backend takes registrations.
-    pub registered: bool,
 }
 
 impl Bench<'_> {
+    fn row(&self, number: u64, case: Case, copies: &mut Copies) -> Result<Row> {
+        let mut row = self.case(number, case)?;
+        if !self.job.registered && row.skipped.is_none() {
+            row.copy = copies.time(self, row.bytes)?;
+        }
+        Ok(row)
+    }
+
     fn case(&self, number: u64, case: Case) -> Result<Row> {
-        let mut row = self.row(&case);
+        let mut row = self.unmeasured(&case);
         let world = self.comm.size();
         if let Support::No { reason } =
             self.comm.supports(&query(&case, world, self.job.dtype, self.job.redop))
@@ -98,7 +117,7 @@ impl Bench<'_> {
     /// The operation's, the device's or the host communicator's.
     pub fn out_of_place_only(&self, number: u64, case: Case) -> Result<Timing> {
         if case.norm.is_some() {
-            let mut row = self.row(&case);
+            let mut row = self.unmeasured(&case);
             norm::measure(self, number, &case, &mut row)?;
             return row.out_of_place.context("the norm has no out-of-place form");
         }
@@ -108,7 +127,7 @@ impl Bench<'_> {
         self.out_of_place(&operands, &data, &case)
     }
 
-    fn row(&self, case: &Case) -> Row {
+    fn unmeasured(&self, case: &Case) -> Row {
         let rooted = matches!(case.op, OpKind::Broadcast | OpKind::Reduce);
         Row {
             op: case.op.name().to_owned(),
@@ -122,8 +141,10 @@ impl Bench<'_> {
             bytes: case.bytes,
             count: case.count as u64,
             norm: case.norm,
+            registered: self.job.registered,
             out_of_place: None,
             in_place: None,
+            copy: None,
             skipped: None,
         }
     }
@@ -207,7 +228,7 @@ impl Bench<'_> {
     }
 
     fn register<'b>(&'b self, buffer: &Buffer<'_>) -> Result<Option<Registered<'b>>> {
-        self.registered.then(|| Registered::new(&**self.comm, buffer)).transpose()
+        self.job.registered.then(|| Registered::new(&**self.comm, buffer)).transpose()
     }
 
     fn verify(&self, buffer: DeviceAddr, data: &Pattern, segments: &[Segment]) -> Result<u64> {
@@ -295,3 +316,6 @@ impl Drop for Registered<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

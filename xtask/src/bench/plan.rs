@@ -22,6 +22,8 @@ pub struct BenchJob {
     pub dtype: DType,
     /// Reduction.
     pub redop: ReduceOp,
+    /// Whether operands are registered, where the backend takes registrations, and promised to lie alike on all ranks.
+    pub registered: bool,
     /// How much is measured.
     pub effort: Effort,
 }
@@ -127,6 +129,7 @@ mod tests {
             hidden: 8192,
             dtype: DType::BF16,
             redop: ReduceOp::Sum,
+            registered: true,
             effort: Effort { iters: None, warmup: 1, reps: 5, graph: true, budget_us: 50_000.0 },
         }
     }

@@ -1,7 +1,11 @@
 //! One line of the benchmark's table, as data.
 
+use std::fmt;
+
 use comm_core::OpKind;
 use serde::{Deserialize, Serialize};
+
+use crate::bench::sizes::human;
 
 /// What was measured for one operation at one size.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -26,12 +30,59 @@ pub struct Row {
     pub count: u64,
     /// Shape, for the fused norm.
     pub norm: Option<NormShape>,
+    /// Whether operands are made known to the communicator, where its backend takes registrations.
+    pub registered: bool,
     /// With distinct operands.
     pub out_of_place: Option<Timing>,
     /// With operands that coincide, for operations that have such a form.
     pub in_place: Option<Timing>,
+    /// Microseconds that a copy of `bytes` bytes within the device takes, the slowest rank's. Measured where operands are
+    /// not registered, for comparison.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copy: Option<f64>,
     /// Why nothing was measured.
     pub skipped: Option<String>,
+}
+
+/// How an operation's operands lie.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Form {
+    /// Apart.
+    OutOfPlace,
+    /// One is the other, or a part of it.
+    InPlace,
+}
+
+impl Form {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::OutOfPlace, Self::InPlace];
+}
+
+impl fmt::Display for Form {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::OutOfPlace => "out of place",
+            Self::InPlace => "in place",
+        })
+    }
+}
+
+impl Row {
+    /// Operation and size, for people.
+    pub fn what(&self) -> String {
+        match self.norm {
+            Some(NormShape { tokens, hidden }) => format!("{} {tokens} tokens x {hidden}", self.op),
+            None => format!("{} {}", self.op, human(self.bytes)),
+        }
+    }
+
+    /// What was measured of a form.
+    pub const fn timing(&self, form: Form) -> Option<Timing> {
+        match form {
+            Form::OutOfPlace => self.out_of_place,
+            Form::InPlace => self.in_place,
+        }
+    }
 }
 
 /// The matrix of a fused norm.

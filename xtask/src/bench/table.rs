@@ -2,12 +2,21 @@
 
 use crate::bench::row::{Row, Timing};
 
-/// The lines above the rows.
-pub fn header() -> String {
+/// The lines above the rows. Where operands are not `registered` they say so, and there is a column for a device's own
+/// copy of as many bytes.
+pub fn header(registered: bool) -> String {
     let form = format!("{:>9} {:>8} {:>8} {:>7}", "time", "algbw", "busbw", "#wrong");
     let units = format!("{:>9} {:>8} {:>8} {:>7}", "(us)", "(GB/s)", "(GB/s)", "");
+    let (notice, copy, copy_unit) = match registered {
+        true => (String::new(), String::new(), String::new()),
+        false => {
+            let notice = "# operands and results are plain device memory, NOT REGISTERED with the communicator\n\
+                          # copy: a copy of as many bytes within one GPU, the most that registering is to save\n";
+            (notice.to_owned(), format!(" {:>9}", "copy"), format!(" {:>9}", "(us)"))
+        }
+    };
     format!(
-        "#{:>75} {:>36}\n#{:>12} {:>13} {:>7} {:>6} {:>5}  {form}   {form}  {:>9} {:>9}  {}\n#{:>12} {:>13} {:>7} {:>6} {:>5}  {units}   {units}  {:>9} {:>9}",
+        "{notice}#{:>75} {:>36}\n#{:>12} {:>13} {:>7} {:>6} {:>5}  {form}   {form}  {:>9} {:>9}{copy}  {}\n#{:>12} {:>13} {:>7} {:>6} {:>5}  {units}   {units}  {:>9} {:>9}{copy_unit}",
         "out-of-place",
         "in-place",
         "size",
@@ -31,7 +40,8 @@ pub fn header() -> String {
 /// What stands above the rows of one operation.
 pub fn section(row: &Row) -> String {
     let how = if row.graph { ", in a CUDA graph" } else { "" };
-    format!("# {} ({} ranks{how})", row.op, row.world)
+    let unregistered = if row.registered { "" } else { ", unregistered" };
+    format!("# {} ({} ranks{how}{unregistered})", row.op, row.world)
 }
 
 /// One row.
@@ -44,10 +54,14 @@ pub fn line(row: &Row) -> String {
     }
     let first = row.out_of_place.or(row.in_place);
     let (p50, p99) = first.map_or_else(|| ("-".into(), "-".into()), |t| (number(t.p50), number(t.p99)));
+    let copy = match row.registered {
+        true => String::new(),
+        false => format!(" {:>9}", row.copy.map_or_else(|| "-".to_owned(), number)),
+    };
     let shape =
         row.norm.map_or_else(String::new, |norm| format!("  tokens {} hidden {}", norm.tokens, norm.hidden));
     format!(
-        "{head}  {}   {}  {p50:>9} {p99:>9}  {}{shape}",
+        "{head}  {}   {}  {p50:>9} {p99:>9}{copy}  {}{shape}",
         form(row.out_of_place.as_ref()),
         form(row.in_place.as_ref()),
         row.backend
@@ -104,22 +118,44 @@ pub(crate) mod tests {
             bytes,
             count: bytes / 2,
             norm: None,
+            registered: true,
             out_of_place: Some(timing),
             in_place: None,
+            copy: None,
             skipped: None,
         }
+    }
+
+    /// Where the last occurrence of a word ends.
+    fn right_edge(text: &str, word: &str) -> Option<usize> {
+        text.rfind(word).map(|at| at + word.len())
     }
 
     #[test]
     fn columns_line_up_with_their_heads() {
         let row = row(OpKind::AllReduce, 1 << 20, 30.25);
-        let (head, line) = (header(), line(&row));
+        let (head, line) = (header(true), line(&row));
         let names = head.lines().nth(1).unwrap();
         for (name, value) in [("size", "1048576"), ("count", "524288"), ("type", "bf16"), ("p50", "30.25")] {
-            let right_edge = |text: &str, word: &str| text.rfind(word).map(|at| at + word.len());
             assert_eq!(right_edge(names, name), right_edge(&line, value), "{name}\n{names}\n{line}");
         }
         assert!(line.contains("nccl") && line.contains("-1") && line.contains("sum"), "{line}");
+        assert!(!head.contains("copy") && !section(&row).contains("registered"), "{head}");
+    }
+
+    #[test]
+    fn a_table_of_unregistered_operands_says_so_and_shows_the_copy() {
+        let mut row = row(OpKind::AllReduce, 1 << 20, 30.25);
+        row.registered = false;
+        row.copy = Some(4.75);
+        let head = header(false);
+        let [notice, .., names, _] = &head.lines().collect::<Vec<_>>()[..] else { panic!("{head}") };
+        assert!(notice.contains("NOT REGISTERED"), "{head}");
+        assert_eq!(right_edge(names, "copy"), right_edge(&line(&row), "4.75"), "{head}\n{}", line(&row));
+        assert_eq!(right_edge(names, "backend").map(|edge| edge - 3), right_edge(&line(&row), "nccl"));
+        assert!(section(&row).contains("unregistered"));
+        row.copy = None;
+        assert!(line(&row).ends_with("        -  nccl"), "{}", line(&row));
     }
 
     #[test]

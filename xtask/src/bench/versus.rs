@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use crate::bench::peer::{Figure, cannot_measure};
-use crate::bench::row::Row;
+use crate::bench::row::{Form, Row};
 use crate::bench::sizes::human;
 
 /// One row compared.
@@ -17,6 +17,8 @@ pub struct Comparison {
     pub backend: String,
     /// Bytes of the full buffer.
     pub bytes: u64,
+    /// Whether the operands coincide.
+    pub in_place: bool,
     /// Our microseconds, in the form that the peer was measured in.
     pub ours: f64,
     /// The peer's.
@@ -70,12 +72,13 @@ fn compare_row(
     })?;
     let theirs =
         figure.us.ok_or_else(|| figure.reason.clone().unwrap_or_else(|| "PyTorch gave no time".into()))?;
-    let form = if figure.in_place { row.in_place } else { row.out_of_place };
-    let ours = form.ok_or("the two were not measured in the same form (in place or not)")?.us;
+    let form = if figure.in_place { Form::InPlace } else { Form::OutOfPlace };
+    let ours = row.timing(form).ok_or("the two were not measured in the same form (in place or not)")?.us;
     Ok(Comparison {
         op: row.op.clone(),
         backend: row.backend.clone(),
         bytes: row.bytes,
+        in_place: figure.in_place,
         ours,
         theirs,
         ratio: ours / theirs,
@@ -110,16 +113,22 @@ impl Versus {
                 c.ratio
             );
         }
-        for (reason, ops) in &self.left_out {
-            let ops: Vec<_> = ops.iter().map(|(op, rows)| format!("{op} ({rows})")).collect();
-            text += &format!("# left out: {}: {reason}\n", ops.join(", "));
-        }
+        text += &left_out(&self.left_out);
         text + &format!(
             "# {} of {} within {tolerance} % of PyTorch",
             self.compared.len() - self.slower(),
             self.compared.len()
         )
     }
+}
+
+/// Lines for rows that were not compared: for each reason, how many of which operations.
+pub fn left_out(reasons: &BTreeMap<String, BTreeMap<String, usize>>) -> String {
+    let line = |(reason, ops): (&String, &BTreeMap<String, usize>)| {
+        let ops: Vec<_> = ops.iter().map(|(op, rows)| format!("{op} ({rows})")).collect();
+        format!("# left out: {}: {reason}\n", ops.join(", "))
+    };
+    reasons.iter().map(line).collect()
 }
 
 #[cfg(test)]

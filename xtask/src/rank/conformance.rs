@@ -26,7 +26,7 @@ pub struct ConformanceJob {
 pub fn run(job: &ConformanceJob, context: &RankContext) -> Result<()> {
     let promises = backends::find(&job.backend)?;
     let device = context.open_device(&job.backend)?;
-    let comm = context.create(&job.backend, device.memory())?;
+    let comm = context.create(&job.backend, device.memory(), true)?;
     context.events.phase("conformance suite");
     let config = Config {
         filter: job.filter.clone(),

@@ -116,19 +116,26 @@ impl RankContext {
     ///
     /// # Errors
     /// When it cannot be created.
-    pub fn create(&self, backend: &str, memory: &dyn DeviceMemory) -> comm_core::Result<Arc<dyn DeviceComm>> {
-        backends::registry().create(backend, &self.create_context(memory))
+    pub fn create(
+        &self,
+        backend: &str,
+        memory: &dyn DeviceMemory,
+        alike: bool,
+    ) -> comm_core::Result<Arc<dyn DeviceComm>> {
+        backends::registry().create(backend, &self.create_context(memory, alike))
     }
 
-    /// What a communicator of all ranks is created from.
-    pub fn create_context(&self, memory: &dyn DeviceMemory) -> CreateContext {
+    /// What a communicator of all ranks is created from. `alike`: the promise that registered operands lie alike on all
+    /// ranks, as those of benchmarks and suite do.
+    pub fn create_context(&self, memory: &dyn DeviceMemory, alike: bool) -> CreateContext {
+        // Backends other than p2p ignore it.
+        let promise = alike.then(|| ("p2p.symmetric_operands".to_owned(), "on".to_owned()));
         CreateContext {
             host: Arc::clone(&self.host),
             memory: memory.kind(),
             timeout: self.host.timeout(),
             checked: false,
-            // Benchmarks and suite lay registered operands out alike on all ranks. Other backends ignore it.
-            options: [("p2p.symmetric_operands".to_owned(), "on".to_owned())].into(),
+            options: promise.into_iter().collect(),
         }
     }
 }

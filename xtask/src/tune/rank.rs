@@ -75,7 +75,7 @@ impl TuneJob {
     /// whole 16 bytes, as models have them: others are slower, and would make rows for a number of ranks that divides no
     /// power of two.
     pub fn cases(&self, op: OpKind, world: usize) -> Vec<Case> {
-        let mut job = self.bench(op);
+        let mut job = self.bench(op, true);
         let unit = 16 * world as u64;
         job.sizes.iter_mut().for_each(|size| *size = *size / unit * unit);
         let mut cases = job.cases(world);
@@ -84,7 +84,7 @@ impl TuneJob {
         cases
     }
 
-    fn bench(&self, op: OpKind) -> BenchJob {
+    fn bench(&self, op: OpKind, registered: bool) -> BenchJob {
         BenchJob {
             backend: comm_p2p::NAME.to_owned(),
             ops: vec![op],
@@ -93,6 +93,7 @@ impl TuneJob {
             hidden: self.hidden,
             dtype: self.dtype,
             redop: ReduceOp::Sum,
+            registered,
             effort: Effort { iters: None, warmup: 1, reps: self.reps, graph: true, budget_us: 0.0 },
         }
     }
@@ -173,8 +174,8 @@ pub fn measure(
     let start = Instant::now();
     let mut number = 0;
     for &(op, registered) in &job.rules {
-        let bench_job = job.bench(op);
-        let bench = Bench { job: &bench_job, context, device, comm, registered };
+        let bench_job = job.bench(op, registered);
+        let bench = Bench { job: &bench_job, context, device, comm };
         for case in job.cases(op, world) {
             // What is left of the time, in equal parts. The slowest clock counts.
             let used = context.host.all_reduce(&[start.elapsed().as_secs_f64()], HostReduceOp::Max)?[0];
@@ -247,7 +248,7 @@ impl Point<'_> {
 /// The communicator as every user has it, and with its own methods.
 fn create(context: &RankContext, device: &dyn Device) -> Result<(Arc<dyn DeviceComm>, Arc<P2pComm>)> {
     let factory = Keeping { made: Mutex::new(None) };
-    let comm = create_with(&factory, &context.create_context(device.memory()))?;
+    let comm = create_with(&factory, &context.create_context(device.memory(), true))?;
     let made = factory.made.into_inner().unwrap_or_else(PoisonError::into_inner);
     Ok((comm, made.context("a communicator was created by no factory")?))
 }
