@@ -1,6 +1,6 @@
 //! The communicator's handle: [`DeviceComm`], each method delegating to the module that owns it.
 
-use std::sync::{Arc, PoisonError, TryLockError};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use comm_core::topology::Topology;
@@ -9,8 +9,6 @@ use comm_core::{
     OpKind, OpQuery, P2pOp, ReduceOp, Registration, Result, RmsNormArgs, StreamHandle, Support,
     TwoGroupNormArgs,
 };
-
-use comm_kernels::raw::{Current, RelaxedCapture};
 
 use crate::create::{self, sibling};
 use crate::state::{Hosts, Shared, lock};
@@ -36,9 +34,6 @@ pub struct P2pComm {
 
 /// How much longer than its timeout a close may take: it waits for the ranks, and then for the device.
 const CLOSE_MARGIN: Duration = Duration::from_secs(1);
-
-/// How long a drop waits for the lock: longer than the watchdog holds it while the driver answers.
-const MARK_TIME: Duration = Duration::from_millis(5);
 
 impl P2pComm {
     pub(crate) const fn new(shared: Arc<Shared>) -> Self {
@@ -70,17 +65,12 @@ impl P2pComm {
         let deadline = Deadline::after(shared.base.timeout.saturating_mul(2).saturating_add(CLOSE_MARGIN));
         // By this thread too: the watchdog, which does the rest, may be held up by what this rank closes for.
         watchdog::report_last(shared);
-        if std::mem::replace(&mut lock(&shared.ending).claimed, true) {
+        let mut ending = lock(&shared.ending);
+        if ending.close {
             return Err(shared.closed());
         }
-        shared.start_closing();
-        if let Ok(_current) = Current::enter(&shared.base.context) {
-            let _relaxed = RelaxedCapture::new();
-            // Behind a call that another thread has begun; there are no later ones.
-            lock(&shared.owned).order.mark();
-        }
-        let mut ending = lock(&shared.ending);
         ending.close = true;
+        shared.start_closing();
         shared.changed.notify_all();
         loop {
             if let Some(outcome) = &ending.outcome {
@@ -99,28 +89,10 @@ impl P2pComm {
     }
 }
 
-impl P2pComm {
-    /// Marks the end of the calls, unless the watchdog is held up in the driver with the lock: a drop does not wait.
-    fn mark_briefly(&self) {
-        let patience = Deadline::after(MARK_TIME);
-        let Ok(_current) = Current::enter(&self.shared.base.context) else { return };
-        let _relaxed = RelaxedCapture::new();
-        loop {
-            match self.shared.owned.try_lock() {
-                Ok(mut owned) => return owned.order.mark(),
-                Err(TryLockError::Poisoned(poisoned)) => return poisoned.into_inner().order.mark(),
-                Err(TryLockError::WouldBlock) if patience.has_passed() => return,
-                Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_micros(20)),
-            }
-        }
-    }
-}
-
 impl Drop for P2pComm {
     fn drop(&mut self) {
         // The caller may have met an error of its device, and drop for that, before the watchdog has seen it.
         watchdog::report_last(&self.shared);
-        self.mark_briefly();
         lock(&self.shared.ending).dropped = true;
         self.shared.changed.notify_all();
         // On this thread, because a host communicator may tell a death from a departure by the thread that drops it.

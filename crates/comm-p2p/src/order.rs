@@ -2,11 +2,9 @@
 //!
 //! All calls of a communicator share its channels: counters that go up by one call at a time, and slots that the next
 //! call uses again. Two of its kernels that ran at once would take each other's places, and if on another rank they ran in
-//! the other order, each would get the other's data. On one stream the driver keeps the order of the calls. This module
-//! keeps it where the stream changes: the new stream waits for an event that is recorded on the old one then, and not after
-//! each call, because calls mostly stay on their stream, and an event between two kernels costs more than the second
-//! one's launch. So the old stream must still exist at that time (`DeviceComm`'s safety section; for calls that are safe, this
-//! module holds its owner).
+//! the other order, each would get the other's data. On one stream the driver keeps the order of the calls. Where the
+//! stream changes, the new one waits for an event that every call records behind itself. It is not left to the next call
+//! to record it: the last call's stream may be gone by then, or belong to another thread, or be under capture.
 //!
 //! What is captured runs later, and where its graph is launched: within one capture the order becomes an edge of the
 //! graph, and between graphs and other calls it is the caller's: where they overlap, results are wrong.
@@ -15,30 +13,28 @@
 //! break any capture that is under way there, and wait for work that may itself wait for this rank. So it is the last
 //! call's event that tells, and that all graphs are gone that hold calls.
 
-use std::any::Any;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use comm_core::{CommError, Result, StreamHandle};
+use comm_core::{Result, StreamHandle};
 use comm_kernels::capture::{Position, position, when_gone};
 use comm_kernels::raw::{Event, is_capturing};
 
 /// The stream that every thread has of its own under the same handle (`CU_STREAM_PER_THREAD`).
 const PER_THREAD: StreamHandle = StreamHandle(2);
 
-/// Where the last calls were made. Without an event it orders nothing.
-#[derive(Default)]
+/// Where the last calls were made.
 pub(crate) struct Order {
-    last: Option<StreamHandle>,
-    /// Of the last call that was captured: which capture, and the stream.
-    captured: Option<(Position, StreamHandle)>,
-    /// Keeps the stream of `last` alive.
-    owner: Option<Arc<dyn Any + Send + Sync>>,
-    event: Option<Event>,
-    /// Whether the event marks the end of all calls that were not captured; `None` before their end.
-    is_marked: Option<bool>,
+    /// Behind the last call that was not captured, and its stream.
+    call: Option<Event>,
+    stream: Option<StreamHandle>,
+    /// Behind the last call that was captured, in which capture, and the stream.
+    captured: Option<Event>,
+    capture: Option<(Position, StreamHandle)>,
     /// Captures with calls in them whose graphs are not gone.
     graphs: Arc<AtomicUsize>,
+    /// Tests only: calls are left to overtake each other.
+    unordered: bool,
 }
 
 /// What of a communicator's work may still be running.
@@ -48,77 +44,68 @@ pub(crate) enum Left {
     Calls,
     /// Graphs that hold calls, whether they run or not.
     Graphs,
-    /// Calls that cannot be asked about.
-    Unknown,
 }
 
 impl Order {
-    /// The context is current. `switched_off`, for tests only: calls are left to overtake each other.
-    pub(crate) fn new(switched_off: bool) -> Result<Self> {
-        let mut order = Self::default();
-        order.event = (!switched_off).then(Event::new).transpose()?;
+    /// The context is current. `unordered`, for tests only: calls are left to overtake each other.
+    pub(crate) fn new(unordered: bool) -> Result<Self> {
+        let mut order = Self::none();
+        order.call = Some(Event::new()?);
+        order.captured = Some(Event::new()?);
+        order.unordered = unordered;
         Ok(order)
+    }
+
+    /// Of no calls.
+    pub(crate) fn none() -> Self {
+        Self {
+            call: None,
+            stream: None,
+            captured: None,
+            capture: None,
+            graphs: Arc::default(),
+            unordered: false,
+        }
     }
 
     /// Lets what will be enqueued on `stream` wait for all calls before. Whether that is captured.
     ///
     /// # Errors
-    /// [`CommError::InvalidArgument`], and nothing has changed, if the last call's stream is being captured by now: what it
-    /// ran before cannot be waited for then. [`CommError::Cuda`].
+    /// [`Cuda`](comm_core::CommError::Cuda).
     pub(crate) fn follow(&mut self, stream: StreamHandle) -> Result<bool> {
         if is_capturing(stream) {
             // SAFETY: the caller of the operation vouches for the stream, and for nobody else's using it meanwhile. A capture
             // that cannot be asked is spoilt, as the launch will find.
             if let Ok(Some(now)) = unsafe { position(stream) } {
-                match self.captured.take() {
+                match self.capture.take() {
                     Some((before, last)) if before.same_capture(&now) => {
-                        if last != stream {
-                            self.chain(last, stream)?;
-                        }
+                        self.wait(&self.captured, stream, last)?;
                     }
                     _ => self.count(&now)?,
                 }
-                self.captured = Some((now, stream));
+                self.capture = Some((now, stream));
             }
             return Ok(true);
         }
-        match self.last {
-            // Of the streams with this handle the last may have been another thread's; see `enqueued`.
-            Some(PER_THREAD) => self.wait(stream)?,
-            Some(last) if last != stream => {
-                if is_capturing(last) {
-                    return Err(CommError::invalid(
-                        "stream",
-                        "the stream of the call before is being captured, so this call on another stream could \
-                         overtake it; end the capture first, or make both on one stream",
-                    ));
-                }
-                self.chain(last, stream)?;
-            }
-            _ => {}
-        }
-        if self.last != Some(stream) {
-            self.last = Some(stream);
-            self.owner = None;
+        if let Some(last) = self.stream.replace(stream) {
+            self.wait(&self.call, stream, last)?;
         }
         Ok(false)
     }
 
-    /// A call on `stream` has been enqueued, not captured.
-    pub(crate) fn enqueued(&self, stream: StreamHandle) -> Result<()> {
-        // Only this thread can name its own stream, so the event cannot be left to the next call.
-        match &self.event {
-            Some(event) if stream == PER_THREAD => event.record(stream),
-            _ => Ok(()),
-        }
+    fn wait(&self, event: &Option<Event>, stream: StreamHandle, last: StreamHandle) -> Result<()> {
+        // With one handle the last call's stream may yet have been another thread's.
+        let same = stream == last && stream != PER_THREAD;
+        event.as_ref().filter(|_| !same && !self.unordered).map_or(Ok(()), |event| event.awaited_by(stream))
     }
 
-    /// `owner` keeps `stream` alive: it is held until a call has been made on another one.
-    pub(crate) fn hold(&mut self, stream: StreamHandle, owner: Arc<dyn Any + Send + Sync>) {
-        // The last call may be another thread's by now, and the order no longer hang on this stream.
-        if self.last == Some(stream) && self.owner.is_none() {
-            self.owner = Some(owner);
-        }
+    /// A call on `stream` has been enqueued, or captured.
+    ///
+    /// # Errors
+    /// [`Cuda`](comm_core::CommError::Cuda).
+    pub(crate) fn passed(&self, stream: StreamHandle, captured: bool) -> Result<()> {
+        let event = if captured { &self.captured } else { &self.call };
+        event.as_ref().map_or(Ok(()), |event| event.record(stream))
     }
 
     /// Counts the graph of a capture until it is gone.
@@ -130,50 +117,24 @@ impl Order {
         })
     }
 
-    /// Marks the end of all calls, of which none comes after this. The last one's stream must still exist, so this is for
-    /// the thread that ends the communicator, before its owner goes on.
-    pub(crate) fn mark(&mut self) {
-        if self.is_marked.is_some() {
-            return;
-        }
-        self.is_marked = Some(match (&self.event, self.last) {
-            (_, None) | (Some(_), Some(PER_THREAD)) => true,
-            (Some(event), Some(last)) => !is_capturing(last) && event.record(last).is_ok(),
-            (None, Some(_)) => false,
-        });
-    }
-
     /// What is left of the calls. The context is current.
     ///
     /// # Errors
-    /// [`CommError::Cuda`]: a call has failed.
+    /// [`Cuda`](comm_core::CommError::Cuda): a call has failed.
     pub(crate) fn left(&self) -> Result<Left> {
-        if self.is_marked != Some(true) {
-            return Ok(Left::Unknown);
-        }
-        if let (Some(event), Some(_)) = (&self.event, self.last)
+        if let (Some(event), Some(_)) = (&self.call, self.stream)
             && !event.is_done()?
         {
             return Ok(Left::Calls);
         }
         Ok(if self.graphs.load(Ordering::Acquire) > 0 { Left::Graphs } else { Left::Nothing })
     }
-
-    fn chain(&self, last: StreamHandle, next: StreamHandle) -> Result<()> {
-        let Some(event) = &self.event else { return Ok(()) };
-        event.record(last)?;
-        event.awaited_by(next)
-    }
-
-    fn wait(&self, next: StreamHandle) -> Result<()> {
-        self.event.as_ref().map_or(Ok(()), |event| event.awaited_by(next))
-    }
 }
 
 impl Drop for Order {
     fn drop(&mut self) {
         // The context is current wherever a communicator's belongings are given back.
-        if let Some(event) = self.event.take() {
+        for event in [self.call.take(), self.captured.take()].into_iter().flatten() {
             event.destroy();
         }
     }

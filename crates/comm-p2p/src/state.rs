@@ -119,8 +119,6 @@ pub(crate) struct Owned {
 /// What the handle asks of the watchdog, and what came of it.
 #[derive(Default)]
 pub(crate) struct Ending {
-    /// Somebody is closing.
-    pub(crate) claimed: bool,
     pub(crate) close: bool,
     pub(crate) dropped: bool,
     pub(crate) outcome: Option<Result<()>>,
@@ -369,11 +367,7 @@ impl Shared {
     /// The same for a call that enqueues work on `stream`: behind all calls before, on whatever stream those were.
     pub(crate) fn begin_on(&self, kind: OpKind, stream: StreamHandle) -> Result<Call<'_>> {
         let mut call = self.begin(kind)?;
-        call.captured = call.owned.order.follow(stream).map_err(|error| match error {
-            // Nothing has been enqueued, and the caller can mend it.
-            refused @ CommError::InvalidArgument { .. } => refused,
-            error => self.fail(error),
-        })?;
+        call.captured = call.owned.order.follow(stream).map_err(|error| self.fail(error))?;
         Ok(call)
     }
 
@@ -448,10 +442,8 @@ impl Call<'_> {
             self.owned.chain = ledger.add(self.owned.chain, &note);
         }
         self.shared.usage.count(self.kind, algorithm);
-        if !self.captured
-            && let Err(error) = self.owned.order.enqueued(stream)
-        {
-            // The next call fails with it, if nothing else does before.
+        if let Err(error) = self.owned.order.passed(stream, self.captured) {
+            // The next call returns it, if nothing else is found before.
             self.shared.fail(error);
         }
     }

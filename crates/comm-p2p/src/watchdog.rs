@@ -13,7 +13,7 @@ use comm_kernels::raw::{self, Current, RelaxedCapture, check};
 use cudarc::driver::sys;
 
 use crate::captured::take_back;
-use crate::order::Left;
+use crate::order::{Left, Order};
 use crate::state::{Shared, lock};
 use crate::symmetric::ipc::User;
 use crate::symmetric::table::Table;
@@ -190,7 +190,6 @@ fn drain(shared: &Shared, collective: bool) -> Result<()> {
         let left = lock(&shared.owned).order.left()?;
         match left {
             Left::Nothing => return shared.fitness.settle(),
-            Left::Unknown => return synchronize(),
             // Who closes has been asked to drop graphs before, and may still wait for this.
             Left::Graphs if collective && start.elapsed() > GRAPHS_TIME => return synchronize(),
             Left::Graphs if exit::is_near() => return Err(shared.closed()),
@@ -228,7 +227,7 @@ fn take(shared: &Shared) -> crate::state::Owned {
     crate::state::Owned {
         table: std::mem::replace(&mut owned.table, Table::new(0)),
         captured: owned.captured.take(),
-        order: std::mem::take(&mut owned.order),
+        order: std::mem::replace(&mut owned.order, Order::none()),
         chain: 0,
         scratch: owned.scratch.take(),
         words: owned.words.take(),
