@@ -7,7 +7,8 @@ use comm_core::{DType, DeviceAddr, DeviceMemory as _, P2pOp, ReduceOp, Result, R
 use comm_kernels::pattern::{self, Expected, Pattern};
 
 use crate::common::{PATIENT, Rank, shared, world};
-use crate::data::{Judge, SUM, at, encode, sums, timed, two_worlds};
+use crate::data::{Judge, SUM, at, encode, sums, timed};
+use crate::setting::two_worlds;
 
 const CALLS: usize = 1_000_000;
 /// Where ranks share devices, and every call takes much longer.

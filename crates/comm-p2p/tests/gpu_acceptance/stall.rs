@@ -7,7 +7,8 @@ use comm_core::{CommError, DType, DeviceAddr, DeviceMemory as _, ReduceOp};
 use comm_kernels::pattern::Expected;
 
 use crate::common::{PATIENT, Rank, connect};
-use crate::data::{Judge, SMALL, SUM, at, sums, timed, two_worlds};
+use crate::data::{Judge, SMALL, SUM, at, sums, timed};
+use crate::setting::two_worlds;
 
 const COUNT: usize = 1000;
 const CALLS: usize = 40;
