@@ -13,7 +13,7 @@ use comm_core::{
 };
 use comm_kernels::CapturedGraph;
 use comm_p2p::{P2pComm, P2pFactory};
-use common::{PATIENT, Rank, SHORT, world, world_size};
+use common::{PATIENT, Rank, SHORT, as_processes, context, ranks, world, world_size};
 
 /// Gathers by stores, since those by lines have nothing to register.
 const ON: [(&str, &str); 2] = [("p2p.graph_registration", "on"), ("p2p.algorithm", "direct")];
@@ -27,21 +27,14 @@ fn connected<T: Send>(
     options: &[(&str, &str)],
     body: impl Fn(Arc<P2pComm>, Rank) -> T + Sync,
 ) -> Vec<T> {
-    run_threads(size, PATIENT, |host| {
+    ranks(size, |host| {
         let (rank, size) = (host.rank(), host.size());
         let memory = common::memory(rank).unwrap();
-        let context = CreateContext {
-            host: host.clone(),
-            memory: memory.kind(),
-            timeout,
-            checked: false,
-            options: options.iter().map(|&(name, value)| (name.to_owned(), value.to_owned())).collect(),
-        };
+        let context = context(&host, memory.kind(), timeout, options);
         let all = host.all_gather(&P2pFactory.probe(&context).unwrap()).unwrap();
         let comm = Arc::new(P2pFactory.connect(&context, &all).unwrap());
         body(Arc::clone(&comm), Rank { comm, memory, host, rank, size })
     })
-    .unwrap()
 }
 
 /// Two all-reduces in a row and an all-gather, all on results that nobody registered.
@@ -273,4 +266,15 @@ fn without_the_option_captured_calls_need_nothing() {
         rank.comm.close().unwrap();
     })
     .unwrap();
+}
+
+/// Then what the ranks get to know are handles of legacy IPC.
+#[test]
+fn captured_results_between_processes() {
+    as_processes("captured_results_between_processes", || {
+        results_are_registered_after_the_capture_and_given_back_with_the_graph();
+        a_replay_before_the_registration_is_an_error_that_says_so();
+        a_result_that_cannot_be_exported_keeps_to_scratch_memory_and_says_why();
+        what_needs_no_registration_is_captured_without_an_entry();
+    });
 }

@@ -5,7 +5,7 @@
 mod common;
 
 use comm_core::{DType, DeviceMemory as _, P2pOp, ReduceOp};
-use common::{PATIENT, world, world_size};
+use common::{PATIENT, as_processes, ranks, world, world_size};
 
 #[test]
 fn captured_operations_give_new_results_at_every_replay() {
@@ -151,7 +151,7 @@ fn many_calls_of_changing_size_back_to_back() {
 fn the_backend_says_how_its_gpus_are_connected_and_why_it_stages() {
     use comm_core::{BackendFactory as _, CreateContext, HostCommExt as _, MemoryKind};
     let Some(size) = world_size() else { return };
-    comm_core::run_threads(size, PATIENT, |host| {
+    ranks(size, |host| {
         let context = CreateContext {
             host: host.clone(),
             memory: MemoryKind::Cuda { ordinal: common::ordinal(host.rank()) },
@@ -174,6 +174,16 @@ fn the_backend_says_how_its_gpus_are_connected_and_why_it_stages() {
             assert!(comm.staging_reason(&registration).is_err());
         }
         comm_core::DeviceComm::close(&comm).unwrap();
-    })
-    .unwrap();
+    });
+}
+
+/// Then the communicator's memory crosses by descriptor, and registered memory by legacy IPC.
+#[test]
+fn zero_copy_buffers_and_graphs_between_processes() {
+    as_processes("zero_copy_buffers_and_graphs_between_processes", || {
+        captured_operations_give_new_results_at_every_replay();
+        large_results_in_allocated_and_registered_buffers_skip_the_staging();
+        without_the_promise_registered_operands_may_lie_anywhere();
+        the_backend_says_how_its_gpus_are_connected_and_why_it_stages();
+    });
 }

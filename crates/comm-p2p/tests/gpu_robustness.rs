@@ -14,7 +14,7 @@ use comm_core::{
     create_with, run_threads,
 };
 use comm_p2p::P2pFactory;
-use common::{PATIENT, Rank, SHORT, connect, shared, skipped_where_shared, world, world_size};
+use common::{PATIENT, Rank, SHORT, as_processes, connect, shared, skipped_where_shared, world, world_size};
 
 /// What an abort may take to reach everyone.
 const PROMPT: Duration = Duration::from_secs(1);
@@ -278,6 +278,16 @@ fn handles_of_what_is_gone_are_stale() {
         works_on(&rank);
         again.comm.close().unwrap();
         rank.comm.close().unwrap();
+    });
+}
+
+/// Not with memory that is freed while registered, as below: the driver leaves open what becomes of a process's mapping of
+/// memory that its owner has freed.
+#[test]
+fn stale_handles_between_processes() {
+    as_processes("stale_handles_between_processes", || {
+        handles_of_what_is_gone_are_stale();
+        operands_at_different_places_of_an_allocation_are_noticed();
     });
 }
 

@@ -1,17 +1,21 @@
 //! What the GPU tests share: ranks as threads, one device each, or, where `COMM_P2P_SHARE_DEVICES` lets the backend have
-//! it so, several on each of the devices that there are.
+//! it so, several on each of the devices that there are; and the same as processes ([`as_processes`]).
 
-#![allow(dead_code, reason = "each test uses its part")]
+#![allow(dead_code, unused_imports, reason = "each test uses its part")]
+
+mod processes;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use comm_core::{
-    CommError, CreateContext, DType, DeviceAddr, DeviceComm, DeviceMemory, HostComm, ReduceOp, Result,
-    StreamHandle, create_with, run_threads,
+    CommError, CreateContext, DType, Deadline, DeviceAddr, DeviceComm, DeviceMemory, HostComm,
+    HostCommExt as _, MemoryKind, ReduceOp, Result, StreamHandle, create_with, run_threads,
 };
 use comm_kernels::CudaMemory;
 use comm_p2p::P2pFactory;
+
+pub(crate) use self::processes::{as_processes, is_process};
 
 /// The bound on everything that goes well.
 pub(crate) const PATIENT: Duration = Duration::from_secs(20);
@@ -46,9 +50,19 @@ pub(crate) fn memory(rank: usize) -> Result<CudaMemory> {
     if shared() { memory.with_reserve(RESERVE) } else { Ok(memory) }
 }
 
+/// Holds a device's context, and the kernels that are loaded there, from one world to the next: without it a world's end is
+/// theirs, too, and each world takes so much longer.
+pub(crate) fn hold_context(rank: usize) -> CudaMemory {
+    CudaMemory::new(ordinal(rank)).unwrap()
+}
+
 /// The largest world to test, or `None` after printing why the test is skipped. Where `COMM_REQUIRE_GPUS` asks for
 /// GPUs, their absence is a failure. `COMM_TEST_WORLD` bounds the size; it is the size where ranks share devices, or 8.
+/// In a process that is a rank, there is the world of those processes and no other.
 pub(crate) fn world_size() -> Option<usize> {
+    if let Some(part) = processes::part() {
+        return Some(part.size);
+    }
     let number = |name| std::env::var(name).ok().map(|text: String| text.parse::<usize>().unwrap());
     let required = number("COMM_REQUIRE_GPUS").unwrap_or(0);
     let found = comm_kernels::driver::device_count();
@@ -78,33 +92,77 @@ pub(crate) struct Rank {
     pub(crate) size: usize,
 }
 
-pub(crate) fn connect(host: Arc<dyn HostComm>, timeout: Duration, options: &[(&str, &str)]) -> Result<Rank> {
-    let (rank, size) = (host.rank(), host.size());
-    let memory = memory(rank)?;
-    let context = CreateContext {
-        host: Arc::clone(&host),
-        memory: memory.kind(),
+/// What a communicator of the ranks of `host` is made from.
+pub(crate) fn context(
+    host: &Arc<dyn HostComm>,
+    memory: MemoryKind,
+    timeout: Duration,
+    options: &[(&str, &str)],
+) -> CreateContext {
+    CreateContext {
+        host: Arc::clone(host),
+        memory,
         timeout,
         checked: false,
         options: options.iter().map(|&(name, value)| (name.to_owned(), value.to_owned())).collect(),
-    };
-    let comm = create_with(&P2pFactory, &context)?;
+    }
+}
+
+pub(crate) fn connect(host: Arc<dyn HostComm>, timeout: Duration, options: &[(&str, &str)]) -> Result<Rank> {
+    let (rank, size) = (host.rank(), host.size());
+    let memory = memory(rank)?;
+    let comm = create_with(&P2pFactory, &context(&host, memory.kind(), timeout, options))?;
     Ok(Rank { comm, memory, host, rank, size })
 }
 
-/// Runs `body` on every rank of a world, with a communicator.
+/// Runs `body` on every rank of a world and returns what each says: as threads, or, in a process that is a rank, as that
+/// rank alone.
+pub(crate) fn ranks<T: Send>(size: usize, body: impl Fn(Arc<dyn HostComm>) -> T + Sync) -> Vec<T> {
+    let Some(part) = processes::part() else { return run_threads(size, PATIENT, body).unwrap() };
+    let host = part.meet(size);
+    let result = body(Arc::clone(&host));
+    // Rank 0's process passes on what the others say to each other, so nobody leaves before all are through.
+    host.barrier(Deadline::after(PATIENT)).unwrap();
+    vec![result]
+}
+
+/// The same, with a communicator.
 pub(crate) fn world<T: Send>(
     size: usize,
     timeout: Duration,
     options: &[(&str, &str)],
     body: impl Fn(Rank) -> T + Sync,
 ) -> Vec<T> {
-    run_threads(size, PATIENT, |host| body(connect(host, timeout, options).unwrap())).unwrap()
+    ranks(size, |host| body(connect(host, timeout, options).unwrap()))
 }
 
 impl Rank {
     pub(crate) fn stream(&self) -> StreamHandle {
         self.memory.stream()
+    }
+
+    /// Nobody goes on before all are here.
+    pub(crate) fn meet(&self) {
+        self.host.barrier(Deadline::after(PATIENT)).unwrap();
+    }
+
+    /// Another communicator in place of the last one, which has been closed. With the memory stay the device's context and
+    /// the kernels that are loaded there, so this takes much less time than a world of its own.
+    pub(crate) fn reconnect(&mut self, timeout: Duration, options: &[(&str, &str)]) {
+        let context = context(&self.host, self.memory.kind(), timeout, options);
+        self.comm = create_with(&P2pFactory, &context).unwrap();
+    }
+
+    /// A short timeout, the same on all ranks, for tests that wait for it often: at least `least`, and three times what it
+    /// takes to make a communicator, which has to be done within it.
+    pub(crate) fn short_timeout(&mut self, least: Duration, options: &[(&str, &str)]) -> Duration {
+        self.meet();
+        let start = Instant::now();
+        self.reconnect(PATIENT, options);
+        let took = start.elapsed();
+        self.comm.close().unwrap();
+        let slowest = self.host.all_gather(&took).unwrap().into_iter().max().unwrap();
+        least.max(slowest * 3)
     }
 
     pub(crate) fn put(&self, to: DeviceAddr, values: &[f32]) {

@@ -4,17 +4,22 @@ use comm_core::{DType, ReduceOp};
 use comm_kernels::pattern::Expected;
 
 use crate::common::{PATIENT, world};
-use crate::data::{Judge, SUM, at, encode, integer, sums, timed, worlds};
+use crate::data::{Judge, SUM, at, encode, integer, sums, timed};
+use crate::setting::Setting;
 
 #[test]
 fn sizes_alternate_without_a_wait() {
+    sizes(&Setting::usual());
+}
+
+pub(crate) fn sizes(setting: &Setting) {
     const HIDDEN: usize = 4096;
     const ROWS: [usize; 5] = [1, 16, 1, 96, 1];
     const CALLS: usize = 40 * ROWS.len();
     const PAYLOADS: usize = 4;
     timed("alternating sizes", || {
-        for size in worlds() {
-            world(size, PATIENT, &[], |rank| {
+        for &size in &setting.sizes {
+            world(size, PATIENT, &setting.options(&[]), |rank| {
                 let judge = Judge::new(&rank);
                 let most = 96 * HIDDEN;
                 for (pass, dtype) in [DType::BF16, DType::F32, DType::F16].into_iter().enumerate() {
@@ -55,10 +60,14 @@ fn sizes_alternate_without_a_wait() {
 
 #[test]
 fn grids_change_between_calls_of_several_operations() {
+    grids(&Setting::usual());
+}
+
+pub(crate) fn grids(setting: &Setting) {
     const COUNTS: [usize; 8] = [3, 400_000, 64, 1_000_000, 20_000, 1, 130_000, 5000];
     timed("changing grids", || {
-        for size in worlds() {
-            world(size, PATIENT, &[], |rank| {
+        for &size in &setting.sizes {
+            world(size, PATIENT, &setting.options(&[]), |rank| {
                 let dtype = DType::F16;
                 let judge = Judge::new(&rank);
                 let total: usize = 3 * COUNTS.iter().sum::<usize>();
@@ -115,11 +124,15 @@ fn grids_change_between_calls_of_several_operations() {
 
 #[test]
 fn calls_may_be_chained() {
+    chains(&Setting::usual());
+}
+
+pub(crate) fn chains(setting: &Setting) {
     // 15 * 8^6 is below 2^24: every sum is exact.
     const LINKS: usize = 6;
     timed("chained calls", || {
-        for size in worlds() {
-            world(size, PATIENT, &[], |rank| {
+        for &size in &setting.sizes {
+            world(size, PATIENT, &setting.options(&[]), |rank| {
                 let dtype = DType::F32;
                 for (seed, count) in (50..).zip([1_usize, 1000, 100_000, 1_000_000]) {
                     let own = encode(dtype, (0..count).map(|i| integer(seed, rank.rank, i)));

@@ -8,7 +8,7 @@ use comm_kernels::Kernels;
 use comm_kernels::pattern::{self, Expected, Mismatches, Pattern};
 use half::{bf16, f16};
 
-use crate::common::{Rank, world_size};
+use crate::common::Rank;
 
 pub(crate) const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
@@ -21,28 +21,6 @@ pub(crate) const SMALL: [(&str, &str); 6] = [
     ("p2p.cell_ctas", "4"),
     ("p2p.pair_bytes", "65536"),
 ];
-
-/// The worlds to test, up to the GPUs there are; none, after saying why, where there are too few.
-pub(crate) fn worlds() -> Vec<usize> {
-    let Some(most) = world_size() else { return Vec::new() };
-    let mut worlds: Vec<usize> = [2, 3, 4, 6, 8].into_iter().filter(|&size| size < most).collect();
-    worlds.push(most);
-    worlds
-}
-
-/// Every world size up to the GPUs there are.
-pub(crate) fn all_worlds() -> std::ops::RangeInclusive<usize> {
-    2..=world_size().unwrap_or(0)
-}
-
-/// The smallest world and the largest.
-pub(crate) fn two_worlds() -> Vec<usize> {
-    let mut worlds = worlds();
-    if worlds.len() > 2 {
-        worlds.drain(1..worlds.len() - 1);
-    }
-    worlds
-}
 
 /// Runs a test and says how long it took. One at a time: kernels of two tests that wait on the same GPUs could keep each
 /// other's peers from running.
@@ -100,11 +78,6 @@ impl Rank {
 
     pub(crate) fn space(&self, bytes: usize) -> DeviceAddr {
         self.memory.allocate(bytes).unwrap()
-    }
-
-    /// Nobody goes on before all are here.
-    pub(crate) fn meet(&self) {
-        self.host.barrier(comm_core::Deadline::after(crate::common::PATIENT)).unwrap();
     }
 
     pub(crate) fn reduce(

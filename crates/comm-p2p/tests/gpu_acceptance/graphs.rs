@@ -4,22 +4,28 @@ use comm_core::DType;
 use comm_kernels::pattern::{Expected, Pattern};
 
 use crate::common::{PATIENT, world};
-use crate::data::{FLOATS, Judge, SUM, at, encode, integer, sums, timed, worlds};
+use crate::data::{FLOATS, Judge, SUM, at, encode, integer, sums, timed};
+use crate::setting::Setting;
 
 /// From one packet a thread up to several rounds of every algorithm.
 const COUNTS: [usize; 5] = [1, 512, 40_960, 524_288, 2_097_152];
 
 #[test]
 fn two_captured_calls_replayed_with_new_inputs() {
+    two_calls(&Setting::usual());
+}
+
+pub(crate) fn two_calls(setting: &Setting) {
+    let counts = if setting.brief { &COUNTS[..COUNTS.len() - 1] } else { &COUNTS };
     timed("two captured calls", || {
-        for size in worlds() {
-            world(size, PATIENT, &[], |rank| {
-                let most = COUNTS[COUNTS.len() - 1] * 4;
+        for &size in &setting.sizes {
+            world(size, PATIENT, &setting.options(&[]), |rank| {
+                let most = counts[counts.len() - 1] * 4;
                 let sends = [rank.space(most), rank.space(most)];
                 // One result in memory of the communicator, one in the rank's own.
                 let results = [rank.comm.allocate(most).unwrap(), rank.space(most)];
                 let mut seed = 100;
-                for count in COUNTS {
+                for &count in counts {
                     for dtype in FLOATS {
                         let mut graph = rank
                             .memory
@@ -54,17 +60,22 @@ fn two_captured_calls_replayed_with_new_inputs() {
 
 #[test]
 fn inputs_overwritten_right_after_the_call_were_summed_as_they_were() {
+    overwritten_inputs(&Setting::usual());
+}
+
+pub(crate) fn overwritten_inputs(setting: &Setting) {
+    // The last is large enough for stores into the other ranks' results.
+    const COUNTS: [usize; 4] = [100, 40_000, 1_000_000, 7_000_000];
+    let counts = if setting.brief { &COUNTS[..3] } else { &COUNTS };
     timed("overwritten inputs", || {
-        for size in worlds() {
-            world(size, PATIENT, &[], |rank| {
-                // The last is large enough for stores into the other ranks' results.
-                let counts = [100_usize, 40_000, 1_000_000, 7_000_000];
+        for &size in &setting.sizes {
+            world(size, PATIENT, &setting.options(&[]), |rank| {
                 let dtype = DType::BF16;
                 let judge = Judge::new(&rank);
-                let send = rank.space(counts[3] * 2);
-                let recv = rank.comm.allocate(counts[3] * 2).unwrap();
+                let bytes = counts[counts.len() - 1] * 2;
+                let (send, recv) = (rank.space(bytes), rank.comm.allocate(bytes).unwrap());
                 let mut seed = 0;
-                for count in counts {
+                for &count in counts {
                     let call_and_overwrite = || {
                         rank.reduce(&*rank.comm, (send, recv), count, dtype)?;
                         judge.poison(&rank, send, count * 2)
@@ -94,10 +105,14 @@ const TOKENS: [usize; 10] = [1, 6, 12, 8, 16, 3, 5, 2, 4, 1];
 
 #[test]
 fn a_graph_per_token_count_launched_without_a_wait_between() {
+    graph_per_token_count(&Setting::usual());
+}
+
+pub(crate) fn graph_per_token_count(setting: &Setting) {
     const HIDDEN: usize = 4096;
     timed("token counts", || {
-        for size in worlds() {
-            world(size, PATIENT, &[], |rank| {
+        for &size in &setting.sizes {
+            world(size, PATIENT, &setting.options(&[]), |rank| {
                 let dtype = DType::BF16;
                 let judge = Judge::new(&rank);
                 let most = 16 * HIDDEN;
@@ -140,9 +155,13 @@ fn a_graph_per_token_count_launched_without_a_wait_between() {
 
 #[test]
 fn six_calls_a_graph_with_inputs_changed_in_place() {
+    six_calls(&Setting::usual());
+}
+
+pub(crate) fn six_calls(setting: &Setting) {
     timed("six calls a graph", || {
-        for size in worlds() {
-            world(size, PATIENT, &[], |rank| {
+        for &size in &setting.sizes {
+            world(size, PATIENT, &setting.options(&[]), |rank| {
                 let judge = Judge::new(&rank);
                 let counts = [512_usize, 65_536, 65_536, 3, 262_144, 8192];
                 let dtype = DType::F16;
@@ -180,18 +199,26 @@ fn six_calls_a_graph_with_inputs_changed_in_place() {
 
 #[test]
 fn graphs_of_odd_and_even_numbers_of_calls() {
+    odd_and_even(&Setting::usual());
+}
+
+pub(crate) fn odd_and_even(setting: &Setting) {
+    // One hop, two hops, stores straight into the results, and many rounds of lines.
+    let connected = [
+        (2048_usize, None),
+        (2048, Some("lamport")),
+        (40_000, Some("two_shot")),
+        (40_000, Some("cells")),
+        (40_000, Some("lines")),
+    ];
+    // In a cube mesh: one hop, slices, and copies through staging memory.
+    let in_a_cube_mesh = [(2048, None), (40_000, None), (40_000, Some("staged"))];
+    let cases = if setting.is_cube_mesh() { &in_a_cube_mesh[..] } else { &connected };
+    let small = [("p2p.lamport_slots", "2048"), ("p2p.line_slots", "128"), ("p2p.cell_ctas", "2")];
     timed("odd and even graphs", || {
-        for size in worlds() {
-            // One hop, two hops, stores straight into the results, and many rounds of lines.
-            for (count, algorithm) in [
-                (2048_usize, None),
-                (2048, Some("lamport")),
-                (40_000, Some("two_shot")),
-                (40_000, Some("cells")),
-                (40_000, Some("lines")),
-            ] {
-                let mut options =
-                    vec![("p2p.lamport_slots", "2048"), ("p2p.line_slots", "128"), ("p2p.cell_ctas", "2")];
+        for &size in &setting.sizes {
+            for &(count, algorithm) in cases {
+                let mut options = setting.options(&small);
                 options.extend(algorithm.map(|name| ("p2p.algorithm", name)));
                 world(size, PATIENT, &options, |rank| {
                     let dtype = DType::F32;

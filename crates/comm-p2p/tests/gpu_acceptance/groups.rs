@@ -3,15 +3,20 @@
 use comm_core::DType;
 
 use crate::common::{PATIENT, world};
-use crate::data::{Judge, SUM, all_worlds, at, sums, timed};
+use crate::data::{Judge, SUM, at, sums, timed};
+use crate::setting::Setting;
 
 const COUNT: usize = 6000;
 
 #[test]
 fn groups_may_make_different_numbers_of_calls() {
+    different_numbers_of_calls(&Setting::of_every_size());
+}
+
+pub(crate) fn different_numbers_of_calls(setting: &Setting) {
     timed("groups", || {
-        for size in all_worlds() {
-            world(size, PATIENT, &[], |rank| {
+        for &size in &setting.sizes {
+            world(size, PATIENT, &setting.options(&[]), |rank| {
                 let dtype = DType::BF16;
                 let judge = Judge::new(&rank);
                 let color = rank.rank % 2;

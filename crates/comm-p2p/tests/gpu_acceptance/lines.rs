@@ -6,7 +6,8 @@ use comm_core::{DType, DeviceMemory as _, HostCommExt as _};
 use comm_kernels::pattern::{Expected, Pattern};
 
 use crate::common::{PATIENT, Rank, connect};
-use crate::data::{Judge, at, timed, two_worlds};
+use crate::data::{Judge, at, timed};
+use crate::setting::two_worlds;
 
 const DTYPE: DType = DType::I32;
 /// Elements of a rank, no whole number of bursts: several rounds in all shapes.

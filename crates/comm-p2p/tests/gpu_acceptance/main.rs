@@ -1,5 +1,6 @@
 //! What users of such a library expect to hold, case by case: sums, graphs, order, stalls, counters, norms, endurance.
-//! Ranks are threads, at every world size that the machine has GPUs for.
+//! Ranks are threads, at every world size that the machine has GPUs for; some cases are tried between processes as well,
+//! and some in a hybrid cube mesh.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![allow(
@@ -13,11 +14,14 @@
 mod common;
 
 mod alternating;
+mod between_processes;
 mod data;
 mod graphs;
 mod groups;
+mod in_a_cube_mesh;
 mod lines;
 mod norm;
+mod setting;
 mod soak;
 mod stall;
 mod sums;

@@ -5,7 +5,8 @@ use comm_core::{DType, DeviceAddr, DeviceComm, HostComm, RmsNormArgs};
 use comm_kernels::pattern::{self, Pattern};
 
 use crate::common::{PATIENT, Rank, world};
-use crate::data::{Judge, decode, encode, real, sums, timed, worlds};
+use crate::data::{Judge, decode, encode, real, sums, timed};
+use crate::setting::worlds;
 use crate::tokens::TOKENS as SERVED;
 
 const HIDDENS: [usize; 6] = [1024, 2048, 2880, 4096, 7168, 8192];

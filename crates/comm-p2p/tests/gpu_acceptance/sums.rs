@@ -6,28 +6,38 @@ use comm_kernels::pattern::Pattern;
 use comm_kernels::reference;
 
 use crate::common::{PATIENT, world};
-use crate::data::{FLOATS, Judge, SMALL, SUM, all_worlds, encode, integer, real, timed, worlds};
+use crate::data::{FLOATS, Judge, SMALL, SUM, encode, integer, real, timed};
+use crate::setting::{Setting, worlds};
 
 const COUNTS: [usize; 10] = [512, 2560, 4096, 5120, 7680, 32_768, 262_144, 524_288, 1_048_576, 2_097_152];
 
 #[test]
 fn integers_sum_exactly_at_every_count() {
+    integers(&Setting::of_every_size());
+}
+
+pub(crate) fn integers(setting: &Setting) {
+    // Without those that take the host longest where none of them is stored straight into the results.
+    let counts = if setting.is_cube_mesh() { &COUNTS[..COUNTS.len() - 2] } else { &COUNTS };
+    let options = setting.options(&[("p2p.symmetric_operands", "on")]);
     timed("sums of integers", || {
-        for size in all_worlds() {
-            world(size, PATIENT, &[], |rank| {
-                let bytes = COUNTS[COUNTS.len() - 1] * 4;
-                let (send, out) = (rank.space(bytes), rank.space(bytes));
+        for &size in &setting.sizes {
+            world(size, PATIENT, &options, |rank| {
+                let bytes = counts[counts.len() - 1] * 4;
+                let (send, out, registered) = (rank.space(bytes), rank.space(bytes), rank.space(bytes));
                 let shared = rank.comm.allocate(bytes).unwrap();
+                unsafe { rank.comm.register(registered, bytes).unwrap() };
                 let mut seed = 100;
-                for count in COUNTS {
+                for &count in counts {
                     for dtype in FLOATS {
                         seed += 1;
                         let own = encode(dtype, (0..count).map(|i| integer(seed, rank.rank, i)));
                         let sum = |i| (0..size).map(|r| integer(seed, r, i)).sum::<f32>();
                         let sums = encode(dtype, (0..count).map(sum));
                         rank.upload(send, &own);
-                        // Out of place to memory of the rank and of the communicator, then in place.
-                        for recv in [out, shared, send] {
+                        // Out of place to memory of the rank, registered and not, and of the communicator, then in
+                        // place.
+                        for recv in [out, registered, shared, send] {
                             rank.reduce(&*rank.comm, (send, recv), count, dtype).unwrap();
                             let found = rank.download(recv, sums.len());
                             assert!(found == sums, "{count} {dtype}, {size} ranks, rank {}", rank.rank);
@@ -42,11 +52,15 @@ fn integers_sum_exactly_at_every_count() {
 
 #[test]
 fn guard_regions_stay_untouched() {
+    guard_regions(&Setting::usual());
+}
+
+pub(crate) fn guard_regions(setting: &Setting) {
     const GUARD: usize = 256;
     const WHOLE: usize = 8196 + 2 * GUARD + 64;
     timed("guard regions", || {
-        for size in worlds() {
-            world(size, PATIENT, &[], |rank| {
+        for &size in &setting.sizes {
+            world(size, PATIENT, &setting.options(&[]), |rank| {
                 let (sends, plain) = (rank.space(WHOLE), rank.space(WHOLE));
                 let shared = rank.comm.allocate(WHOLE).unwrap();
                 let mut seed = 1000;
@@ -97,13 +111,15 @@ const TINY: [(&str, &str); 5] = [
 
 #[test]
 fn inputs_larger_than_the_scratch_are_summed_in_rank_order() {
+    larger_than_the_scratch(&Setting::usual());
+}
+
+pub(crate) fn larger_than_the_scratch(setting: &Setting) {
     const COUNT: usize = 300_007;
     timed("inputs larger than the scratch", || {
-        for size in worlds() {
-            for algorithm in
-                [None].into_iter().chain(["two_shot", "cells", "steps", "lines", "staged"].map(Some))
-            {
-                let mut options = TINY.to_vec();
+        for &size in &setting.sizes {
+            for algorithm in setting.algorithms(&["two_shot", "cells", "steps", "lines", "staged"]) {
+                let mut options = setting.options(&TINY);
                 options.extend(algorithm.map(|name| ("p2p.algorithm", name)));
                 world(size, PATIENT, &options, |rank| {
                     let send = rank.space(COUNT * 4);
@@ -128,12 +144,17 @@ fn inputs_larger_than_the_scratch_are_summed_in_rank_order() {
 
 #[test]
 fn signed_zeros_keep_their_sign() {
+    signed_zeros(&Setting::usual());
+}
+
+pub(crate) fn signed_zeros(setting: &Setting) {
     const COUNT: usize = 4099;
+    let algorithms = ["one_shot", "lamport", "two_shot", "cells", "steps", "lines", "staged"];
     timed("signed zeros", || {
-        for size in worlds() {
-            for algorithm in ["one_shot", "lamport", "two_shot", "cells", "steps", "lines", "staged"] {
-                let mut options = SMALL.to_vec();
-                options.push(("p2p.algorithm", algorithm));
+        for &size in &setting.sizes {
+            for algorithm in setting.algorithms(&algorithms) {
+                let mut options = setting.options(&SMALL);
+                options.extend(algorithm.map(|name| ("p2p.algorithm", name)));
                 world(size, PATIENT, &options, |rank| {
                     let send = rank.space(COUNT * 4);
                     let recv = rank.comm.allocate(COUNT * 4).unwrap();
@@ -147,7 +168,7 @@ fn signed_zeros_keep_their_sign() {
                         rank.upload(send, &encode(dtype, (0..COUNT).map(|i| sent(rank.rank, i))));
                         let sums = encode(dtype, (0..COUNT).map(|i| if i % 3 == 0 { -0.0 } else { 0.0 }));
                         rank.reduce(&*rank.comm, (send, recv), COUNT, dtype).unwrap();
-                        assert!(rank.download(recv, sums.len()) == sums, "{dtype} by {algorithm}");
+                        assert!(rank.download(recv, sums.len()) == sums, "{dtype} by {algorithm:?}");
                     }
                     rank.comm.close().unwrap();
                 });

@@ -4,6 +4,7 @@ use comm_core::{DType, DeviceComm};
 
 use crate::common::{PATIENT, Rank, shared, world, world_size};
 use crate::data::{Judge, SUM, at, sums, timed};
+use crate::setting::Setting;
 
 const HIDDEN: usize = 2048;
 const DTYPE: DType = DType::F16;
@@ -13,19 +14,18 @@ pub(crate) const TOKENS: [usize; 26] = [
 ];
 const CALLS_OF_A_GRAPH: usize = 100;
 const REPLAYS: usize = 100;
-/// Where ranks share devices, and every call takes much longer.
-const REPLAYS_WHERE_SHARED: usize = 3;
+/// Where ranks share devices, and every call takes much longer, and where the number is not the point.
+const FEW_REPLAYS: usize = 3;
 /// Results of different calls of a graph that are looked at after it, as far as this many bytes hold them.
 const LOOKED_AT: usize = 32 << 20;
 const MOST: usize = 2 * TOKENS[TOKENS.len() - 1] * HIDDEN;
 
-/// 10,000 calls for every token count. A graph's calls take turns over the places of one buffer, whose content is new
-/// at every replay; so no result of an earlier replay can pass.
-fn iterate(rank: &Rank, comm: &dyn DeviceComm, seed: usize) {
+/// 100 calls a replay for every token count. A graph's calls take turns over the places of one buffer, whose content is
+/// new at every replay; so no result of an earlier replay can pass.
+fn iterate(rank: &Rank, comm: &dyn DeviceComm, seed: usize, replays: usize) {
     let judge = Judge::new(rank);
     let send = rank.space(MOST * DTYPE.size());
     let recv = comm.allocate(MOST * DTYPE.size()).unwrap();
-    let replays = if shared() { REPLAYS_WHERE_SHARED } else { REPLAYS };
     for (turn, tokens) in TOKENS.into_iter().enumerate() {
         let count = tokens * HIDDEN;
         let places = (LOOKED_AT / (count * DTYPE.size())).clamp(2, CALLS_OF_A_GRAPH);
@@ -48,14 +48,30 @@ fn iterate(rank: &Rank, comm: &dyn DeviceComm, seed: usize) {
     }
 }
 
+fn replays() -> usize {
+    if shared() { FEW_REPLAYS } else { REPLAYS }
+}
+
 #[test]
 fn ten_thousand_iterations_at_every_token_count() {
     let Some(size) = world_size() else { return };
     timed("iterations of the whole world", || {
         world(size, PATIENT, &[], |rank| {
-            iterate(&rank, &*rank.comm, 0);
+            iterate(&rank, &*rank.comm, 0, replays());
             rank.comm.close().unwrap();
         });
+    });
+}
+
+/// The same calls, fewer of them.
+pub(crate) fn every_token_count(setting: &Setting) {
+    timed("token counts of a served model", || {
+        for &size in &setting.sizes {
+            world(size, PATIENT, &setting.options(&[]), |rank| {
+                iterate(&rank, &*rank.comm, 0, FEW_REPLAYS);
+                rank.comm.close().unwrap();
+            });
+        }
     });
 }
 
@@ -72,7 +88,7 @@ fn ten_thousand_iterations_in_two_halves_at_once() {
         world(size, 3 * PATIENT, &[], |rank| {
             let color = u32::from(rank.rank >= half);
             let group = rank.comm.split(Some(color), rank.rank as i32).unwrap().unwrap();
-            iterate(&rank, &*group, (1 + color as usize) << 20);
+            iterate(&rank, &*group, (1 + color as usize) << 20, replays());
             if shared() {
                 // A close waits for the whole device, which may not be while another rank captures there.
                 rank.host.barrier(comm_core::Deadline::after(3 * PATIENT)).unwrap();

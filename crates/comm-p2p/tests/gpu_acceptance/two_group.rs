@@ -5,8 +5,9 @@ use std::ops::Range;
 use comm_core::{DType, DeviceAddr, DeviceComm, TwoGroupNormArgs};
 
 use crate::common::{PATIENT, Rank, world};
-use crate::data::{Judge, encode, sums, timed, worlds};
+use crate::data::{Judge, encode, sums, timed};
 use crate::norm::{rounded_once, sent, ulps, weights};
+use crate::setting::worlds;
 
 const HIDDEN: usize = 2048;
 const DTYPE: DType = DType::F16;

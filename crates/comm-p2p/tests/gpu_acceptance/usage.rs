@@ -3,7 +3,8 @@
 use comm_core::{DType, DeviceAddr, DeviceMemory as _, OpKind, ReduceOp};
 
 use crate::common::{PATIENT, Rank, world};
-use crate::data::{timed, worlds};
+use crate::data::timed;
+use crate::setting::worlds;
 
 /// Algorithms that store into the other ranks' memory themselves.
 const DIRECT: [&str; 5] = ["one_shot", "lamport", "two_shot", "cells", "composed"];

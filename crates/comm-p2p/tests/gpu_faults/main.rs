@@ -1,8 +1,13 @@
-//! Ranks that are late, missing or aborted: every wait ends, with an error that says why.
+//! Ranks that are late, missing or aborted: every wait ends, with an error that says why. Here what holds around such an
+//! end; that it holds for the waits of every kernel is for `waits`.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "../common/mod.rs"]
 mod common;
+
+mod cases;
+mod waits;
 
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -30,15 +35,7 @@ fn a_rank_that_does_not_arrive_is_named_and_a_new_communicator_works() {
             }
             let error = rank.await_failure(SHORT + Duration::from_secs(1));
             let took = start.elapsed();
-            let named = match &error {
-                CommError::Timeout { missing, .. } => missing.clone(),
-                CommError::PeerFailed { cause, .. } => match &**cause {
-                    CommError::Timeout { missing, .. } => missing.clone(),
-                    other => panic!("{other}"),
-                },
-                other => panic!("{other}"),
-            };
-            assert_eq!(named, [size - 1], "rank {}: {error}", rank.rank);
+            assert_eq!(waits::missed(&error), [size - 1], "rank {}: {error}", rank.rank);
             assert!(took >= SHORT && took < SHORT + Duration::from_millis(600), "{took:?}");
             assert_eq!(rank.sum(at, at, count).unwrap_err(), error);
             assert_eq!(rank.comm.close().unwrap_err(), error);
