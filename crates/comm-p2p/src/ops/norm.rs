@@ -76,15 +76,19 @@ impl P2pComm {
         }
         let mut call = self.begin(kind, stream)?;
         call.passes(args.dtype, args.tokens * args.hidden, &rest);
+        let one_hop = matches!(algorithm, Algorithm::OneShot | Algorithm::Lamport);
+        let (channel, wire) = channels.one_hop(if one_hop { algorithm } else { Algorithm::Lamport });
+        let link = call.link(channel);
+        if one_hop {
+            self.share_a_buffer(&call, &link, stream)?;
+        }
         // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks, and the
         // caller vouches for the operands.
         call.fatal(unsafe {
-            if matches!(algorithm, Algorithm::OneShot | Algorithm::Lamport) {
-                let (channel, wire) = channels.one_hop(algorithm);
-                let link = (&call.link(channel), wire);
-                channels.kernels.norm_one_shot(link, args, quantized, (chunk, shape.block), stream)
+            if one_hop {
+                let how = (chunk, shape.block);
+                channels.kernels.norm_one_shot((&link, wire), args, quantized, how, stream)
             } else {
-                let link = call.link(&channels.lamport);
                 channels.kernels.norm_two_shot(&link, args, quantized, shape, stream)
             }
         })?;

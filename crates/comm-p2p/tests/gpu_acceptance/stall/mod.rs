@@ -201,3 +201,10 @@ fn without_double_buffering_a_stall_is_noticed_in_averages_and_gathers() {
         ]);
     });
 }
+
+#[test]
+fn without_double_buffering_a_stall_is_noticed_in_norms() {
+    timed("stall, negative control of norms", || {
+        is_noticed(&[(Op::Norm, "one_shot"), (Op::Norm, "lamport"), (Op::Fp8Norm, "lamport")]);
+    });
+}
