@@ -21,6 +21,9 @@ use crate::symmetric::table::Table;
 /// Short enough that a death is known to kernels and callers well within a second.
 const INTERVAL: Duration = Duration::from_millis(25);
 
+/// How long work that is left at the end may take before the other ranks are looked at again.
+const PATIENCE: Duration = Duration::from_millis(500);
+
 /// How long a close lets graphs take that have been dropped: the driver tells by a thread of its own.
 const GRAPHS_TIME: Duration = Duration::from_millis(200);
 
@@ -185,7 +188,7 @@ fn end(shared: &Shared, collective: bool) -> Result<()> {
 /// watching: a rank whose death would be noticed here alone must still end the kernels that wait for it.
 fn drain(shared: &Shared, collective: bool) -> Result<()> {
     let start = Instant::now();
-    let mut observed = start;
+    let mut next_look = start + PATIENCE;
     loop {
         let left = lock(&shared.owned).order.left()?;
         match left {
@@ -195,8 +198,9 @@ fn drain(shared: &Shared, collective: bool) -> Result<()> {
             Left::Graphs if exit::is_near() => return Err(shared.closed()),
             Left::Graphs | Left::Calls => {}
         }
-        if observed.elapsed() > INTERVAL && !shared.has_failed() {
-            observed = Instant::now();
+        // Not at once: a rank that has left after its own close, before this one is through, has done no harm.
+        if Instant::now() > next_look && !shared.has_failed() {
+            next_look = Instant::now() + INTERVAL;
             if let Err(error) = shared.observe() {
                 shared.fail(error);
             }
