@@ -69,14 +69,19 @@ impl Bench {
                 self.expect(place(recv, from), COUNT, dtype, &data, (Expected::Sent(from), rank * COUNT))?;
             }
         }
-        // Pairs of ranks, of which the even one sends first: a message has more chunks than may be under way.
-        let peer = rank ^ 1;
-        if peer < world {
+        // Pairs of ranks, of which the first sends first: a message has more chunks than may be under way. An odd rank out is
+        // the first one's.
+        for (first, second) in (0..world).step_by(2).map(|first| (first, (first + 1) % world)) {
+            // By all ranks, so that they go on with the same numbers.
             let data = self.fill(send, COUNT, dtype, None)?;
+            if rank != first && rank != second {
+                continue;
+            }
+            let peer = if rank == first { second } else { first };
             self.poison(recv, COUNT * dtype.size())?;
             // SAFETY: see above.
             unsafe {
-                if rank < peer {
+                if rank == first {
                     comm.send(send, COUNT, dtype, peer, stream)?;
                     comm.recv(recv, COUNT, dtype, peer, stream)?;
                 } else {
