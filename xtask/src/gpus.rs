@@ -1,6 +1,7 @@
 //! Which GPUs this process may use. Asked of NVML, which unlike CUDA takes no memory on them.
 
-use nvml_wrapper::Nvml;
+use nvml_wrapper::error::NvmlError;
+use nvml_wrapper::{Device, Nvml};
 
 /// The GPUs, as `CUDA_VISIBLE_DEVICES` spells them; or why there are none.
 ///
@@ -52,6 +53,24 @@ pub fn uuids() -> Vec<String> {
     let Ok(nvml) = Nvml::init() else { return Vec::new() };
     let uuid = |index| nvml.device_by_index(index).and_then(|device| device.uuid());
     (0..nvml.device_count().unwrap_or(0)).map(|index| uuid(index).unwrap_or_default()).collect()
+}
+
+/// NVML's handle of a GPU that `CUDA_VISIBLE_DEVICES` spells like this: by its number, its UUID or the beginning of one.
+///
+/// # Errors
+/// NVML's, also when there is no such GPU.
+pub fn device<'nvml>(nvml: &'nvml Nvml, gpu: &str) -> Result<Device<'nvml>, NvmlError> {
+    if let Ok(index) = gpu.parse() {
+        return nvml.device_by_index(index);
+    }
+    let begins = |index: &u32| {
+        nvml.device_by_index(*index).and_then(|device| device.uuid()).is_ok_and(|uuid| uuid.starts_with(gpu))
+    };
+    match (0..nvml.device_count()?).find(begins) {
+        Some(index) => nvml.device_by_index(index),
+        // A part of a GPU, say.
+        None => nvml.device_by_uuid(gpu),
+    }
 }
 
 /// What CUDA would make of the variable: entries up to the first that is no device.

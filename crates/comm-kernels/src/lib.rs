@@ -11,6 +11,7 @@
 //! - [`driver`]: whether there is a driver; call [`driver::probe`] before anything else that touches CUDA.
 //! - [`capture`]: what a library needs to know of the graph that it is being captured into.
 //! - [`raw`] and [`exit`]: driver calls that backends share, and what the end of the process waits for.
+//! - [`launched`]: which kernels were launched, for programs that are to try all.
 //! - [`locate`] and [`manifest`]: where compiled kernels come from. They are built by `cargo xtask kernels`; without
 //!   them this crate compiles, and using a kernel says what to do.
 //!
@@ -23,6 +24,7 @@ pub mod driver;
 pub mod exit;
 mod graph;
 mod kernels;
+pub mod launched;
 pub mod layer;
 pub mod locate;
 pub mod manifest;

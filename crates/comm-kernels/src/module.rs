@@ -11,6 +11,7 @@ use comm_core::{CommError, Result, StreamHandle};
 use cudarc::driver::{CudaContext, result, sys};
 
 use crate::driver;
+use crate::launched::{self, Flag};
 use crate::locate::KernelSet;
 
 /// A loaded module. Copies name the same module.
@@ -31,6 +32,8 @@ unsafe impl Sync for Module {}
 pub struct Function {
     raw: sys::CUfunction,
     name: &'static str,
+    /// What its launches set, where they are noted.
+    flag: Option<Flag>,
 }
 
 // SAFETY: a CUfunction is a handle into the driver, usable from any thread, like its module.
@@ -120,7 +123,7 @@ impl Module {
         // waiting for what this very thread is to launch next.
         // SAFETY: the function belongs to a module that stays loaded.
         unsafe { sys::cuFuncLoad(raw) }.result().map_err(driver::failed("cuFuncLoad"))?;
-        Ok(Function { raw, name })
+        Ok(Function { raw, name, flag: launched::flag_of(name) })
     }
 }
 
@@ -131,8 +134,9 @@ impl Function {
         self.name
     }
 
-    /// The driver's handle, valid as long as the context.
-    pub(crate) const fn raw(&self) -> sys::CUfunction {
+    /// The driver's handle, for a node of a graph; valid as long as the context. Counts as a launch.
+    pub(crate) fn raw(&self) -> sys::CUfunction {
+        launched::note(self.flag);
         self.raw
     }
 
@@ -152,6 +156,7 @@ impl Function {
         stream: StreamHandle,
         parameters: &mut [*mut c_void],
     ) -> Result<()> {
+        launched::note(self.flag);
         context.bind_to_thread().map_err(driver::failed("cuCtxSetCurrent"))?;
         // SAFETY: the function belongs to a module that stays loaded; the caller vouches for the rest.
         unsafe {
@@ -185,6 +190,7 @@ impl Function {
         stream: StreamHandle,
         parameters: &mut [*mut c_void],
     ) -> Result<()> {
+        launched::note(self.flag);
         context.bind_to_thread().map_err(driver::failed("cuCtxSetCurrent"))?;
         // SAFETY: the structures are plain data, for which zero is a valid value.
         let mut attributes: [sys::CUlaunchAttribute; 2] = unsafe { std::mem::zeroed() };

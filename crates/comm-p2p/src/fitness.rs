@@ -5,9 +5,8 @@
 
 use std::sync::{Arc, Mutex};
 
-use comm_core::{DeviceAddr, Result};
-use comm_kernels::raw::{Event, check};
-use cudarc::driver::sys;
+use comm_core::{Result, StreamHandle};
+use comm_kernels::raw::Event;
 
 use crate::state::lock;
 use crate::stream::Stream;
@@ -53,15 +52,13 @@ impl Drop for Sentinel {
 }
 
 impl Fitness {
-    /// Stores a word into device memory, on a stream of its own. Waits for nothing. The context is current.
-    pub(crate) fn store(&self, at: DeviceAddr, word: u32) -> Result<()> {
-        let Some(sentinel) = lock(&self.0).clone() else { return Ok(()) };
-        // SAFETY: callers pass a word of the communicator's memory, which is not given back before `settle`.
-        let code = unsafe { sys::cuMemsetD32Async(at.0, word, 1, sentinel.stream.raw()) };
-        check("cuMemsetD32Async", code)
+    /// Enqueues work that waits for nothing, and that nothing waits for, on a stream of its own. The context is current.
+    pub(crate) fn enqueue(&self, work: impl FnOnce(StreamHandle) -> Result<()>) -> Result<()> {
+        let sentinel = lock(&self.0).clone();
+        sentinel.map_or(Ok(()), |sentinel| work(sentinel.stream.handle()))
     }
 
-    /// Waits until what was stored is there. The context is current.
+    /// Waits until what was enqueued is done. The context is current.
     pub(crate) fn settle(&self) -> Result<()> {
         let sentinel = lock(&self.0).clone();
         sentinel.map_or(Ok(()), |sentinel| sentinel.stream.wait())

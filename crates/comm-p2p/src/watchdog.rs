@@ -14,12 +14,16 @@ use cudarc::driver::sys;
 
 use crate::captured::take_back;
 use crate::order::{Left, Order};
-use crate::state::{Shared, lock};
+use crate::state::{Channels, Shared, lock};
 use crate::symmetric::ipc::User;
 use crate::symmetric::table::Table;
 
 /// Short enough that a death is known to kernels and callers well within a second.
 const INTERVAL: Duration = Duration::from_millis(25);
+
+/// How often flags are lifted: a small part of the time that 2^30 rounds take, at least half an hour. The first time is at
+/// once, for whoever checks that all kernels run.
+const LIFT_INTERVAL: Duration = Duration::from_secs(60);
 
 /// How long work that is left at the end may take before the other ranks are looked at again.
 const PATIENCE: Duration = Duration::from_millis(500);
@@ -60,6 +64,7 @@ fn run(shared: &Shared, user: User) {
 
 fn watch(shared: &Shared) -> Result<()> {
     let mut hushed = false;
+    let mut next_lift = Instant::now();
     loop {
         let (close, dropped) = {
             let ending = lock(&shared.ending);
@@ -82,6 +87,12 @@ fn watch(shared: &Shared) -> Result<()> {
             shared.let_go();
             std::mem::forget(take(shared));
             return Err(shared.closed());
+        }
+        if next_lift <= Instant::now() && !shared.has_failed() {
+            next_lift = Instant::now() + LIFT_INTERVAL;
+            if let Err(error) = lift(shared) {
+                shared.fail(error);
+            }
         }
         // A failed communicator keeps its memory until it is closed or dropped: a graph may still be replayed, whose
         // kernels then leave at once.
@@ -125,11 +136,29 @@ pub(crate) fn report_last(shared: &Shared) {
     }
 }
 
+/// See [`P2pKernels::lift`](comm_kernels::p2p::P2pKernels::lift).
+fn lift(shared: &Shared) -> Result<()> {
+    let Some(channels) = &shared.channels else { return Ok(()) };
+    let Channels { packet, lamport, lines, cells, .. } = channels;
+    shared.fitness.enqueue(|stream| {
+        [packet, lamport, lines, cells].into_iter().try_for_each(|link| {
+            // SAFETY: the channels live until the communicator is given back, which waits for the stream (`settle`).
+            unsafe { channels.kernels.lift(link, stream) }
+        })
+    })
+}
+
 /// Has kernels that start from now on send nothing, as those do that start after a wait has been given up. The others may
 /// have given up waiting for this rank, have closed, and use their buffers for something else.
 fn hush(shared: &Shared) {
     let Some(channels) = &shared.channels else { return };
-    if let Err(error) = shared.fitness.store(channels.barrier.broken, HUSHED) {
+    let hushed = shared.fitness.enqueue(|stream| {
+        // SAFETY: a word of the communicator's memory, which is not given back before the stream has been waited for.
+        let code =
+            unsafe { sys::cuMemsetD32Async(channels.barrier.broken.0, HUSHED, 1, raw::stream(stream)) };
+        check("cuMemsetD32Async", code)
+    });
+    if let Err(error) = hushed {
         tracing::debug!(comm = shared.info.name, %error, "later kernels could not be hushed");
     }
 }

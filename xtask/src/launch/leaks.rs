@@ -1,4 +1,4 @@
-//! What a job must not leave behind: shared-memory files, processes, sockets.
+//! What a job must not leave behind: shared-memory files, processes, sockets, memory of its GPUs.
 
 use std::collections::BTreeSet;
 use std::os::unix::fs::MetadataExt;
@@ -7,18 +7,27 @@ use std::time::Duration;
 
 use rustix::process::Pid;
 
+use super::gpu_memory::{self, Changes};
+
 /// More than passes between making a file and mapping it.
 const MAPPING_TIME: Duration = Duration::from_millis(100);
 
-/// The shared-memory files of this user before the job.
+/// The shared-memory files of this user, and the memory in use on the job's GPUs, before the job.
 pub struct Before {
     shm: BTreeSet<PathBuf>,
+    gpus: Option<gpu_memory::Before>,
 }
 
 impl Before {
-    /// Looks around before the ranks start.
-    pub fn look() -> Self {
-        Self { shm: own_shm_files() }
+    /// Looks around before the ranks start. `own_gpus`: those that no other job has as long as this one runs.
+    pub fn look(own_gpus: &[String]) -> Self {
+        let gpus = (!own_gpus.is_empty()).then(|| gpu_memory::Before::look(own_gpus));
+        Self { shm: own_shm_files(), gpus }
+    }
+
+    /// What has become of the GPUs' memory. Every process of the job has ended.
+    pub fn gpu_memory(&self) -> Changes {
+        self.gpus.as_ref().map_or_else(Changes::default, gpu_memory::Before::changes)
     }
 
     /// What is there now and was not there before, in words; empty when nothing leaked. `groups` are the process groups
@@ -104,7 +113,7 @@ mod tests {
 
     #[test]
     fn a_forgotten_file_is_named_and_a_mapped_one_is_not_ours() {
-        let before = Before::look();
+        let before = Before::look(&[]);
         let Ok(file) = tempfile::Builder::new().prefix("comm-leak-test").tempfile_in("/dev/shm") else {
             eprintln!("SKIP: /dev/shm is not writable");
             return;
@@ -113,6 +122,7 @@ mod tests {
         let name = file.path().display().to_string();
         assert!(leaks.iter().any(|leak| leak.contains(&name)), "{leaks:?}");
         drop(file);
+        assert_eq!(before.gpu_memory(), Changes::default(), "there were no GPUs to look at");
         assert!(!before.leaks(&[], None).iter().any(|leak| leak.contains(&name)));
     }
 }

@@ -5,6 +5,7 @@
 //! [`launch`]: every rank is in a process group of its own, dies with this process, and is killed when time is up.
 
 mod fault;
+mod gpu_memory;
 mod leaks;
 mod lease;
 mod output;
@@ -169,7 +170,9 @@ pub fn launch(spec: &LaunchSpec, on_event: &mut dyn FnMut(&Message)) -> Result<L
         .tempdir()
         .context("creating the job's folder")?;
     let _sudden_end = signal::Folder::new(folder.path());
-    let before = leaks::Before::look();
+    // On GPUs that others may be using, too, nobody could say whose memory is whose.
+    let own_gpus = if spec._lease.is_some() { spec.gpus.as_slice() } else { &[] };
+    let before = leaks::Before::look(own_gpus);
     let ranks = ranks::start(spec, folder.path())?;
     supervise::supervise(spec, ranks, &before, folder.path(), on_event)
 }

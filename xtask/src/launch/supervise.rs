@@ -87,6 +87,11 @@ pub fn supervise(
     // Whatever a rank started is ended with it, but it counts as left behind.
     started.ranks.iter().for_each(|rank| rank.signal(Signal::KILL));
     std::mem::take(&mut started.output).finish(OUTPUT_PATIENCE);
+    if !signal::interrupted() {
+        let changes = before.gpu_memory();
+        leaks.extend(changes.leaks);
+        changes.untold.iter().for_each(|line| (spec.output)(line));
+    }
     let ranks: Vec<RankEnd> = std::iter::zip(&started.ranks, ended_by_us)
         .map(|(rank, by_us)| RankEnd {
             exit: exit_of(rank, by_us),

@@ -1,4 +1,5 @@
-//! One rank's part of a fault test: collectives without end, until one fails; then a new communicator in this process.
+//! One rank's part of a fault test: collectives without end, until one fails; then a new communicator in this process. In
+//! the end no more descriptors are open than before the communicator that failed was made.
 //!
 //! This reports what the rank saw and when. Whether that is right is judged by the program that started the ranks, which
 //! knows when the fault happened.
@@ -17,9 +18,12 @@ use crate::device::Device;
 use crate::events::{CaseResult, Event, GoodCall, monotonic_nanos};
 use crate::launch::{FAULT_POINT, Fault, FaultKind};
 use crate::rank::RankContext;
+use crate::rank::descriptors::Descriptors;
 
 /// The case that reports whether the survivors could go on.
 pub const GOES_ON: &str = "a new communicator in the same process";
+/// The case that reports, where each rank is a process, whether a survivor has as few descriptors open as before.
+pub const NOTHING_OPEN: &str = "no more descriptors than before";
 
 /// Elements of the collectives: 1 MiB, so that they take several of a backend's steps.
 const COUNT: usize = 1 << 18;
@@ -47,13 +51,24 @@ pub struct FaultJob {
 /// When the ranks could not be brought to the fault, or nothing failed after it.
 pub fn run(job: &FaultJob, context: &RankContext) -> Result<()> {
     let device = context.open_device(&job.backend)?;
-    let comm = create(job, &context.host, &*device)?;
     let memory = device.memory();
     let (send, recv) = (Buffer::new(memory, COUNT * 4)?, Buffer::new(memory, COUNT * 4)?);
     // SAFETY: both buffers hold `COUNT` f32 elements and outlive the work, which is waited for or abandoned below.
     let all_reduce = |comm: &dyn DeviceComm| unsafe {
         comm.all_reduce(send.addr, recv.addr, COUNT, DType::F32, ReduceOp::Sum, memory.stream())
     };
+    // Threads of one process open and close what all of them see.
+    let opened = match context.host.same_process() {
+        true => None,
+        false => {
+            // Driver and libraries open what they keep for as long as the process lives when something is first done. So
+            // all is done once before.
+            warm_up(job, context, &*device, &all_reduce)
+                .context("a communicator before the one that fails")?;
+            Some(Descriptors::settled()?)
+        }
+    };
+    let comm = create(job, &context.host, &*device)?;
     // One good call, so that the fault meets a communicator at work and not one that still connects.
     all_reduce(&*comm)?;
     memory.synchronize()?;
@@ -116,6 +131,32 @@ pub fn run(job: &FaultJob, context: &RankContext) -> Result<()> {
         Err(error) => CaseResult::Failed(format!("{error:#}")),
     };
     context.events.emit(Event::Case { name: GOES_ON.to_owned(), result });
+    if let Some(opened) = opened {
+        context.events.phase("counting open descriptors");
+        let result = match opened.grown()?.as_slice() {
+            [] => CaseResult::Passed,
+            more => CaseResult::Failed(more.join(", ")),
+        };
+        context.events.emit(Event::Case { name: NOTHING_OPEN.to_owned(), result });
+    }
+    Ok(())
+}
+
+/// A communicator that does what the one that fails will do, and ends well.
+fn warm_up(
+    job: &FaultJob,
+    context: &RankContext,
+    device: &dyn Device,
+    all_reduce: &dyn Fn(&dyn DeviceComm) -> Result<(), CommError>,
+) -> Result<()> {
+    let comm = create(job, &context.host, device)?;
+    all_reduce(&*comm)?;
+    device.wait(&mut || comm.poll())?;
+    if job.graph {
+        device.replay(GRAPH_CALLS, &mut || all_reduce(&*comm), &mut || comm.poll())?;
+    }
+    comm.close()?;
+    context.host.all_gather(&0_u8)?;
     Ok(())
 }
 

@@ -3,7 +3,9 @@
 //! The job is a JSON file named by a variable, so that all ranks get the same copy of it.
 
 mod conformance;
+mod descriptors;
 mod fault;
+mod lifecycle;
 mod log;
 mod sweep;
 
@@ -26,7 +28,8 @@ use crate::launch::THREADS_ENV;
 use crate::tune;
 
 pub use conformance::ConformanceJob;
-pub use fault::{FaultJob, GOES_ON};
+pub use fault::{FaultJob, GOES_ON, NOTHING_OPEN};
+pub use lifecycle::{FLAT_DESCRIPTORS, FLAT_MEMORY, LifecycleJob};
 pub use sweep::SweepJob;
 
 /// The environment variable that names the file which holds the job.
@@ -45,6 +48,8 @@ pub enum Job {
     Tune(tune::TuneJob),
     /// Every kernel once.
     Sweep(SweepJob),
+    /// Communicators one after another.
+    Lifecycle(LifecycleJob),
 }
 
 /// What a rank knows of itself.
@@ -214,6 +219,7 @@ fn run_rank(job: &Job, context: &RankContext) -> Result<()> {
         Job::Fault(job) => fault::run(job, context),
         Job::Tune(job) => tune::rank::run(job, context),
         Job::Sweep(_) => sweep::run(context),
+        Job::Lifecycle(job) => lifecycle::run(job, context),
     };
     if let Err(error) = &result {
         // The others need not wait for their timeouts, and learn why.

@@ -1,5 +1,6 @@
 //! `cargo xtask sanitize`: every kernel of comm-kernels and comm-p2p under NVIDIA's compute-sanitizer, tool
-//! by tool; a process per rank, or a thread.
+//! by tool; a process per rank, or a thread. A kernel that was compiled and not launched is a failure, unless there is a
+//! reason to leave it out (`rank/sweep/coverage.rs`).
 //!
 //! What each tool can and cannot see: `memcheck` and `synccheck` see all of it. `racecheck` sees shared memory only;
 //! what the GPUs tell each other through flags and packs is proved by other tests. It knows barriers alone, so the sums
@@ -73,14 +74,17 @@ pub struct SanitizeArgs {
     /// The program; if not given, the newest on the PATH and in CUDA toolkits, or one from PyPI if those are too old.
     #[arg(long, value_name = "PATH")]
     sanitizer: Option<PathBuf>,
-    /// Ranks, a GPU each.
+    /// Ranks, a GPU each. Eight run the kernels for hybrid cube meshes as well.
     #[arg(long, default_value_t = 2)]
     world: usize,
-    /// How the ranks run.
-    #[arg(long, value_enum, default_value_t = Mode::Processes)]
-    mode: Mode,
+    /// Where there are fewer GPUs than ranks, let several ranks be on each, in turn.
+    #[arg(long)]
+    share_gpus: bool,
+    /// How the ranks run [default: processes; where they share GPUs, threads: processes take turns on a GPU].
+    #[arg(long, value_enum)]
+    mode: Option<Mode>,
     /// Every tool ends after this many seconds.
-    #[arg(long, default_value_t = 240)]
+    #[arg(long, default_value_t = 480)]
     timeout: u64,
     /// Fail, instead of skipping, when fewer GPUs are usable or there is no compute-sanitizer.
     #[arg(long, value_name = "N")]
@@ -88,6 +92,18 @@ pub struct SanitizeArgs {
     /// Also show what the tools say when all is well.
     #[arg(long)]
     verbose: bool,
+}
+
+impl SanitizeArgs {
+    /// Whether some ranks share a GPU, of so many.
+    const fn shares(&self, gpus: usize) -> bool {
+        self.share_gpus && gpus < self.world
+    }
+
+    /// How the ranks run on so many GPUs.
+    fn mode(&self, gpus: usize) -> Mode {
+        self.mode.unwrap_or(if self.shares(gpus) { Mode::Threads } else { Mode::Processes })
+    }
 }
 
 /// Runs the command and prints the tally as the last line.
@@ -137,7 +153,7 @@ fn run_tools(args: &SanitizeArgs, tally: &mut Tally) -> Result<()> {
 /// compute-sanitizer, if a tool of it is wanted, and the GPUs; or why there is nothing to run with.
 fn ready(args: &SanitizeArgs) -> Result<(Option<Sanitizer>, Vec<String>), String> {
     let gpus = gpus::visible()?;
-    let needed = args.require_gpus.unwrap_or(0).max(args.world);
+    let needed = gpus::needed(args.world, gpus.len(), args.share_gpus).max(args.require_gpus.unwrap_or(0));
     if gpus.len() < needed {
         return Err(format!("{needed} GPUs are needed; {} are usable", gpus.len()));
     }
@@ -201,8 +217,9 @@ fn one(
         return Ok(CaseResult::Skipped(why));
     }
     eprintln!("running {} ...", tool.name());
-    let spec = job::spec(args.world, args.mode, Duration::from_secs(args.timeout), COMM_TIMEOUT)?;
-    let spec = spec.with_gpus(gpus, true)?;
+    let mode = args.mode(gpus.len());
+    let spec = job::spec(args.world, mode, Duration::from_secs(args.timeout), COMM_TIMEOUT)?;
+    let spec = spec.sharing(args.shares(gpus.len())).with_gpus(gpus, true)?;
     let lines = Arc::new(Mutex::new(Vec::new()));
     let output = {
         let (lines, verbose) = (Arc::clone(&lines), args.verbose);
@@ -221,12 +238,14 @@ fn one(
     }
     // The check of the GPUs' links is no kernel of its own, and its verdict would be kept.
     spec.env.push(("COMM_P2P_CHECK".to_owned(), "skip".into()));
+    // The ranks impose what they need themselves, communicator by communicator.
+    spec.env.push(("COMM_P2P_TOPOLOGY".to_owned(), "".into()));
     let (mut passed, mut failed) = (0, Vec::new());
     let outcome = job::launch_job(spec, &Job::Sweep(SweepJob {}), &mut |message| {
         if let Event::Case { name, result } = &message.event {
             match result {
                 CaseResult::Passed => passed += 1,
-                CaseResult::Skipped(_) => {}
+                CaseResult::Skipped(why) => println!("     left out, {name}: {why}"),
                 CaseResult::Failed(why) | CaseResult::NotRun(why) => {
                     failed.push(format!("rank {}, {name}: {why}", message.rank));
                 }
@@ -234,7 +253,7 @@ fn one(
         }
     })?;
     let lines = lines.lock().unwrap_or_else(PoisonError::into_inner);
-    let processes = if args.mode == Mode::Threads { 1 } else { args.world };
+    let processes = if mode == Mode::Threads { 1 } else { args.world };
     let result = verdict(&outcome, &lines, watched.map(|_| processes), passed, &failed);
     if matches!(result, CaseResult::Failed(_)) {
         for line in lines.iter().filter(|line| summary::is_of_tool(line)).take(SHOWN) {
@@ -310,6 +329,26 @@ mod tests {
         let unsupported =
             ["[0] ========= Error: Device not supported. Please refer to the manual".to_owned()];
         assert!(matches!(verdict(&outcome(1), &unsupported, Some(2), 0, &[]), CaseResult::Skipped(_)));
+    }
+
+    #[test]
+    fn ranks_share_gpus_as_threads_where_they_may_and_must() {
+        #[derive(clap::Parser)]
+        struct Parsed {
+            #[command(flatten)]
+            args: SanitizeArgs,
+        }
+        let parse = |words: &[&str]| {
+            let words = ["t"].iter().chain(words);
+            <Parsed as clap::Parser>::try_parse_from(words).unwrap().args
+        };
+        let plain = parse(&[]);
+        assert!(!plain.shares(1) && plain.mode(1) == Mode::Processes);
+        let eight = parse(&["--world", "8", "--share-gpus"]);
+        assert!(eight.shares(4) && eight.mode(4) == Mode::Threads);
+        assert!(!eight.shares(8) && eight.mode(8) == Mode::Processes);
+        let asked = parse(&["--world", "8", "--share-gpus", "--mode", "processes"]);
+        assert!(asked.shares(2) && asked.mode(2) == Mode::Processes);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use anyhow::Result;
 use crate::events::{CaseResult, Event};
 use crate::job;
 use crate::launch::{Exit, Fault, FaultKind, LaunchReport, LaunchSpec, Mode, lease};
-use crate::rank::{FaultJob, GOES_ON, Job};
+use crate::rank::{FaultJob, GOES_ON, Job, NOTHING_OPEN};
 use crate::signal;
 use crate::tally::Tally;
 use crate::test_gpus::verdict::{Evidence, Seen, judge};
@@ -185,7 +185,7 @@ fn one(
             words.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(line.to_owned());
         })
     };
-    let (mut seen, mut went_on) = (Vec::new(), Vec::new());
+    let (mut seen, mut went_on, mut counted) = (Vec::new(), Vec::new(), Vec::new());
     let outcome = job::launch_job(spec, &job, &mut |message| match &message.event {
         Event::Failed { error, began, returned, before } => {
             let (rank, error) = (message.rank, error.clone());
@@ -198,6 +198,7 @@ fn one(
                 .for_each(|seen| seen.dropped = Some(*at));
         }
         Event::Case { name, result } if name == GOES_ON => went_on.push((message.rank, result.clone())),
+        Event::Case { name, result } if name == NOTHING_OPEN => counted.push((message.rank, result.clone())),
         _ => {}
     })?;
     let evidence = Evidence {
@@ -209,6 +210,9 @@ fn one(
         went_on: &went_on,
     };
     let mut problems = judge(&evidence);
+    if world.mode == Mode::Processes {
+        problems.extend(left_open(fault.rank, world.size, &counted));
+    }
     problems.extend(bad_ends(&outcome, fault, world.mode));
     if problems.is_empty() {
         return Ok(CaseResult::Passed);
@@ -218,6 +222,16 @@ fn one(
         eprintln!("    {line}");
     }
     Ok(CaseResult::Failed(problems.join("; ")))
+}
+
+/// Survivors must have counted their descriptors, and no more than before.
+fn left_open(hit: usize, world: usize, counted: &[(usize, CaseResult)]) -> Vec<String> {
+    let problem = |rank| match counted.iter().find(|(other, _)| *other == rank) {
+        Some((_, CaseResult::Passed)) => None,
+        Some((_, CaseResult::Failed(more))) => Some(format!("rank {rank} left descriptors open: {more}")),
+        other => Some(format!("rank {rank} did not count its descriptors: {:?}", other.map(|(_, how)| how))),
+    };
+    (0..world).filter(|&rank| rank != hit).filter_map(problem).collect()
 }
 
 /// Survivors must have ended by themselves, and nothing may be left behind.
@@ -248,6 +262,15 @@ mod tests {
         assert_eq!(seats(&gpus, 3, 2), ["6", "7", "0"]);
         assert_eq!(seats(&gpus, 8, 3), gpus);
         assert!(seats(&[], 2, 1).is_empty());
+    }
+
+    #[test]
+    fn survivors_must_have_closed_everything_and_said_so() {
+        let passed = |rank| (rank, CaseResult::Passed);
+        assert!(left_open(1, 3, &[passed(0), passed(2)]).is_empty());
+        let open = left_open(1, 3, &[passed(0), (2, CaseResult::Failed("4 of socket, before 3".into()))]);
+        assert!(open.len() == 1 && open[0].contains("rank 2") && open[0].contains("4 of socket"), "{open:?}");
+        assert!(left_open(0, 2, &[])[0].contains("rank 1 did not count"));
     }
 
     #[test]

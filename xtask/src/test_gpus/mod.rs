@@ -1,10 +1,11 @@
-//! `cargo xtask test-gpus`: the conformance suite and the fault tests on worlds of ranks, and the GPU test programs that
-//! lie beside this one in a bundle.
+//! `cargo xtask test-gpus`: the conformance suite, the fault tests and many communicators' lives on worlds of ranks, and the
+//! GPU test programs that lie beside this one in a bundle.
 //!
 //! What cannot run says `SKIP` and why; `--require-gpus` turns that into a failure. Host-memory backends take part when
 //! they are named, so the same tests run where there is no GPU.
 
 mod faults;
+mod lifecycle;
 mod neighbours;
 mod programs;
 mod verdict;
@@ -156,6 +157,7 @@ pub fn run_tests(args: &TestGpusArgs, tally: &mut Tally) -> Result<()> {
         }
         conformance(args, &world, available, tally)?;
         neighbours::run(args, &world, available, tally)?;
+        lifecycle::run(args, &world, available, tally)?;
         faults::run(args, &faults, &world, available, tally)?;
         if signal::interrupted() {
             bail!("interrupted");

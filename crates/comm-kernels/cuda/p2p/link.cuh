@@ -20,7 +20,7 @@
 // A round is one use of a buffer; round r uses buffer r mod 4. The number lives in device memory, so that a replayed
 // graph goes on counting, and is only ever compared for equality or by signed difference: it may start anywhere and
 // wraps at 2^32, where the buffer order stays intact because 4 divides 2^32, and no flag is ever 2^31 rounds old
-// (lift_flags). Slots lie at a fixed stride, whatever the
+// (lift_flag). Slots lie at a fixed stride, whatever the
 // message's size, so that ops of different sizes never reinterpret each other's packs.
 #pragma once
 #include <cstddef>
@@ -109,19 +109,17 @@ __device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepco
 // otherwise; a flag that was last raised long ago, because other kernels or larger grids used the channel since, must not
 // count as raised when the distance wraps.
 constexpr uint32_t kAhead = 1024;
-// After so many rounds a flag that was not raised since is lifted to the present. It would else come to stand ahead of the
-// rounds, and count as raised, when those have gone once round 2^32.
-constexpr uint32_t kLiftEvery = 1u << 30;
+// Flags that were last raised more than so many rounds ago are lifted to that distance, often enough that none ever is 2^31
+// rounds old: it would come to stand ahead of the rounds, and count as raised, when those have gone once round 2^32. More
+// than any kernel takes rounds, so that a lifted flag is no round's that a running kernel may wait for.
+constexpr uint32_t kLiftedBehind = 1u << 20;
 
-// Lifts this rank's flags that are far behind `round`, all of whose earlier rounds are over here, to just before it. A peer
-// that raises one meanwhile is not undone.
-__device__ __forceinline__ void lift_flags(const Link& link, uint32_t round) {
-    uint32_t* const flags = reinterpret_cast<uint32_t*>(link.scratch[link.rank]);
-#pragma unroll 1
-    for (uint32_t i = 0; i < kFlagBytes / sizeof(uint32_t); i++) {
-        const uint32_t seen = *reinterpret_cast<volatile uint32_t*>(flags + i);
-        if (int32_t(seen - round) < -int32_t(kAhead)) atomicCAS_system(flags + i, seen, round - 1);
-    }
+// Lifts flag `i` of this rank's. Beside running kernels: a peer that raises the flag meanwhile is not undone.
+__device__ __forceinline__ void lift_flag(const Link& link, uint32_t i) {
+    uint32_t* const at = reinterpret_cast<uint32_t*>(link.scratch[link.rank]) + i;
+    const uint32_t past = *reinterpret_cast<volatile uint32_t*>(&link.channel->round) - kLiftedBehind;
+    const uint32_t seen = *reinterpret_cast<volatile uint32_t*>(at);
+    if (int32_t(seen - past) < 0) atomicCAS_system(at, seen, past);
 }
 
 // Claims `rounds` rounds for this kernel and returns the first. Called once by all threads of all CTAs. `silent` becomes
@@ -143,7 +141,6 @@ __device__ __forceinline__ uint32_t claim_rounds_by_thread(const Link& link, uin
         if (last) {
             link.channel->arrived = 0;
             link.channel->round = round + rounds;
-            if (round / kLiftEvery != (round + rounds) / kLiftEvery) lift_flags(link, round);
         }
     }
     return round;

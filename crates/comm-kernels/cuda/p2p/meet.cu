@@ -46,6 +46,12 @@ extern "C" __global__ void __launch_bounds__(32)
     }
 }
 
+// A thread for each flag of a channel. Waits for nothing and nobody waits for it: it runs beside the channel's kernels.
+extern "C" __global__ void __launch_bounds__(256) p2p_lift(const __grid_constant__ p2p::Link link) {
+    const uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < p2p::kFlagBytes / sizeof(uint32_t)) p2p::lift_flag(link, i);
+}
+
 #define P2P_BARRIER(WORLD)                                                                                             \
     extern "C" __global__ void __launch_bounds__(32) p2p_barrier_w##WORLD(const __grid_constant__ p2p::Link link) {    \
         p2p::Waiter waiter;                                                                                            \

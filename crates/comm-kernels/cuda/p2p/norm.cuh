@@ -424,7 +424,7 @@ __device__ __forceinline__ void norm_two_shot(const Link& link, const NormArgs<T
             if (!sums)
                 finish(0);
             else if (__syncthreads_or(threadIdx.x == 0 && r.waiter.gave_up))
-                r.waiter.gave_up = true;
+                return;  // and sends no more, nor needs its slots again
             scatter(1);
         }
         if (k > 1 || (k == 1 && sums)) finish(k - 1);

@@ -385,6 +385,20 @@ impl P2pKernels {
         unsafe { function.launch(&self.context, 1, (32, 1), stream, &mut parameters![*link]) }
     }
 
+    /// Keeps flags that have not been raised for long from seeming to be ahead once the rounds have gone round 2^32. To be
+    /// called at least once in 2^30 rounds of the channel, on any stream: it runs beside the channel's other kernels.
+    ///
+    /// # Errors
+    /// [`CommError::Cuda`].
+    pub unsafe fn lift(&self, link: &Link, stream: StreamHandle) -> Result<()> {
+        const BLOCK: u32 = 256;
+        let blocks = (FLAG_BYTES / size_of::<u32>()).div_ceil(BLOCK as usize) as u32;
+        // SAFETY: as above; nothing on the stream is to be overtaken.
+        unsafe {
+            self.functions.lift.launch(&self.context, 1, (blocks, BLOCK), stream, &mut parameters![*link])
+        }
+    }
+
     /// One step of the handshake with `peer`. `counters`: [`PAIR_COUNTERS_BYTES`] of this rank's device memory.
     ///
     /// # Errors

@@ -1,8 +1,13 @@
 //! One rank's part of a run of every kernel: small, in every algorithm, with every result checked. For running under a
 //! tool that watches the kernels.
 
+mod coverage;
+mod host;
 mod local;
+mod moves;
+mod norms;
 mod operations;
+mod quantized;
 mod uneven;
 
 use std::collections::BTreeSet;
@@ -14,12 +19,15 @@ use comm_core::{
     BackendFactory, CreateContext, DType, Deadline, DeviceAddr, DeviceComm, DeviceMemory, HostCommExt,
     OpKind, ReduceOp,
 };
+use comm_kernels::locate::KernelSet;
 use comm_kernels::pattern::{Expected, Mismatches, Pattern};
-use comm_kernels::{CudaMemory, Kernels};
+use comm_kernels::{CudaMemory, Kernels, launched};
 use comm_p2p::{P2pComm, P2pFactory};
 use serde::{Deserialize, Serialize};
 
+use self::coverage::{CUBE, Run};
 use crate::events::{CaseResult, Event};
+use crate::gpus;
 use crate::rank::RankContext;
 
 /// A run of every kernel.
@@ -36,6 +44,10 @@ const SMALL: [(&str, &str); 6] = [
     ("p2p.pair_bytes", "1024"),
     ("p2p.cell_ctas", "2"),
 ];
+/// Memory of a rank that shares its GPU, taken at once as other commands' ranks do: more than the run uses.
+const RESERVE: usize = 128 << 20;
+/// What is wrong with one part of the run is told by its first few problems.
+const TOLD: usize = 4;
 
 /// A rank's device and the data on it.
 struct Bench {
@@ -45,7 +57,17 @@ struct Bench {
     rank: usize,
     world: usize,
     seed: u64,
+    /// Whether lines could be sent.
+    lines: bool,
+    /// What was wrong since the last verdict, besides what the words count.
+    problems: Vec<String>,
 }
+
+/// Every algorithm that can be forced.
+const ALGORITHMS: [&str; 13] = [
+    "one_shot", "two_shot", "cells", "steps", "packets", "relayed", "lamport", "lines", "direct", "spread",
+    "staged", "composed", "pull",
+];
 
 /// Runs all kernels; every rank reports its cases.
 ///
@@ -53,17 +75,15 @@ struct Bench {
 /// When the device or a communicator cannot be had, or a call fails. Wrong results are reported as failed cases.
 pub fn run(context: &RankContext) -> Result<()> {
     context.events.phase("starting on the GPU");
-    let memory = CudaMemory::new(context.local_rank)?;
+    // Before the first is looked up.
+    launched::record();
+    let memory = open(context)?;
     let kernels = Kernels::load(memory.context()).context("loading the kernels")?;
     let words = memory.allocate(16)?;
     let (rank, world) = (context.host.rank(), context.host.size());
-    let mut bench = Bench { memory, kernels, words, rank, world, seed: 0 };
+    let mut bench = Bench { memory, kernels, words, rank, world, seed: 0, lines: true, problems: Vec::new() };
     bench.local(context).context("kernels of one device")?;
-    let algorithms = [
-        "one_shot", "two_shot", "cells", "steps", "packets", "relayed", "lamport", "lines", "direct",
-        "spread", "staged", "composed",
-    ];
-    for algorithm in algorithms {
+    for algorithm in ALGORITHMS {
         context.events.phase(format!("algorithm {algorithm}"));
         bench.algorithm(context, algorithm).with_context(|| format!("algorithm {algorithm}"))?;
     }
@@ -72,8 +92,58 @@ pub fn run(context: &RankContext) -> Result<()> {
         context.events.phase(name.clone());
         bench.cells(context, units, &name).context(name)?;
     }
+    if world == CUBE {
+        context.events.phase("hybrid cube mesh");
+        bench.cube(context).context("hybrid cube mesh")?;
+    }
+    none_is_missed(context, &Run { world, lines: bench.lines })
+}
+
+/// The rank's GPU: its own, or where they are shared, the one that it is dealt.
+fn open(context: &RankContext) -> Result<CudaMemory> {
+    let shared = gpus::are_shared();
+    let ordinal = gpus::of_rank(context.local_rank, comm_kernels::driver::device_count()?, shared);
+    let memory = CudaMemory::new(ordinal)?;
+    Ok(if shared { memory.with_reserve(RESERVE)? } else { memory })
+}
+
+/// Whether the ranks have launched every kernel among them. Rank 0 says so, and which were left out for what reason.
+fn none_is_missed(context: &RankContext, run: &Run) -> Result<()> {
+    let own: Vec<String> = launched::names().into_iter().map(str::to_owned).collect();
+    let launched: BTreeSet<String> = context.host.all_gather(&own)?.into_iter().flatten().collect();
+    if context.host.rank() > 0 {
+        return Ok(());
+    }
+    let set = KernelSet::locate()?;
+    let compiled = set.manifest().modules.values().flat_map(|module| module.kernels.keys());
+    let case = |name: String, result| context.events.emit(Event::Case { name, result });
+    match run.judge(compiled.map(String::as_str), &launched) {
+        Ok(left_out) => {
+            for (reason, count) in left_out {
+                case(format!("{count} kernels"), CaseResult::Skipped(reason.to_owned()));
+            }
+            case(format!("{} kernels launched", launched.len()), CaseResult::Passed);
+        }
+        Err(problem) => case("every kernel".to_owned(), CaseResult::Failed(problem)),
+    }
     Ok(())
 }
+
+/// What everything by staging memory must have used.
+const STAGED: [&str; 12] = [
+    "all_reduce staged",
+    "reduce staged",
+    "all_to_all staged",
+    "send staged",
+    "recv staged",
+    "group staged",
+    "barrier flags",
+    "all_gather_2d staged",
+    "all_gather_v staged",
+    "reduce_scatter staged",
+    "reduce_scatter_v staged",
+    "broadcast staged",
+];
 
 /// The communicator's table, with small blocks of cells and direct stores at every size.
 fn by_cells(comm: &P2pComm, units: u32) -> Result<Table> {
@@ -98,23 +168,65 @@ impl Bench {
         options.push(("p2p.algorithm", algorithm));
         let comm = self.connect(context, &options)?;
         self.collectives(&*comm)?;
-        if algorithm == "staged" {
-            self.staged(&*comm)?;
-            self.blocks(&*comm)?;
-        }
-        let uneven: &[&str] = match algorithm {
-            // For its averages; there is no V form of it.
-            "one_shot" => &["all_reduce one_shot"],
-            "two_shot" => &["reduce_scatter_v two_shot"],
-            "packets" => &["all_gather_v packets"],
-            "direct" => &["all_gather_v direct"],
-            "staged" => &["all_gather_v staged", "reduce_scatter_v staged"],
-            _ => &[],
+        // What has the algorithm, and of that what must have been used.
+        let used: &[&str] = match algorithm {
+            // Its averages.
+            "one_shot" => {
+                self.uneven(&*comm)?;
+                self.norms(&*comm)?;
+                &[
+                    "all_reduce one_shot",
+                    "all_reduce_rmsnorm one_shot",
+                    "all_reduce_rmsnorm_quantized one_shot",
+                ]
+            }
+            "lamport" => {
+                self.norms(&*comm)?;
+                &["all_reduce_rmsnorm lamport", "all_reduce_rmsnorm_quantized lamport"]
+            }
+            "two_shot" => {
+                self.uneven(&*comm)?;
+                self.norms(&*comm)?;
+                self.two_groups(&*comm)?;
+                self.quantized(&*comm)?;
+                &[
+                    "reduce_scatter_v two_shot",
+                    "all_reduce_rmsnorm two_shot",
+                    "all_reduce_rmsnorm_quantized two_shot",
+                    "all_reduce_rmsnorm_two_group composed",
+                    "all_reduce_rmsnorm_two_group_quantized composed",
+                    "all_reduce_quantized two_shot",
+                ]
+            }
+            "composed" => {
+                self.norms(&*comm)?;
+                &["all_reduce_rmsnorm composed", "all_reduce_rmsnorm_quantized composed"]
+            }
+            "packets" => {
+                self.uneven(&*comm)?;
+                &["all_gather_v packets"]
+            }
+            "direct" => {
+                self.uneven(&*comm)?;
+                &["all_gather_v direct"]
+            }
+            "staged" => {
+                self.by_staging(&*comm)?;
+                &STAGED
+            }
+            "lines" => {
+                // Whether they can be sent is for the ranks' links to say; the table says what goes instead.
+                let plan = comm.planned(OpKind::AllGather, 4096 * self.world, false);
+                self.lines = plan.is_some_and(|plan| plan.algorithm == algorithm);
+                if self.lines {
+                    &["all_gather lines", "broadcast lines", "reduce_scatter lines"]
+                } else {
+                    &[]
+                }
+            }
+            _ => &[algorithm],
         };
-        if !uneven.is_empty() {
-            self.uneven(&*comm)?;
-        }
-        self.end(context, comm, algorithm, &[&[algorithm], uneven].concat())
+        self.end(context, comm, algorithm, used)
     }
 
     /// A form of cells, which a table tells from the other by size, and what is captured on results of its own.
@@ -128,6 +240,26 @@ impl Bench {
         self.uneven(&*comm)?;
         let used = ["cells", "direct", "captured", "all_gather_v direct", "reduce_scatter_v cells"];
         self.end(context, comm, name, &used)
+    }
+
+    /// Eight ranks as if each reached four others alone: the kernels for that, and what goes by staging memory there.
+    fn cube(&mut self, context: &RankContext) -> Result<()> {
+        let mut options = SMALL.to_vec();
+        options.push(("p2p.topology", "hybrid_cube_mesh"));
+        let comm = self.connect(context, &options)?;
+        self.collectives(&*comm)?;
+        self.by_staging(&*comm)?;
+        self.norms(&*comm)?;
+        let used = ["all_reduce cube_mesh", "all_gather cube_mesh", "all_reduce_rmsnorm composed"];
+        self.end(context, comm, "hybrid cube mesh", &[&used[..], &STAGED].concat())
+    }
+
+    /// What goes by staging memory, or by none of the ranks' own kernels.
+    fn by_staging(&mut self, comm: &dyn DeviceComm) -> Result<()> {
+        self.reductions(comm)?;
+        self.transfers(comm)?;
+        self.blocks(comm)?;
+        self.uneven(comm)
     }
 
     fn connect(&self, context: &RankContext, options: &[(&str, &str)]) -> Result<Arc<P2pComm>> {
@@ -146,8 +278,8 @@ impl Bench {
 
     /// Closes a communicator and reports how its calls went; `used`: algorithms of which at least one call was made, of any
     /// operation or, behind its name, of one.
-    fn end(&self, context: &RankContext, comm: Arc<P2pComm>, name: &str, used: &[&str]) -> Result<()> {
-        let found = self.verdict()?;
+    fn end(&mut self, context: &RankContext, comm: Arc<P2pComm>, name: &str, used: &[&str]) -> Result<()> {
+        self.memory.synchronize()?;
         comm.poll()?;
         let seen: BTreeSet<String> = comm
             .usage()
@@ -157,10 +289,20 @@ impl Bench {
         context.host.barrier(Deadline::after(context.host.timeout()))?;
         comm.close()?;
         let missing: Vec<_> = used.iter().filter(|name| !seen.contains(**name)).collect();
-        let result = match (found.wrong, missing.is_empty()) {
-            (0, true) => CaseResult::Passed,
-            (0, false) => CaseResult::Failed(format!("never used: {missing:?}; used: {seen:?}")),
-            _ => CaseResult::Failed(format!("{found:?}")),
+        let unused = (!missing.is_empty()).then(|| format!("never used: {missing:?}; used: {seen:?}"));
+        self.report(context, name, unused)
+    }
+
+    /// Reports how a part of the run went, and begins the next.
+    fn report(&mut self, context: &RankContext, name: &str, unused: Option<String>) -> Result<()> {
+        let found = self.verdict()?;
+        let mut problems = std::mem::take(&mut self.problems);
+        problems.truncate(TOLD);
+        problems.extend((found.wrong > 0).then(|| format!("{found:?}")));
+        problems.extend(unused);
+        let result = match problems.is_empty() {
+            true => CaseResult::Passed,
+            false => CaseResult::Failed(problems.join("; ")),
         };
         context.events.emit(Event::Case { name: name.to_owned(), result });
         Ok(())
@@ -179,13 +321,38 @@ impl Bench {
         Ok(Mismatches::from_words([word(wrong), word(first)]))
     }
 
+    /// A number for data that is not what any data was before.
+    const fn next_seed(&mut self) -> u64 {
+        self.seed += 1;
+        self.seed
+    }
+
     /// New data of this rank.
     fn fill(&mut self, to: DeviceAddr, count: usize, dtype: DType, op: Option<ReduceOp>) -> Result<Pattern> {
-        self.seed += 1;
-        let data = Pattern::new(self.seed, op, self.world);
+        let data = Pattern::new(self.next_seed(), op, self.world);
         // SAFETY: callers pass ranges of their own allocations; the stream is the memory's own.
         unsafe { self.kernels.fill(to, count, dtype, &data, self.rank, 0, self.memory.stream())? };
         Ok(data)
+    }
+
+    /// Bytes from the host.
+    fn put(&self, to: DeviceAddr, bytes: &[u8]) -> Result<()> {
+        // SAFETY: as in `fill`.
+        unsafe { self.memory.upload(to, bytes)? };
+        Ok(())
+    }
+
+    /// Bytes for the host, once all that was enqueued is done.
+    fn fetch(&self, from: DeviceAddr, bytes: usize) -> Result<Vec<u8>> {
+        let mut content = vec![0; bytes];
+        // SAFETY: as in `fill`.
+        unsafe { self.memory.download(&mut content, from)? };
+        Ok(content)
+    }
+
+    /// Keeps what a comparison on the host has found for the next verdict.
+    fn must_hold(&mut self, what: &str, part: &str, problem: Option<String>) {
+        self.problems.extend(problem.map(|problem| format!("{what}: {part}: {problem}")));
     }
 
     fn poison(&self, to: DeviceAddr, bytes: usize) -> Result<()> {

@@ -1,15 +1,13 @@
 //! Kernels that reach other ranks' memory, called as a program calls them.
 
 use anyhow::Result;
-use comm_core::{DType, DeviceAddr, DeviceComm, DeviceMemory, OpKind, P2pOp, ReduceOp, RmsNormArgs};
+use comm_core::{DType, DeviceAddr, DeviceComm, DeviceMemory, OpKind, ReduceOp};
 use comm_kernels::pattern::Expected;
 
 use super::{Bench, FLOATS};
 
-/// One element; less than a pack more than many; more than one round.
-const COUNTS: [usize; 3] = [1, 771, 3000];
-const REDUCTIONS: [ReduceOp; 5] =
-    [ReduceOp::Sum, ReduceOp::Prod, ReduceOp::Min, ReduceOp::Max, ReduceOp::Avg];
+/// One element; less than a pack more than many; more than one round, of two-byte elements too.
+const COUNTS: [usize; 3] = [1, 771, 4000];
 
 impl Bench {
     /// All collectives of the types and the sum that have kernels of their own, into memory of the communicator.
@@ -57,82 +55,9 @@ impl Bench {
                     }
                 }
             }
-            self.norms(comm, dtype)?;
             // SAFETY: the stream is the memory's own.
             unsafe { comm.barrier(stream)? };
         }
-        self.memory.synchronize()?;
-        Ok(())
-    }
-
-    /// The fused norm: a row in one block, in a cluster, and slices that are not even. The residual is zero, so the new
-    /// one is the sum.
-    fn norms(&mut self, comm: &dyn DeviceComm, dtype: DType) -> Result<()> {
-        let stream = self.memory.stream();
-        let bytes = 16 << 10;
-        let buffer = || self.memory.allocate(bytes);
-        let (input, residual, updated, output, weight) =
-            (buffer()?, buffer()?, buffer()?, buffer()?, buffer()?);
-        for (tokens, hidden) in [(3, 264), (1, 1000), (2, 101)] {
-            let count = tokens * hidden;
-            let data = self.fill(input, count, dtype, Some(ReduceOp::Sum))?;
-            self.fill(weight, hidden, dtype, Some(ReduceOp::Sum))?;
-            self.poison(updated, bytes)?;
-            self.poison(output, bytes)?;
-            // SAFETY: the buffer is that long.
-            unsafe { self.memory.upload(residual, &vec![0; bytes])? };
-            let args = RmsNormArgs {
-                input,
-                residual,
-                residual_out: updated,
-                bias: None,
-                weight,
-                output,
-                tokens,
-                hidden,
-                dtype,
-                eps: 1e-5,
-                weight_offset: 0.0,
-            };
-            // SAFETY: every buffer holds more than `tokens * hidden` elements and lives until the rank's end.
-            unsafe { comm.all_reduce_rmsnorm(&args, stream)? };
-            self.expect(updated, count, dtype, &data, (Expected::Reduced(ReduceOp::Sum), 0))?;
-        }
-        Ok(())
-    }
-
-    /// What goes by way of staging memory whatever the algorithm: all types and reductions, and transfers.
-    pub(super) fn staged(&mut self, comm: &dyn DeviceComm) -> Result<()> {
-        let (world, rank, stream) = (self.world, self.rank, self.memory.stream());
-        let count = 1500;
-        let (send, recv) =
-            (self.memory.allocate(count * world * 8)?, self.memory.allocate(count * world * 8)?);
-        for dtype in DType::ALL {
-            for op in REDUCTIONS {
-                let data = self.fill(send, count, dtype, Some(op))?;
-                self.poison(recv, count * dtype.size())?;
-                // SAFETY: here and below, the buffers are large enough for every type and live until the rank's end.
-                unsafe { comm.all_reduce(send, recv, count, dtype, op, stream)? };
-                self.expect(recv, count, dtype, &data, (Expected::Reduced(op), 0))?;
-            }
-        }
-        let dtype = DType::U64;
-        let data = self.fill(send, count * world, dtype, None)?;
-        // SAFETY: see above.
-        unsafe { comm.all_to_all(send, recv, count, dtype, stream)? };
-        for from in 0..world {
-            let at = recv.offset((from * count * 8) as u64);
-            self.expect(at, count, dtype, &data, (Expected::Sent(from), rank * count))?;
-        }
-        let (next, previous) = ((rank + 1) % world, (rank + world - 1) % world);
-        let ops = [
-            P2pOp::Send { addr: send, count, dtype, peer: next },
-            P2pOp::Recv { addr: recv, count, dtype, peer: previous },
-        ];
-        self.poison(recv, count * 8)?;
-        // SAFETY: see above.
-        unsafe { comm.group(&ops, stream)? };
-        self.expect(recv, count, dtype, &data, (Expected::Sent(previous), 0))?;
         self.memory.synchronize()?;
         Ok(())
     }
