@@ -83,7 +83,7 @@ fn together<T>(context: &RankContext, look: impl FnOnce() -> T) -> Result<T> {
 /// One communicator's life. Every other time what it was given is taken back before its end; else its end does that.
 fn live(job: &LifecycleJob, context: &RankContext, device: &dyn Device, round: usize) -> Result<()> {
     let memory = device.memory();
-    let comm = context.create(&job.backend, memory)?;
+    let comm = context.create(&job.backend, memory, true)?;
     let has = |kind| comm.supports(&OpQuery::new(kind, DType::F32, COUNT)).is_supported();
     let (send, recv) = (Buffer::new(memory, COUNT * 4)?, Buffer::new(memory, COUNT * 4)?);
     let reached = has(OpKind::Allocate).then(|| comm.allocate(COUNT * 4)).transpose()?;
