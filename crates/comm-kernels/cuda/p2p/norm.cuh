@@ -423,10 +423,14 @@ __device__ __forceinline__ void norm_two_shot(const Link& link, const NormArgs<T
         // The second push follows a receipt of this kernel, as in reduce.cuh: thread 0 has one if the slice is not empty,
         // which shows every thread behind the barrier that the others have started; else the row's results are one.
         if (k == 0 && rounds > 1) {
-            if (!sums)
+            if (!sums) {
                 finish(0);
-            else if (__syncthreads_or(threadIdx.x == 0 && r.waiter.gave_up))
-                return;  // and sends no more, nor needs its slots again
+            } else {
+                __syncthreads();
+                // Unless thread 0 has given up its wait.
+                const volatile uint32_t* const broken = link.broken;
+                if (bytes == 0) r.waiter.gave_up = r.waiter.gave_up || *broken != kWhole;
+            }
             scatter(1);
         }
         if (k > 1 || (k == 1 && sums)) finish(k - 1);
