@@ -41,6 +41,11 @@ pub struct NcclComm {
 /// How much longer than its timeout a close may take: the watchdog has to notice, and to diagnose.
 const CLOSE_MARGIN: Duration = Duration::from_secs(1);
 
+/// How long a close waits for the watchdog, which a timeout of "for ever" leaves at that.
+const fn close_time(timeout: Duration) -> Duration {
+    timeout.saturating_add(CLOSE_MARGIN)
+}
+
 impl NcclComm {
     pub(super) const fn new(shared: Arc<Shared>) -> Self {
         Self { shared }
@@ -52,7 +57,7 @@ impl NcclComm {
 
     fn close_and_wait(&self) -> Result<()> {
         let shared = &self.shared;
-        let deadline = Deadline::after(shared.base.timeout + CLOSE_MARGIN);
+        let deadline = Deadline::after(close_time(shared.base.timeout));
         let mut ending = lock(&shared.ending);
         if ending.close {
             return Err(shared.closed());
@@ -329,5 +334,16 @@ unsafe impl DeviceComm for NcclComm {
 
     fn close(&self) -> Result<()> {
         self.close_and_wait()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_close_may_wait_for_ever() {
+        assert_eq!(close_time(Duration::from_secs(2)), Duration::from_secs(3));
+        assert!(!Deadline::after(close_time(Duration::MAX)).has_passed());
     }
 }
