@@ -137,3 +137,23 @@ fn a_rank_that_does_not_read_holds_up_no_group_but_its_own() {
         }
     });
 }
+
+/// A part that no frame can carry is a call that failed and not one that was never made: the others learn of it at once,
+/// and no later call of this rank is taken for the one that they are in.
+#[test]
+fn a_part_that_is_too_long_fails_the_call_on_all_ranks() {
+    within(LIMIT, || {
+        for kind in Kind::SOCKETS {
+            let errors = run(kind, 2, LONG, |comm| {
+                // Zeros that nobody looks at take no memory.
+                let bytes = if comm.rank() == 1 { vec![0; (1 << 30) + 1] } else { Vec::new() };
+                let error = comm.all_gather_bytes(&bytes, Deadline::after(LONG)).unwrap_err();
+                assert_eq!(comm.barrier(Deadline::after(LONG)).unwrap_err(), error);
+                error
+            });
+            assert!(matches!(&errors[1], CommError::InvalidArgument { .. }), "{:?}", errors[1]);
+            let CommError::PeerFailed { rank: 1, cause, .. } = &errors[0] else { panic!("{:?}", errors[0]) };
+            assert_eq!(**cause, errors[1]);
+        }
+    });
+}

@@ -390,4 +390,25 @@ mod tests {
             prop_assert!(groups.groups.is_empty());
         }
     }
+
+    /// One rank may bring more than an even share, as long as all together stay within the limit.
+    #[test]
+    fn what_the_ranks_bring_together_is_limited_and_not_each_one_s_share() {
+        let whole = Arc::new(Frame::of_zeros(BODY_LIMIT));
+        for (last, fits) in [(Arc::new(Frame::of_zeros(0)), true), (Arc::new(Frame::of_zeros(1)), false)] {
+            let (mut groups, mut replies) = (Groups::new(2), Vec::new());
+            for (rank, frame) in [whole.clone(), last].into_iter().enumerate() {
+                let part = Part { frame, fds: Arc::default(), color: None, key: 0 };
+                groups.contribute(rank, (WORLD, 0), Call::new(OpKind::HostAllGather), part, &mut replies);
+            }
+            let right = |reply: &Reply| match &reply.message {
+                FromHub::Complete { .. } => fits,
+                FromHub::RoundFailed { failure: Failure::TooLong { total }, .. } => {
+                    !fits && *total == BODY_LIMIT as u64 + 1
+                }
+                _ => false,
+            };
+            assert!(replies.len() == 2 && replies.iter().all(right));
+        }
+    }
 }

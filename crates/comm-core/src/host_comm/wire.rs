@@ -56,6 +56,14 @@ impl Frame {
     }
 }
 
+#[cfg(test)]
+impl Frame {
+    /// A body of zeros, which takes no memory before it is looked at.
+    pub(super) fn of_zeros(len: usize) -> Self {
+        Self { payload: vec![0; len], head_len: 0 }
+    }
+}
+
 /// Turns bytes into frames, however the stream was cut.
 #[derive(Default)]
 pub(super) struct Decoder {
