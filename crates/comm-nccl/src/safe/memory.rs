@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::ffi::c_void;
+use std::hash::{BuildHasher, Hasher, RandomState};
 
 use comm_core::{CommError, DeviceAddr, HostCommExt, OpKind, Registration, Result};
 
@@ -17,21 +18,43 @@ struct Allocation {
 }
 
 struct Registered {
+    registration: Registration,
     handle: *mut c_void,
-    generation: u64,
 }
 
 /// The communicator's tables. Used only under its lock.
-#[derive(Default)]
 pub(crate) struct Buffers {
     allocations: HashMap<u64, Allocation>,
     registrations: HashMap<u64, Registered>,
-    /// Numbers handed out so far. Ids are never used again, so a generation need only differ between communicators'
-    /// tables; it counts all the same, so that a forged id cannot match.
+    /// Numbers handed out so far. They are never used again.
     issued: u64,
+    /// All registrations' generation: a number of this table's own, since other communicators give out the same ids, for
+    /// the same ranges too.
+    generation: u64,
+}
+
+impl Default for Buffers {
+    fn default() -> Self {
+        // The standard library's one source of numbers that differ from one another.
+        let generation = RandomState::new().build_hasher().finish();
+        Self { allocations: HashMap::new(), registrations: HashMap::new(), issued: 0, generation }
+    }
 }
 
 impl Buffers {
+    fn enter(&mut self, addr: DeviceAddr, bytes: usize, handle: *mut c_void) -> Registration {
+        let registration = Registration { id: self.issued, addr, bytes, generation: self.generation };
+        self.issued += 1;
+        self.registrations.insert(registration.id, Registered { registration: registration.clone(), handle });
+        registration
+    }
+
+    /// The handle of a registration that is this table's, all of it, and is so no longer.
+    fn leave(&mut self, registration: &Registration) -> Option<*mut c_void> {
+        let known = self.registrations.get(&registration.id)?.registration == *registration;
+        known.then(|| self.registrations.remove(&registration.id)).flatten().map(|left| left.handle)
+    }
+
     /// Gives everything back; handles only while there is still a communicator to give them to.
     pub(crate) fn give_back(&mut self, library: &NcclLibrary, comm: *mut sys::Comm) {
         let allocations: Vec<_> = self.allocations.drain().collect();
@@ -172,12 +195,7 @@ impl NcclComm {
             let mut call = shared.begin(OpKind::Register)?;
             // SAFETY: the communicator is live under the lock; the caller vouches for the range.
             let handle = unsafe { shared.base.library.comm_register(call.native.comm, addr, bytes) }?;
-            let buffers = &mut call.native.buffers;
-            let id = buffers.issued;
-            buffers.issued += 1;
-            let generation = id + 1;
-            buffers.registrations.insert(id, Registered { handle, generation });
-            Ok(Registration { id, addr, bytes, generation })
+            Ok(call.native.buffers.enter(addr, bytes, handle))
         };
         let result = local();
         let mine = result.as_ref().ok().cloned();
@@ -196,20 +214,46 @@ impl NcclComm {
     pub(super) unsafe fn deregister_buffer(&self, registration: &Registration) -> Result<()> {
         let shared = self.shared();
         let mut call = shared.begin(OpKind::Deregister)?;
-        let table = &mut call.native.buffers.registrations;
-        let live = table.get(&registration.id).is_some_and(|r| r.generation == registration.generation);
-        let Some(registered) = live.then(|| table.remove(&registration.id)).flatten() else {
+        let Some(handle) = call.native.buffers.leave(registration) else {
             return Err(CommError::StaleHandle {
                 handle: format!("registration {} of {:?}", registration.id, registration.addr),
                 reason: format!("communicator {:?} has deregistered it, or never made it", shared.info.name),
             });
         };
-        if registered.handle.is_null() {
+        if handle.is_null() {
             return Ok(());
         }
         let (library, comm) = (&shared.base.library, call.native.comm);
         // SAFETY: the handle is from this communicator and has just left the table; the caller vouches that no work
         // uses it.
-        call.fatal(unsafe { library.comm_deregister(comm, registered.handle) })
+        call.fatal(unsafe { library.comm_deregister(comm, handle) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_registration_is_one_communicator_s_and_one_range_s() {
+        let handle = std::ptr::dangling_mut();
+        let (mut own, mut other) = (Buffers::default(), Buffers::default());
+        let [first, second] = [256, 512].map(|addr| own.enter(DeviceAddr(addr), 64, handle));
+        // The same range, registered with another communicator under the same number.
+        let elsewhere = other.enter(DeviceAddr(256), 64, handle);
+        assert_eq!((elsewhere.id, elsewhere.addr), (first.id, first.addr));
+        let forged = [
+            elsewhere,
+            Registration { addr: DeviceAddr(512), ..first.clone() },
+            Registration { bytes: 128, ..first.clone() },
+            Registration { id: 7, ..first.clone() },
+        ];
+        for wrong in &forged {
+            assert_eq!(own.leave(wrong), None, "{wrong:?}");
+        }
+        for right in [&first, &second] {
+            assert_eq!(own.leave(right), Some(handle));
+            assert_eq!(own.leave(right), None);
+        }
     }
 }
