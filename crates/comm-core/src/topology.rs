@@ -5,15 +5,13 @@
 use std::fmt;
 use std::str::FromStr;
 
-use serde::{Deserialize, Serialize};
-
 use crate::error::CommError;
 
 /// Neighbours of a rank in a hybrid cube mesh.
 const DEGREE: usize = 4;
 
 /// Links between the ranks' devices: `links[a][b]` of them lead from `a` to `b`, over a switch or directly.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct LinkMesh {
     links: Vec<Vec<u32>>,
 }
@@ -66,7 +64,7 @@ impl LinkMesh {
 }
 
 /// How the devices of a communicator are connected.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum Topology {
     /// Every device reaches every other over links of its own or a switch.
@@ -117,7 +115,7 @@ impl FromStr for Topology {
 /// A rank's relay is the neighbour that is adjacent to all three ranks which the rank itself does not reach. Columns
 /// are paired: if `neighbours(x)[k]` is `y`, then `neighbours(y)[k]` is `x`, so that in step `k` the ranks exchange in
 /// pairs.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct CubeMesh {
     /// Per rank: three neighbours, and the relay last.
     columns: Vec<[usize; DEGREE]>,

@@ -4,6 +4,7 @@
 mod support;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use comm_core::conformance::{Config, Report, run_threads};
 use comm_core::{BackendFactory, HostMemory};
@@ -31,6 +32,13 @@ fn quick_suite_passes_at_other_worlds() {
         let report = run(gather(), world, &Config::quick());
         assert!(report.is_success(), "world {world}: {report}");
     }
+}
+
+#[test]
+fn a_run_without_time_limits_is_taken_at_its_word() {
+    let config = Config { timeout: Duration::MAX, limit: Duration::MAX, ..Config::quick() };
+    let report = run(gather(), 2, &config.only("all_gather/"));
+    assert!(report.is_success(), "{report}");
 }
 
 #[cfg(feature = "host-backend")]

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, mpsc};
-use std::time::Instant;
 
 use super::{Config, Report, run_rank};
 use crate::error::Result;
@@ -68,13 +67,15 @@ fn run_one(
 fn collect(world: usize, receiver: &mpsc::Receiver<(usize, Result<Report>)>, config: &Config) -> Report {
     let mut first: Option<Report> = None;
     let mut missing: Vec<usize> = (0..world).collect();
-    let mut end = Instant::now() + config.limit;
+    // Through `Deadline`, because a configuration may say "for ever".
+    let mut end = Deadline::after(config.limit);
     while !missing.is_empty() {
-        match receiver.recv_timeout(end.saturating_duration_since(Instant::now())) {
+        match receiver.recv_timeout(end.remaining()) {
             Ok((rank, Ok(report))) => {
                 missing.retain(|&other| other != rank);
                 // The others agreed with this rank a moment ago, so they cannot be long.
-                end = end.min(Instant::now() + config.patience());
+                let soon = Deadline::after(config.patience());
+                end = if soon.instant() < end.instant() { soon } else { end };
                 let first = first.get_or_insert_with(|| report.clone());
                 for failure in report.failures() {
                     if !first.failures().contains(failure) {

@@ -461,10 +461,9 @@ unsafe impl DeviceComm for HostBackend {
     }
 
     fn close(&self) -> Result<()> {
-        if self.core.failed() {
-            let mut state = lock(&self.state);
-            state.allocations.clear();
-            return Ok(());
+        if let Some(cause) = self.core.failure() {
+            lock(&self.state).allocations.clear();
+            return Err(cause);
         }
         let result = self.core.run(&self.state, OpKind::Close, |op| {
             op.enter(&Call::new(OpKind::Close, 0))?;

@@ -95,8 +95,8 @@ impl Core {
 
     /// The failure that ended this communicator, or that it was closed.
     pub(super) fn usable(&self) -> Result<()> {
-        if let Some(error) = &*lock(&self.failure) {
-            return Err(error.clone());
+        if let Some(error) = self.failure() {
+            return Err(error);
         }
         if self.closed.load(Ordering::Acquire) {
             return Err(CommError::Closed { comm: self.info.name.clone() });
@@ -104,8 +104,9 @@ impl Core {
         Ok(())
     }
 
-    pub(super) fn failed(&self) -> bool {
-        lock(&self.failure).is_some()
+    /// The failure that ended this communicator.
+    pub(super) fn failure(&self) -> Option<CommError> {
+        lock(&self.failure).clone()
     }
 
     pub(super) fn declare(&self, standing: Standing, cause: Option<&CommError>) {

@@ -10,7 +10,7 @@ use std::time::Duration;
 use crate::error::{CallSite, CommError, Result};
 use crate::host_comm::call::Call;
 use crate::host_comm::link::{Answer, GroupState, Link, LinkState};
-use crate::host_comm::message::{Cause, Child, ToHub, WORLD};
+use crate::host_comm::message::{Cause, Child, ToHub, WORLD, out_of_numbers};
 use crate::host_comm::wire::{BODY_LIMIT, FDS_LIMIT, Frame};
 use crate::host_comm::{Deadline, HostComm, check_root};
 use crate::op::OpKind;
@@ -34,7 +34,8 @@ struct Calls {
 /// Dropping a handle leaves the communicator: calls of other ranks that need this one fail with
 /// [`CommError::PeerDied`].
 ///
-/// One rank contributes at most 1 GiB to a broadcast, and all ranks together to an all-gather.
+/// One rank contributes at most 1 GiB to a broadcast, and all ranks together to an all-gather. More is a call that failed,
+/// with [`CommError::InvalidArgument`]: the other ranks are in it already.
 pub struct SocketComm {
     link: Arc<Link>,
     group: u64,
@@ -54,6 +55,29 @@ struct Part<'a> {
     fds: Option<Arc<[OwnedFd]>>,
     color: Option<u32>,
     key: i64,
+}
+
+impl<'a> Part<'a> {
+    /// Bytes that one frame can carry. What all ranks bring together is the hub's to judge, which alone knows it.
+    fn of_bytes(bytes: &'a [u8]) -> Result<Self> {
+        if bytes.len() <= BODY_LIMIT {
+            return Ok(Self { bytes, ..Self::default() });
+        }
+        let reason = format!("{} bytes are over the limit of {BODY_LIMIT} (1 GiB)", bytes.len());
+        Err(CommError::invalid("bytes", reason))
+    }
+
+    /// Duplicates of descriptors that one frame can carry.
+    fn of_fds(fds: &[BorrowedFd<'_>]) -> Result<Self> {
+        if fds.len() > FDS_LIMIT {
+            return Err(CommError::invalid("fds", format!("{} descriptors; {FDS_LIMIT} at most", fds.len())));
+        }
+        let duplicate = |fd: &BorrowedFd<'_>| {
+            fd.try_clone_to_owned().map_err(|e| CommError::io("duplicating a descriptor", &e))
+        };
+        let fds = fds.iter().map(duplicate).collect::<Result<Arc<[_]>>>()?;
+        Ok(Self { fds: Some(fds), ..Self::default() })
+    }
 }
 
 impl SocketComm {
@@ -173,6 +197,7 @@ impl SocketComm {
         }
         match group.answer.take() {
             Some(Answer::Failed(failure)) => Some(Err(failure.error(self.site(call.op, seq), call))),
+            Some(Answer::LostDescriptors) => Some(Err(out_of_numbers("receiving descriptors"))),
             Some(answer) => Some(Ok(answer)),
             // An earlier failure is why the hub's rank has gone, more likely than not.
             None if hub_gone && group.noticed.is_some() => {
@@ -191,15 +216,8 @@ impl SocketComm {
     fn gather(&self, call: Call, part: Result<Part<'_>>, deadline: Deadline) -> Result<Gathered> {
         match self.exchange(call, part, deadline)? {
             Answer::Complete { frame, lengths, fds } => Ok(Gathered { frame, lengths, fds }),
-            Answer::Split(_) | Answer::Failed(_) => Err(wrong_answer()),
+            Answer::Split(_) | Answer::Failed(_) | Answer::LostDescriptors => Err(wrong_answer()),
         }
-    }
-
-    fn check_length(&self, bytes: &[u8], limit: usize) -> Result<()> {
-        if bytes.len() <= limit {
-            return Ok(());
-        }
-        Err(CommError::invalid("bytes", format!("{} bytes are over the limit of {limit}", bytes.len())))
     }
 
     fn fail(&self, cause: &CommError) {
@@ -257,7 +275,7 @@ impl HostComm for SocketComm {
                 let comm = Self::new(self.link.clone(), child, self.timeout, self.passes_fds);
                 Arc::new(comm) as Arc<dyn HostComm>
             })),
-            Answer::Complete { .. } | Answer::Failed(_) => Err(wrong_answer()),
+            Answer::Complete { .. } | Answer::Failed(_) | Answer::LostDescriptors => Err(wrong_answer()),
         }
     }
 
@@ -268,16 +286,12 @@ impl HostComm for SocketComm {
     fn broadcast_bytes(&self, bytes: &[u8], root: usize, deadline: Deadline) -> Result<Vec<u8>> {
         check_root(root, self.size)?;
         let bytes = if self.rank == root { bytes } else { &[] };
-        self.check_length(bytes, BODY_LIMIT)?;
         let call = Call { op: OpKind::HostBroadcast, root };
-        let part = Part { bytes, ..Part::default() };
-        self.gather(call, Ok(part), deadline).map(|gathered| gathered.frame.body().to_vec())
+        self.gather(call, Part::of_bytes(bytes), deadline).map(|gathered| gathered.frame.body().to_vec())
     }
 
     fn all_gather_bytes(&self, bytes: &[u8], deadline: Deadline) -> Result<Vec<Vec<u8>>> {
-        self.check_length(bytes, BODY_LIMIT / self.size)?;
-        let part = Part { bytes, ..Part::default() };
-        let gathered = self.gather(Call::new(OpKind::HostAllGather), Ok(part), deadline)?;
+        let gathered = self.gather(Call::new(OpKind::HostAllGather), Part::of_bytes(bytes), deadline)?;
         let mut rest = gathered.frame.body();
         let take = |&length: &u64| {
             let (part, later) = rest.split_at_checked(length as usize).unwrap_or((rest, &[]));
@@ -299,15 +313,8 @@ impl HostComm for SocketComm {
                 "descriptors cannot cross a TCP connection; let the ranks meet at a unix: address",
             ));
         }
-        if fds.len() > FDS_LIMIT {
-            return Err(CommError::invalid("fds", format!("{} descriptors; {FDS_LIMIT} at most", fds.len())));
-        }
-        let duplicate = |fd: &BorrowedFd<'_>| {
-            fd.try_clone_to_owned().map_err(|e| CommError::io("duplicating a descriptor", &e))
-        };
-        let fds = fds.iter().map(duplicate).collect::<Result<Arc<[_]>>>();
-        let part = fds.map(|fds| Part { fds: Some(fds), ..Part::default() });
-        self.gather(Call::new(OpKind::HostExchangeFds), part, deadline).map(|gathered| gathered.fds)
+        self.gather(Call::new(OpKind::HostExchangeFds), Part::of_fds(fds), deadline)
+            .map(|gathered| gathered.fds)
     }
 
     fn poll(&self) -> Result<()> {

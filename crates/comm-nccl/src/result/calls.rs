@@ -5,6 +5,7 @@
 //! and the stream stay valid until the work is done.
 
 use std::ffi::{c_int, c_void};
+use std::marker::PhantomData;
 
 use comm_core::{DeviceAddr, Result, StreamHandle};
 
@@ -95,17 +96,30 @@ collectives! {
 
 /// A group that is being put together on this thread. Ends it when dropped, so that an early return cannot leave the
 /// thread inside a group.
-pub struct Group<'a> {
+pub(crate) struct Group<'a> {
     library: &'a NcclLibrary,
     open: bool,
+    /// NCCL counts a thread's open groups, so this ends on the thread that it began on.
+    _thread: PhantomData<*const ()>,
 }
+
+/// Which of these implementations is meant is ambiguous, and the build fails, if a group can leave its thread.
+const _: () = {
+    trait Either<A> {
+        const STAYS: () = ();
+    }
+    impl<T> Either<()> for T {}
+    struct IfSend;
+    impl<T: Send> Either<IfSend> for T {}
+    <Group<'_> as Either<_>>::STAYS
+};
 
 impl Group<'_> {
     /// Hands the group to NCCL (`ncclGroupEnd`).
     ///
     /// # Errors
     /// The library's status.
-    pub fn end(mut self) -> Result<Progress> {
+    pub(crate) fn end(mut self) -> Result<Progress> {
         self.open = false;
         // SAFETY: the group was started on this thread (the type is not Send), and what it holds was vouched for by
         // the calls that put it there.
@@ -139,11 +153,11 @@ impl NcclLibrary {
     }
 
     /// `ncclGroupStart`: calls of this thread take effect together at [`Group::end`].
-    pub fn group(&self) -> Result<Group<'_>> {
+    pub(crate) fn group(&self) -> Result<Group<'_>> {
         // SAFETY: it takes nothing and only counts.
         let status = unsafe { (self.api().group_start)() };
         self.done("ncclGroupStart", status)?;
-        Ok(Group { library: self, open: true })
+        Ok(Group { library: self, open: true, _thread: PhantomData })
     }
 
     /// `ncclGetUniqueId`: a new identity for a communicator, on one rank.

@@ -7,5 +7,5 @@ mod calls;
 mod library;
 mod search;
 
-pub use calls::{Group, Progress};
+pub use calls::Progress;
 pub use library::{NcclLibrary, Version};

@@ -23,6 +23,9 @@ use super::watchdog;
 /// What an operation received is right only if [`poll`](DeviceComm::poll), asked after the operation has completed, finds
 /// nothing wrong: the end of a failed communicator lets kernels complete that hold garbage.
 ///
+/// Reductions are NCCL's, and not what [`ReduceOp`] says of other backends: all ranks get the same bits, but the order and the
+/// precision in which elements are combined are NCCL's own, and minima and maxima may lose a NaN.
+///
 /// A send to this rank itself needs its receive in the same [`group`](DeviceComm::group).
 ///
 /// Memory from [`allocate`](DeviceComm::allocate) lives until it is freed or the communicator ends.
@@ -41,6 +44,11 @@ pub struct NcclComm {
 /// How much longer than its timeout a close may take: the watchdog has to notice, and to diagnose.
 const CLOSE_MARGIN: Duration = Duration::from_secs(1);
 
+/// How long a close waits for the watchdog, which a timeout of "for ever" leaves at that.
+const fn close_time(timeout: Duration) -> Duration {
+    timeout.saturating_add(CLOSE_MARGIN)
+}
+
 impl NcclComm {
     pub(super) const fn new(shared: Arc<Shared>) -> Self {
         Self { shared }
@@ -52,7 +60,7 @@ impl NcclComm {
 
     fn close_and_wait(&self) -> Result<()> {
         let shared = &self.shared;
-        let deadline = Deadline::after(shared.base.timeout + CLOSE_MARGIN);
+        let deadline = Deadline::after(close_time(shared.base.timeout));
         let mut ending = lock(&shared.ending);
         if ending.close {
             return Err(shared.closed());
@@ -85,13 +93,20 @@ impl NcclComm {
 
 impl Drop for NcclComm {
     fn drop(&mut self) {
-        // The caller may have met an error of its device, and drop for that, before the watchdog has seen it.
-        watchdog::report_last(&self.shared);
-        lock(&self.shared.ending).dropped = true;
-        self.shared.changed.notify_all();
-        // On this thread, because a host communicator may tell a death from a departure by the thread that drops it.
-        let hosts = lock(&self.shared.hosts).take();
-        drop(hosts);
+        let shared = &self.shared;
+        let dies = std::thread::panicking();
+        if dies {
+            watchdog::report_last(shared);
+        }
+        lock(&shared.ending).dropped = true;
+        shared.changed.notify_all();
+        // An open communicator's are left to the watchdog, which tells the other ranks of what this one drops it for, or is
+        // busy telling. Otherwise there is nothing left to tell, and the watchdog may be held up by what it takes down. And a
+        // host communicator may tell a death from a departure by the thread that drops it.
+        if dies || shared.healthy().is_err() {
+            let hosts = lock(&shared.hosts).take();
+            drop(hosts);
+        }
     }
 }
 
@@ -329,5 +344,16 @@ unsafe impl DeviceComm for NcclComm {
 
     fn close(&self) -> Result<()> {
         self.close_and_wait()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_close_may_wait_for_ever() {
+        assert_eq!(close_time(Duration::from_secs(2)), Duration::from_secs(3));
+        assert!(!Deadline::after(close_time(Duration::MAX)).has_passed());
     }
 }

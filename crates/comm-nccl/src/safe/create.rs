@@ -12,6 +12,7 @@ use super::farewell::Farewell;
 use super::remains;
 use super::state::{Base, Hosts, Pause, Scratch, Shared, lock};
 use super::track::Tracker;
+use super::turns::Turns;
 use super::watchdog;
 use crate::driver::{self, Current};
 use crate::result::Progress;
@@ -61,26 +62,34 @@ pub(crate) fn draft(base: Base, hosts: Hosts, ordinal: usize) -> Result<Draft> {
         memory: MemoryKind::Cuda { ordinal },
     };
     let _current = Current::enter(&base.context)?;
-    let staging_bytes = base.options.staging_bytes;
-    let barrier = driver::allocate(256)?;
-    let staging = if staging_bytes == 0 { Ok(DeviceAddr::NULL) } else { driver::allocate(staging_bytes) };
-    let tracker = staging.and_then(|staging| {
-        let tracker = Tracker::new(base.graph_watch(), base.timeout);
-        tracker.map(|tracker| (staging, tracker)).inspect_err(|_| {
-            // SAFETY: it has just been allocated.
-            unsafe { driver::free(staging) }
-        })
-    });
-    let (staging, tracker) = tracker.inspect_err(|_| {
-        // SAFETY: it has just been allocated.
-        unsafe { driver::free(barrier) }
-    })?;
-    let scratch = Scratch { barrier, staging, staging_bytes };
-    let shared = Arc::new(Shared::new(info, base, scratch, tracker, hosts));
+    let mut scratch = Scratch {
+        barrier: driver::allocate(256)?,
+        staging: DeviceAddr::NULL,
+        staging_bytes: base.options.staging_bytes,
+    };
+    let watched =
+        equip(&base, &mut scratch).inspect_err(|_| remains::give_back_device(None, None, scratch))?;
+    let shared = Arc::new(Shared::new(info, base, scratch, watched, hosts));
     watchdog::spawn(shared.clone()).inspect_err(|_| {
-        remains::give_back_device(lock(&shared.native).tracker.take(), scratch);
+        let mut native = lock(&shared.native);
+        remains::give_back_device(native.tracker.take(), native.turns.take(), scratch);
     })?;
     Ok(Draft { comm: NcclComm::new(shared.clone()), shared })
+}
+
+/// What a communicator has of its device besides the first part of `scratch`, which it completes. The context is current.
+fn equip(base: &Base, scratch: &mut Scratch) -> Result<(Tracker, Turns)> {
+    if scratch.staging_bytes > 0 {
+        scratch.staging = driver::allocate(scratch.staging_bytes)?;
+    }
+    let turns = Turns::new()?;
+    match Tracker::new(base.graph_watch(), base.timeout) {
+        Ok(tracker) => Ok((tracker, turns)),
+        Err(error) => {
+            turns.destroy();
+            Err(error)
+        }
+    }
 }
 
 /// Makes this rank's end of a new communicator. A rank without a base takes part all the same, so that the others learn
@@ -92,19 +101,19 @@ pub(crate) fn create(context: &CreateContext, base: Result<Base>, ordinal: usize
     let control = hosts.control.clone();
     let drafted = base.and_then(|base| draft(base, hosts, ordinal));
     // The id is made after the draft, so that a rank that could not even draft is known before anyone waits for it.
-    let (draft, id) = meet(&*control, drafted)?;
+    let (draft, id) = meet(&*control, drafted, Deadline::after(context.timeout))?;
     draft.shared.initialise(id)?;
     Ok(draft.comm)
 }
 
 /// Exchanges the drafts' outcomes, and rank 0's unique id.
-fn meet(control: &dyn HostComm, drafted: Result<Draft>) -> Result<(Draft, UniqueId)> {
+fn meet(control: &dyn HostComm, drafted: Result<Draft>, deadline: Deadline) -> Result<(Draft, UniqueId)> {
     let own: Result<Vec<u8>> = match &drafted {
         Ok(draft) if control.rank() == 0 => draft.unique_id().map(|id| id.internal.to_vec()),
         Ok(_) => Ok(Vec::new()),
         Err(error) => Err(error.clone()),
     };
-    let all: Vec<Result<Vec<u8>>> = control.all_gather(&own)?;
+    let all: Vec<Result<Vec<u8>>> = control.all_gather_by(&own, deadline)?;
     let draft = drafted?;
     let mut id = None;
     for (rank, outcome) in all.into_iter().enumerate() {
@@ -201,4 +210,26 @@ impl Shared {
 
 fn no_communicator(base: &Base, call: &'static str) -> CommError {
     base.library.error(call, sys::INTERNAL_ERROR)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use comm_core::ThreadComm;
+
+    use super::*;
+
+    /// The communicator's own timeout counts, however patient the host communicator is.
+    #[test]
+    fn creation_waits_no_longer_than_its_own_timeout() {
+        let patient = Duration::from_secs(60);
+        let ranks = ThreadComm::create(2, patient).unwrap();
+        let start = Instant::now();
+        let drafted = Err(CommError::invalid("memory", "this rank has none"));
+        let error =
+            meet(&ranks[0], drafted, Deadline::after(Duration::from_millis(50))).map(drop).unwrap_err();
+        assert!(matches!(&error, CommError::Timeout { missing, .. } if *missing == [1]), "{error}");
+        assert!(start.elapsed() < patient / 2, "{:?}", start.elapsed());
+    }
 }

@@ -4,6 +4,7 @@ use comm_core::{Deadline, HostCommExt, MemoryKind, OpKind, Result};
 
 use super::comm::NcclComm;
 use super::create;
+use super::memory::Asked;
 
 /// NCCL's colours are non-negative C ints; ours are any `u32`. The index among the colours in use is both.
 fn dense(colors: &[Option<u32>], own: Option<u32>) -> Option<usize> {
@@ -21,7 +22,7 @@ impl NcclComm {
         let parents = shared.hosts()?;
         let lost = |error| shared.fail(shared.relocate(error, Some(OP)));
         let deadline = Deadline::after(shared.base.timeout);
-        let colors: Vec<Option<u32>> = parents.control.all_gather(&color).map_err(lost)?;
+        let colors: Vec<Option<u32>> = parents.control.all_gather_by(&color, deadline).map_err(lost)?;
         let control = parents.control.split(color, i64::from(key), deadline).map_err(lost)?;
         let MemoryKind::Cuda { ordinal } = shared.info.memory else {
             return Err(shared.closed());
@@ -33,7 +34,8 @@ impl NcclComm {
                 create::draft(shared.base.clone(), hosts, ordinal)
             })
             .transpose();
-        let draft = shared.agree(&parents, OP, drafted)?;
+        let asked = Asked { argument: "color", what: "make its end of the group" };
+        let draft = shared.agree(&parents, OP, &asked, drafted)?;
         let native = shared.split_off(dense(&colors, color), key)?;
         let Some(draft) = draft else { return Ok(None) };
         draft.shared.adopt(native)?;
