@@ -41,7 +41,8 @@ impl fmt::Display for CallSite {
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum CommError {
-    /// The backend lacks the operation, or lacks it for these operands. Nothing was done.
+    /// The backend lacks the operation, or lacks it for these operands. Nothing was done. Of [`OpKind::Create`]: the
+    /// backend cannot be used by these ranks.
     #[error("the {backend} backend does not support {op}: {reason}")]
     Unsupported {
         /// The operation.
@@ -142,7 +143,7 @@ pub enum CommError {
     CreationFailed {
         /// The backend's name.
         backend: Cow<'static, str>,
-        /// The lowest rank on which creation failed.
+        /// The lowest rank to blame: one that failed by itself rather than because another had.
         rank: usize,
         /// That rank's error. Part of this error's text, and so not its source: a chain of errors prints it once.
         cause: Box<CommError>,

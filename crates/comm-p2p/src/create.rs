@@ -4,12 +4,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use comm_core::topology::Topology;
-use comm_core::{CommError, CommInfo, Deadline, DeviceAddr, HostComm, HostCommExt as _, MemoryKind, Result};
+use comm_core::{
+    CommError, CommInfo, Deadline, DeviceAddr, HostComm, HostCommExt as _, MemoryKind, OpKind, Result,
+};
 use comm_kernels::p2p::{
     BUFFERS, CUBE_ROW_PAIRS, FLAG_BYTES, Link, MAX_RANKS, P2pKernels, PAIR_COUNTERS_BYTES, Peers,
     buffer_bytes, cells_bytes, lines_bytes, scratch_bytes,
 };
 use comm_kernels::raw::Current;
+use cudarc::driver::sys;
 
 use crate::captured::Captured;
 use crate::comm::P2pComm;
@@ -107,7 +110,8 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result
         size: control.size(),
         memory: MemoryKind::Cuda { ordinal: base.ordinal },
     };
-    let Met { topology, routes, line_slots, uuids } = meet(&*control, &base, &tables)?;
+    let met = meet(&*control, &base, &tables);
+    let Met { topology, routes, line_slots, uuids } = if verified { met } else { met.map_err(not_split) }?;
     let words = Words::new().map(Arc::new);
     let sentinel = Sentinel::new().map(Arc::new);
     let order = Order::new(base.options.unordered_streams);
@@ -127,8 +131,8 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result
         let kernels = (kernels, line_slots);
         let (channels, block) = channels(&*control, &base, &words, kernels, mesh, deadline)?;
         if !verified {
-            let driver = &base.device.driver;
-            verify::verify(&*control, &base.kernels, &channels.staging, driver, &uuids)?;
+            let (devices, options) = ((&*base.device.driver, &*uuids), &base.options);
+            verify::verify(&*control, &base.kernels, &channels.staging, devices, options.corrupt_pair)?;
         }
         let ledger = Ledger::create(&*control, deadline)?;
         (Some(channels), Some(block), captured, Some(ledger))
@@ -216,7 +220,8 @@ fn channels(
     let row_pairs = if in_cube { CUBE_ROW_PAIRS } else { world };
     let layout = Layout::new(world, base, routes, (row_pairs, line_slots));
     let reach = routes.map_or(u32::MAX, |routes| routes.reach(host.rank()));
-    let block = Block::create(host, base.ordinal, layout.bytes, reach, deadline)?;
+    let block = Block::create(host, base.ordinal, layout.bytes, reach, deadline)
+        .map_err(|error| out_of_reach(host.rank(), error))?;
     let filled = fill(&block, &layout, (world, row_pairs), base).and_then(|()| match options.clear_peers {
         // Every owner clears the same bytes at the same time, so the order does not matter.
         true => {
@@ -264,6 +269,40 @@ fn channels(
     Ok((channels, block))
 }
 
+/// The refusal of a group that cannot be split off, as that of ranks that are not a group of others.
+fn not_split(error: CommError) -> CommError {
+    match error {
+        CommError::Unsupported { op: OpKind::Split, backend, reason } => {
+            CommError::Unsupported { op: OpKind::Create, backend, reason }
+        }
+        other => other,
+    }
+}
+
+/// The error of mapping memory as a refusal, where it says that a device may not touch another's. Ranks that see their own
+/// device alone find out here: they cannot ask whether it reaches the others'. The error may be `rank`'s, or one that
+/// another rank has met.
+fn out_of_reach(rank: usize, error: CommError) -> CommError {
+    let (rank, cause) = match &error {
+        CommError::PeerFailed { rank, cause, .. } => (*rank, &**cause),
+        own => (rank, own),
+    };
+    match cause {
+        CommError::Cuda { call, code, .. } if call == "cuMemSetAccess" && NO_ACCESS.contains(code) => {
+            let reason = format!("rank {rank}'s GPU may not map every other rank's memory: {cause}");
+            CommError::unsupported(OpKind::Create, crate::NAME, reason)
+        }
+        _ => error,
+    }
+}
+
+/// What the driver says where there is no path between two devices, and where it does not let them share memory.
+const NO_ACCESS: [i32; 3] = [
+    sys::CUresult::CUDA_ERROR_INVALID_DEVICE as i32,
+    sys::CUresult::CUDA_ERROR_PEER_ACCESS_UNSUPPORTED as i32,
+    sys::CUresult::CUDA_ERROR_NOT_SUPPORTED as i32,
+];
+
 fn used(peers: &Peers, world: usize) -> Peers {
     let mut used = [DeviceAddr::NULL; MAX_RANKS];
     used[..world].copy_from_slice(&peers[..world]);
@@ -293,4 +332,32 @@ fn fill(block: &Block, layout: &Layout, (world, row_pairs): (usize, usize), base
     }
     let lamport = scratch_bytes(world, options.lamport_slots) - FLAG_BYTES;
     own.fill(layout.lamport + FLAG_BYTES, u32::MAX, lamport)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_not_be_mapped_is_a_refusal_and_what_does_not_fit_a_failure() {
+        let cuda =
+            |call: &'static str, code| CommError::Cuda { call: call.into(), code, message: "x".into() };
+        let at = comm_core::CallSite::new("world", OpKind::Allocate, 0);
+        let peer = |cause| CommError::PeerFailed { at: at.clone(), rank: 3, cause: Box::new(cause) };
+        let refused = out_of_reach(3, cuda("cuMemSetAccess", 101));
+        assert!(matches!(&refused, CommError::Unsupported { op: OpKind::Create, .. }), "{refused}");
+        // The rank that met it and the one that heard of it say the same.
+        assert_eq!(out_of_reach(0, peer(cuda("cuMemSetAccess", 101))), refused);
+        for failure in [cuda("cuMemSetAccess", 2), cuda("cuMemCreate", 101), cuda("cuMemMap", 801)] {
+            assert_eq!(out_of_reach(3, failure.clone()), failure);
+            assert_eq!(out_of_reach(0, peer(failure.clone())), peer(failure));
+        }
+    }
+
+    #[test]
+    fn a_refusal_is_of_what_was_asked_for() {
+        let refusal = |op| CommError::unsupported(op, crate::NAME, "they do not reach each other");
+        assert_eq!(not_split(refusal(OpKind::Split)), refusal(OpKind::Create));
+        assert_eq!(not_split(CommError::invalid("a", "b")), CommError::invalid("a", "b"));
+    }
 }

@@ -48,6 +48,14 @@ const PROTOCOL: u32 = 4;
 /// | `p2p.test_single_buffer` | for tests only, **gives wrong results**: most calls by packs or lines use one buffer instead of four | `off` |
 /// | `p2p.test_copies_when_broken` | for tests only, **may give others wrong results**: a rank that has given up a wait goes on copying | `off` |
 /// | `p2p.test_unordered_streams` | for tests only, **gives wrong results**: calls on several streams may overtake each other | `off` |
+/// | `p2p.test_corrupt_pair` | for tests: `a-b`: what rank `a` stores into rank `b`'s memory while the devices are checked is lost, so that creation finds the pair broken; it looks whatever `COMM_P2P_CHECK` and the kept verdict say, and keeps none | none |
+///
+/// # Where peer-to-peer cannot be used
+/// What a rank can tell alone, its probe says: too old a GPU, too few others in reach, ranks that do not meet over a unix
+/// socket. The rest shows when the ranks have met: devices that may not map each other's memory, ranks of an imposed mesh
+/// that do not reach each other, and pairs whose stores or loads go astray although the driver admits them. Creation then
+/// ends on all ranks with [`Unsupported`](CommError::Unsupported) of [`OpKind::Create`](comm_core::OpKind::Create) and the
+/// reason, all memory given back, and [`create_tiered`](comm_core::Registry::create_tiered) goes on with the next backend.
 ///
 /// # Memory
 /// A communicator takes memory on each rank's device, in proportion to the number of ranks where not said otherwise. With

@@ -8,9 +8,10 @@ use std::time::Duration;
 use comm_core::topology::Topology;
 use comm_core::tuning::Tables;
 use comm_core::{CommError, Result};
-use comm_kernels::p2p::BURST_PACKS;
+use comm_kernels::p2p::{BURST_PACKS, MAX_RANKS};
 
 use crate::tables;
+use crate::topology::verify::Pair;
 use crate::usage::Algorithm;
 
 /// What can be set; see [`P2pFactory`](crate::P2pFactory) for the names.
@@ -35,6 +36,8 @@ pub(crate) struct Options {
     pub(crate) copies_when_broken: bool,
     /// Calls on several streams may overtake each other.
     pub(crate) unordered_streams: bool,
+    /// What the first rank stores into the second's memory while the devices are checked is lost.
+    pub(crate) corrupt_pair: Option<Pair>,
     pub(crate) algorithm: Option<Algorithm>,
     /// The topology to impose, by name.
     pub(crate) topology: Option<String>,
@@ -65,6 +68,7 @@ impl Default for Options {
             single_buffer: false,
             copies_when_broken: false,
             unordered_streams: false,
+            corrupt_pair: None,
             algorithm: None,
             topology: None,
             share_devices: false,
@@ -137,6 +141,7 @@ impl Options {
                 "test_single_buffer" => parsed.single_buffer = switch(name, value)?,
                 "test_copies_when_broken" => parsed.copies_when_broken = switch(name, value)?,
                 "test_unordered_streams" => parsed.unordered_streams = switch(name, value)?,
+                "test_corrupt_pair" => parsed.corrupt_pair = Some(pair(name, value)?),
                 "algorithm" => parsed.algorithm = Some(algorithm(name, value)?),
                 "topology" => parsed.topology = Some(topology(name, value)?),
                 "share_devices" => parsed.share_devices = switch(name, value)?,
@@ -180,6 +185,17 @@ fn switch(name: &str, value: &str) -> Result<bool> {
     }
 }
 
+fn pair(name: &str, value: &str) -> Result<Pair> {
+    let ranks = value.split_once('-').and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
+    ranks.filter(|&(a, b): &Pair| a != b && a.max(b) < MAX_RANKS).ok_or_else(|| {
+        let most = MAX_RANKS - 1;
+        CommError::invalid(
+            "options",
+            format!("{name} = {value:?} is no two ranks of 0 to {most}, as in \"0-1\""),
+        )
+    })
+}
+
 fn topology(name: &str, value: &str) -> Result<String> {
     match value.parse::<Topology>() {
         Ok(_) => Ok(value.to_owned()),
@@ -217,6 +233,7 @@ mod tests {
         assert!(parse("p2p.test_copies_when_broken", "on").unwrap().copies_when_broken);
         assert!(parse("p2p.test_unordered_streams", "on").unwrap().unordered_streams);
         assert!(!Options::default().copies_when_broken && !Options::default().unordered_streams);
+        assert_eq!(parse("p2p.test_corrupt_pair", "2-0").unwrap().corrupt_pair, Some((2, 0)));
         assert!(parse("p2p.share_devices", "on").unwrap().share_devices);
         assert!(!parse("p2p.share_devices", "off").unwrap().share_devices);
         for (name, value) in [
@@ -229,6 +246,9 @@ mod tests {
             ("p2p.share_devices", "2"),
             ("p2p.graph_registration", "auto"),
             ("p2p.graph_entries", "0"),
+            ("p2p.test_corrupt_pair", "1-1"),
+            ("p2p.test_corrupt_pair", "0-8"),
+            ("p2p.test_corrupt_pair", "0"),
         ] {
             let text = parse(name, value).unwrap_err().to_string();
             assert!(text.contains(name), "{text}");

@@ -175,14 +175,26 @@ pub(super) fn discard(comm: &dyn DeviceComm) {
     drop(comm.close());
 }
 
-/// The rank that is to blame: the lowest that failed by itself, or else the lowest that failed because of another.
+/// Whether a backend, asked to create, has found that these ranks cannot use it; see [`BackendFactory::create`].
+const fn is_refusal(error: &CommError) -> bool {
+    matches!(error, CommError::Unsupported { op: OpKind::Create, .. })
+}
+
+/// Whether that is what a creation came to. [`create_all`] returns this on all ranks or on none: it is the verdict on what
+/// all of them exchanged.
+pub(super) fn was_refused(error: &CommError) -> bool {
+    matches!(error, CommError::CreationFailed { cause, .. } if is_refusal(cause))
+}
+
+/// The rank that is to blame: the lowest that failed by itself, or else the lowest that refused, or else the lowest that
+/// failed because of another. So a backend counts as refused only where nothing else went wrong.
 fn culprit(all: &[Result<()>]) -> Option<(usize, CommError)> {
-    let failures = || all.iter().enumerate().filter_map(|(rank, r)| Some((rank, r.as_ref().err()?.clone())));
-    let by_itself = |(_, error): &(usize, CommError)| {
-        !matches!(
-            error,
-            CommError::PeerFailed { .. } | CommError::PeerDied { .. } | CommError::Timeout { .. }
-        )
+    let order = |error: &CommError| match error {
+        CommError::PeerFailed { .. } | CommError::PeerDied { .. } | CommError::Timeout { .. } => 2,
+        refusal if is_refusal(refusal) => 1,
+        _ => 0,
     };
-    failures().find(by_itself).or_else(|| failures().next())
+    let failures = all.iter().enumerate().filter_map(|(rank, outcome)| Some((rank, outcome.as_ref().err()?)));
+    let (rank, cause) = failures.min_by_key(|&(rank, error)| (order(error), rank))?;
+    Some((rank, cause.clone()))
 }

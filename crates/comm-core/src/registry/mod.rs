@@ -69,7 +69,11 @@ pub trait BackendFactory: Send + Sync {
     /// `capabilities` holds them in rank order. May use `context.host`.
     ///
     /// # Errors
-    /// Reported on every rank.
+    /// Reported on every rank. Some obstacles show only when ranks meet: devices that do not reach each other, say. That
+    /// these ranks cannot use the backend, though each was admitted by its probe, is said by
+    /// [`Unsupported`](crate::CommError::Unsupported) of [`OpKind::Create`](crate::OpKind::Create), on one rank or several:
+    /// a tiered communicator then does without the backend. Everything else is a failure. Either way nothing may be left
+    /// of the attempt: no memory, and no thread or peer that waits for this rank.
     fn create(&self, context: &CreateContext, capabilities: &[Capability]) -> Result<Arc<dyn DeviceComm>>;
 }
 
@@ -149,8 +153,9 @@ impl Registry {
 
     /// Creates a communicator that sends each call to the first of the backends `names` that supports it. Collective.
     ///
-    /// A backend that some rank does not know, or whose probe fails on some rank, is left out on all ranks;
-    /// [`TieredComm::skipped`] says why. A backend that every rank's probe admits must then be created.
+    /// A backend that some rank does not know, whose probe fails on some rank, or which finds at its creation that these
+    /// ranks cannot use it ([`BackendFactory::create`] tells how), is left out on all ranks; [`TieredComm::skipped`] says
+    /// why. Every other failure of a creation is one of the whole.
     ///
     /// # Errors
     /// As [`create`](Self::create); and [`CreationFailed`](crate::CommError::CreationFailed) with the first backend's
@@ -173,6 +178,10 @@ impl Registry {
             };
             match created {
                 Ok(comm) => tiers.push(comm),
+                // All ranks hold this same verdict, so all of them go on to the next backend.
+                Err(reason) if agree::was_refused(&reason) => {
+                    skipped.push(SkippedTier { backend: name.to_owned(), reason });
+                }
                 Err(error) => {
                     // The failure is known on all ranks, so all of them are here to close with.
                     tiers.iter().for_each(|tier| drop(tier.close()));

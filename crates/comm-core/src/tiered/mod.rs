@@ -28,7 +28,7 @@ const NAME: &str = "tiered";
 pub struct SkippedTier {
     /// The backend's name.
     pub backend: String,
-    /// The failure of its probe, or of its split: the same on all ranks.
+    /// The failure of its probe, or its refusal to create or to split: the same on all ranks.
     pub reason: CommError,
 }
 
