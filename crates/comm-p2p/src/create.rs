@@ -95,12 +95,13 @@ pub(crate) fn sibling(host: &dyn HostComm, deadline: Deadline) -> Result<Arc<dyn
 /// reach each other's memory.
 pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result<P2pComm> {
     let control = Arc::clone(&hosts.control);
-    let deadline = Deadline::after(base.as_ref().map_or(control.timeout(), |base| base.timeout));
+    let timeout = base.as_ref().map_or(control.timeout(), |base| base.timeout);
+    let by = || Deadline::after(timeout);
     let started = base.and_then(|base| {
         let tables = tables::of(base.options.tables.as_deref(), &base.gpu, control.size())?;
         Ok((base, tables))
     });
-    agree(&*control, &started.as_ref().map(|_| 0).map_err(Clone::clone))?;
+    agree(&*control, &started.as_ref().map(|_| 0).map_err(Clone::clone), by())?;
     let (base, tables) = started?;
     let _current = Current::enter(&base.context)?;
     let info = CommInfo {
@@ -125,16 +126,23 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result
             .and_then(|(words, kernels)| Ok((words, kernels, table_of_captured(&base, info.size)?)))
             .and_then(|prepared| sentinel.as_ref().map(|_| prepared).map_err(Clone::clone))
             .and_then(|prepared| order.as_ref().map(|_| prepared).map_err(Clone::clone));
-        agree(&*control, &prepared.as_ref().map(|_| 0).map_err(Clone::clone))?;
+        agree(&*control, &prepared.as_ref().map(|_| 0).map_err(Clone::clone), by())?;
         let (words, kernels, captured) = prepared?;
         let mesh = routes.as_ref().map(|routes| (Mesh::new(info.rank, &topology, routes), routes));
         let kernels = (kernels, line_slots);
-        let (channels, block) = channels(&*control, &base, &words, kernels, mesh, deadline)?;
+        let (channels, block) = channels(&*control, &base, &words, kernels, mesh, by())?;
         if !verified {
             let (devices, options) = ((&*base.device.driver, &*uuids), &base.options);
-            verify::verify(&*control, &base.kernels, &channels.staging, devices, options.corrupt_pair)?;
+            verify::verify(
+                &*control,
+                &base.kernels,
+                &channels.staging,
+                devices,
+                options.corrupt_pair,
+                timeout,
+            )?;
         }
-        let ledger = Ledger::create(&*control, deadline)?;
+        let ledger = Ledger::create(&*control, by())?;
         (Some(channels), Some(block), captured, Some(ledger))
     } else {
         (None, None, None, None)
@@ -153,7 +161,7 @@ pub(crate) fn create(hosts: Hosts, base: Result<Base>, verified: bool) -> Result
     let shared = Arc::new(Shared::new(info, base, topology, tables, channels, ledger, owned, hosts));
     let spawned = watchdog::spawn(Arc::clone(&shared));
     // A rank that fails in the very end has no communicator, so no rank may have one.
-    let agreed = agree(&*control, &spawned.as_ref().map(|()| 0).map_err(Clone::clone));
+    let agreed = agree(&*control, &spawned.as_ref().map(|()| 0).map_err(Clone::clone), by());
     // Dropped, it is given back by its watchdog, if it has one.
     let made = P2pComm::new(shared);
     agreed.map(|()| made)
@@ -183,7 +191,7 @@ fn meet(host: &dyn HostComm, base: &Base, tables: &InUse) -> Result<Met> {
     let choice = format!("{} and {}", tables.describe(base.options.algorithm), base.options.shared_values());
     type Fact = (String, Links, (Option<String>, Place), String);
     let own = (device.uuid.clone(), device.links.clone(), (imposed.clone(), device.place), choice);
-    let all: Vec<Fact> = host.all_gather(&own)?;
+    let all: Vec<Fact> = host.all_gather_by(&own, Deadline::after(base.timeout))?;
     let links: Vec<_> = all.iter().map(|(_, links, ..)| links.clone()).collect();
     let places: Vec<_> = all.iter().map(|(.., (_, place), _)| *place).collect();
     // Every rank comes to these verdicts for the same values, so all of them fail or none.
@@ -230,7 +238,7 @@ fn channels(
         false => Ok(()),
     });
     // Nobody may send before everybody's memory holds what says that nothing has arrived.
-    agree(host, &filled.map(|()| 0))?;
+    agree(host, &filled.map(|()| 0), deadline)?;
     let peers = block.peers();
     let own = block.own().addr();
     // What is no neighbour's stays null, so that a kernel which touched it would fault.

@@ -32,7 +32,7 @@ impl P2pComm {
         let shared = self.shared();
         let mut call = shared.begin(KIND)?;
         let host = shared.control()?;
-        let block = agree(&*host, &Ok(bytes as u64))
+        let block = agree(&*host, &Ok(bytes as u64), shared.deadline())
             .and_then(|()| {
                 Block::create(&*host, shared.base.ordinal, bytes, shared.reach(), shared.deadline())
             })
@@ -71,7 +71,7 @@ impl P2pComm {
         } else {
             Ok(bytes as u64)
         };
-        agree(&*host, &usable).map_err(|error| self.lost(&*host, KIND, error))?;
+        agree(&*host, &usable, shared.deadline()).map_err(|error| self.lost(&*host, KIND, error))?;
         // Without the caller's promise, the ranks cannot know at enqueueing that their operands lie alike.
         let own = match (shared.unreached(), shared.base.options.symmetric_operands) {
             (Some(reason), _) => Err(reason),
@@ -79,11 +79,11 @@ impl P2pComm {
             (None, false) => Err("the option p2p.symmetric_operands is off".to_owned()),
         };
         let exports: Vec<Result<Export, String>> =
-            host.all_gather(&own).map_err(|error| self.lost(&*host, KIND, error))?;
+            host.all_gather_by(&own, shared.deadline()).map_err(|error| self.lost(&*host, KIND, error))?;
         let opened = self.open(exports, addr);
         // One rank that has to stage makes all of them: an algorithm is the same on all ranks.
         let obstacles: Vec<Option<String>> = host
-            .all_gather(&opened.as_ref().err().cloned())
+            .all_gather_by(&opened.as_ref().err().cloned(), shared.deadline())
             .map_err(|error| self.lost(&*host, KIND, error))?;
         let obstacle = obstacles
             .into_iter()

@@ -85,7 +85,8 @@ impl P2pComm {
         let slots: BTreeMap<Number, (u32, DeviceAddr)> =
             captured.entries.awaiting().map(|(number, entry)| (number, (entry.slot, entry.addr))).collect();
         call.fatal(taken_back)?;
-        let all = host.all_gather(&own).map_err(|error| self.lost(&*host, KIND, error))?;
+        let all =
+            host.all_gather_by(&own, shared.deadline()).map_err(|error| self.lost(&*host, KIND, error))?;
         let common = common(all).map_err(|(rank, found, expected)| CommError::Mismatch {
             at: shared.at(KIND),
             rank,
@@ -103,7 +104,7 @@ impl P2pComm {
         let own: Vec<Option<String>> =
             opened.iter().map(|(.., outcome)| outcome.as_ref().err().cloned()).collect();
         let obstacles: Vec<Vec<Option<String>>> =
-            host.all_gather(&own).map_err(|error| self.lost(&*host, KIND, error))?;
+            host.all_gather_by(&own, shared.deadline()).map_err(|error| self.lost(&*host, KIND, error))?;
         let (mut words, mut settled) = (Vec::new(), Vec::new());
         for (index, (number, slot, outcome)) in opened.into_iter().enumerate() {
             let obstacle = obstacles

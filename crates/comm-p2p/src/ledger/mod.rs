@@ -102,7 +102,7 @@ impl Ledger {
     /// Collective over `host`.
     pub(crate) fn create(host: &dyn HostComm, deadline: Deadline) -> Result<Self> {
         let own = Page::create();
-        agree(host, &own.as_ref().map(|_| 0).map_err(Clone::clone))?;
+        agree(host, &own.as_ref().map(|_| 0).map_err(Clone::clone), deadline)?;
         let own = own?;
         let fds = host.exchange_fds(&[own.as_fd()], deadline)?;
         let map = |(rank, fds): (usize, &Vec<OwnedFd>)| {
@@ -110,7 +110,7 @@ impl Ledger {
             Page::map(fds.first().ok_or_else(none)?)
         };
         let pages: Result<Vec<Page>> = fds.iter().enumerate().map(map).collect();
-        agree(host, &pages.as_ref().map(|_| 0).map_err(Clone::clone))?;
+        agree(host, &pages.as_ref().map(|_| 0).map_err(Clone::clone), deadline)?;
         Ok(Self { pages: pages?, rank: host.rank() })
     }
 

@@ -45,7 +45,7 @@ impl Block {
     ) -> Result<Self> {
         let own = Physical::create(ordinal, bytes).and_then(|memory| Ok((memory.export()?, memory)));
         // A rank without memory must not leave the others waiting for its descriptor.
-        agree(host, &own.as_ref().map(|(_, memory)| memory.bytes() as u64).map_err(Clone::clone))?;
+        agree(host, &own.as_ref().map(|(_, memory)| memory.bytes() as u64).map_err(Clone::clone), deadline)?;
         let (fd, memory) = own?;
         let bytes = memory.bytes();
         let fds = host.exchange_fds(&[fd.as_fd()], deadline)?;
@@ -61,7 +61,7 @@ impl Block {
         };
         let others: Result<Vec<_>> = (0..host.size()).map(map).collect();
         let mapped = others.and_then(|others| Ok((memory.map(ordinal)?, others)));
-        agree(host, &mapped.as_ref().map(|_| bytes as u64).map_err(Clone::clone))?;
+        agree(host, &mapped.as_ref().map(|_| bytes as u64).map_err(Clone::clone), deadline)?;
         let (own, others) = mapped?;
         Ok(Self { own, others, rank: host.rank() })
     }
@@ -87,8 +87,8 @@ impl Block {
 }
 
 /// Makes one rank's failure every rank's, and refuses values that differ.
-pub(crate) fn agree(host: &dyn HostComm, own: &Result<u64>) -> Result<()> {
-    let all: Vec<Result<u64>> = host.all_gather(own)?;
+pub(crate) fn agree(host: &dyn HostComm, own: &Result<u64>, deadline: Deadline) -> Result<()> {
+    let all: Vec<Result<u64>> = host.all_gather_by(own, deadline)?;
     if let Err(error) = own {
         return Err(error.clone());
     }

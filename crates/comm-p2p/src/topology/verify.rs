@@ -5,8 +5,10 @@
 //! what it was given and at what it found. The ranks exchange their findings, so that they come to one verdict: where any
 //! pair is broken, all of them say that the backend cannot be used.
 
+use std::time::Duration;
+
 use comm_core::{
-    CallSite, CommError, DType, DeviceAddr, HostComm, HostCommExt as _, OpKind, ReduceOp, Result,
+    CallSite, CommError, DType, Deadline, DeviceAddr, HostComm, HostCommExt as _, OpKind, ReduceOp, Result,
 };
 use comm_kernels::Kernels;
 use comm_kernels::p2p::{MAX_RANKS, Peers};
@@ -39,6 +41,7 @@ fn pattern(rank: usize, word: usize) -> u32 {
 /// Checks unless the kept verdict says that it was done. Collective; the context is current. `staging` is every rank's
 /// staging memory, null where this rank does not reach. For tests, what the first rank of `vanishing` stores into the
 /// second's memory is lost: then the check is made in any case, and what comes of it says nothing about the devices.
+/// `timeout`: of each wait for the other ranks.
 ///
 /// # Errors
 /// [`CommError::Unsupported`] of [`OpKind::Create`], in the same words on every rank, where some pair is broken. What else
@@ -49,10 +52,12 @@ pub(crate) fn verify(
     staging: &Peers,
     (driver, uuids): (&str, &[String]),
     vanishing: Option<Pair>,
+    timeout: Duration,
 ) -> Result<()> {
+    let by = || Deadline::after(timeout);
     let policy = Policy::from_name(std::env::var("COMM_P2P_CHECK").ok().as_deref())
         .map_err(|reason| CommError::invalid("COMM_P2P_CHECK", reason));
-    agree(host, &policy.as_ref().map(|_| 0).map_err(Clone::clone))?;
+    agree(host, &policy.as_ref().map(|_| 0).map_err(Clone::clone), by())?;
     let policy = policy?;
     let verdict = vanishing.is_none().then(|| Verdict::new(driver, uuids));
     // Caches may differ between ranks, so one rank that wants the check gets it.
@@ -61,13 +66,13 @@ pub(crate) fn verify(
         (_, Policy::Skip) => false,
         (Some(verdict), Policy::Cached) => !verdict.has_passed(),
     };
-    if !host.all_gather(&wants)?.contains(&true) {
+    if !host.all_gather_by(&wants, by())?.contains(&true) {
         return Ok(());
     }
     let (rank, size) = (host.rank(), host.size());
     let stored = exchange(kernels, staging, (rank, size), vanishing);
-    agree(host, &stored.map(|()| 0))?;
-    let findings = host.all_gather(&inspect(kernels, staging, rank, size))?;
+    agree(host, &stored.map(|()| 0), by())?;
+    let findings = host.all_gather_by(&inspect(kernels, staging, rank, size), by())?;
     judge(CallSite::new(host.name(), OpKind::Create, 0), rank, findings)?;
     // A verdict is about every pair.
     if let Some(verdict) = verdict
