@@ -138,6 +138,97 @@ fn a_rank_that_does_not_read_holds_up_no_group_but_its_own() {
     });
 }
 
+/// Leaves this process `free` descriptor numbers, and returns the limit that it had before.
+fn leave_numbers(free: usize) -> Rlimit {
+    let number =
+        |entry: std::io::Result<std::fs::DirEntry>| entry.unwrap().file_name().to_str()?.parse().ok();
+    let taken: Vec<u64> = std::fs::read_dir("/proc/self/fd").unwrap().filter_map(number).collect();
+    let before = getrlimit(Resource::Nofile);
+    let last = (0..).filter(|number| !taken.contains(number)).nth(free).unwrap();
+    setrlimit(Resource::Nofile, Rlimit { current: Some(last), ..before }).unwrap();
+    before
+}
+
+/// What a rank gets from an exchange in a group of all ranks, to which the two others bring eight descriptors each and `poor`,
+/// which has numbers for twelve more, none; and then from a barrier of that group.
+fn exchange_with_a_poor_rank(comm: &dyn HostComm, poor: usize) -> [Result<()>; 2] {
+    let group = comm.split(Some(0), 0, Deadline::after(LONG)).unwrap().unwrap();
+    let file = tempfile::tempfile().unwrap();
+    let eight = [file.as_fd(); 8];
+    let before = (comm.rank() == poor).then(|| leave_numbers(12));
+    // No descriptor is on its way before.
+    comm.barrier(Deadline::after(LONG)).unwrap();
+    let mine = if comm.rank() == poor { &[][..] } else { &eight };
+    let exchanged = group.exchange_fds(mine, Deadline::after(LONG)).map(drop);
+    let after = group.barrier(Deadline::after(LONG));
+    if let Some(before) = before {
+        setrlimit(Resource::Nofile, before).unwrap();
+    }
+    assert_eq!(group.poll().is_err(), after.is_err());
+    // Nobody has died, and what has nothing to do with that group goes on, descriptors included.
+    for _ in 0..2 {
+        let all = comm.exchange_fds(&eight[..comm.rank()], Deadline::after(LONG)).unwrap();
+        assert_eq!(all.iter().map(Vec::len).collect::<Vec<_>>(), [0, 1, 2]);
+    }
+    comm.poll().unwrap();
+    [exchanged, after]
+}
+
+fn is_out_of_numbers(error: &CommError) -> bool {
+    matches!(error, CommError::Io { context, message } if context.starts_with("receiving descriptors") && message.contains("ulimit -n"))
+}
+
+/// Descriptors that do not arrive because the process can have no more fail its own call, and the others blame no death
+/// for it.
+#[test]
+fn a_rank_out_of_descriptor_numbers_is_named_and_lives() {
+    const POOR: usize = 1;
+    if is_rank() {
+        let comm = Rendezvous::from_env().unwrap().connect().unwrap();
+        let [exchanged, after] = exchange_with_a_poor_rank(&comm, POOR);
+        let after = after.unwrap_err();
+        if comm.rank() == POOR {
+            assert_eq!(exchanged.unwrap_err(), after);
+            assert!(is_out_of_numbers(&after), "{after:?}");
+        } else {
+            // They have theirs, and learn of it when they need that rank.
+            exchanged.unwrap();
+            let CommError::PeerFailed { rank: POOR, cause, .. } = &after else { panic!("{after:?}") };
+            assert!(is_out_of_numbers(cause), "{after:?}");
+        }
+        comm.barrier(Deadline::after(LONG)).unwrap();
+        return;
+    }
+    within(LIMIT, || {
+        let test = "a_rank_out_of_descriptor_numbers_is_named_and_lives";
+        let mut job = Job::start(test, 3, Kind::Unix, LONG);
+        (0..3).for_each(|rank| job.join(rank));
+        assert!(job.started.elapsed() < LONG / 2);
+    });
+}
+
+/// Rank 0's process, which passes all descriptors on, needs numbers for them too: when it has none, that is rank 0's
+/// failure and not the death of whoever sent them.
+#[test]
+fn a_hub_out_of_descriptor_numbers_blames_no_rank_for_dying() {
+    if is_rank() {
+        let comm = Rendezvous::from_env().unwrap().connect().unwrap();
+        for error in exchange_with_a_poor_rank(&comm, 0) {
+            let error = error.unwrap_err();
+            let CommError::PeerFailed { rank: 0, cause, .. } = &error else { panic!("{error:?}") };
+            assert!(is_out_of_numbers(cause) && cause.to_string().contains("rank 0"), "{error:?}");
+        }
+        comm.barrier(Deadline::after(LONG)).unwrap();
+        return;
+    }
+    within(LIMIT, || {
+        let test = "a_hub_out_of_descriptor_numbers_blames_no_rank_for_dying";
+        let mut job = Job::start(test, 3, Kind::Unix, LONG);
+        (0..3).for_each(|rank| job.join(rank));
+        assert!(job.started.elapsed() < LONG / 2);
+    });
+}
+
 /// A part that no frame can carry is a call that failed and not one that was never made: the others learn of it at once,
 /// and no later call of this rank is taken for the one that they are in.
 #[test]

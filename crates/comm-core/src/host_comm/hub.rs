@@ -14,7 +14,7 @@ use rustix::event::{PollFd, PollFlags};
 use crate::error::{CommError, Result};
 use crate::host_comm::Deadline;
 use crate::host_comm::handshake::Identity;
-use crate::host_comm::message::{FromHub, ToHub, decode_head, encode_head};
+use crate::host_comm::message::{Cause, FromHub, ToHub, decode_head, encode_head, out_of_numbers};
 use crate::host_comm::newcomers::Newcomers;
 use crate::host_comm::passed_on::PassedOn;
 use crate::host_comm::rounds::{Groups, Part, Reply};
@@ -228,7 +228,7 @@ impl Hub {
             && let Some(frame) = connection.receiver.frames.pop_front()
         {
             if !self.handle(rank, frame) {
-                lost = Some(WireError::TooLong);
+                lost = Some(WireError::Nonsense);
                 break;
             }
         }
@@ -268,13 +268,21 @@ impl Hub {
             ToHub::Withdraw => {}
             _ if !self.formed => return false,
             ToHub::Contribute { group, seq, call, color, key, fds } => {
-                let fds = fds as usize;
                 let Some(connection) = &mut self.ranks[from] else { return true };
-                let arrived = &mut connection.receiver.fds;
-                if fds > FDS_LIMIT || arrived.len() < fds {
+                if fds as usize > FDS_LIMIT {
                     return false;
                 }
-                let fds: Arc<[OwnedFd]> = arrived.drain(..fds).collect();
+                let fds: Arc<[OwnedFd]> = match connection.receiver.take_fds(fds as usize) {
+                    Ok(fds) => fds.into(),
+                    Err(WireError::LostDescriptors) => {
+                        // They were lost in this process, so it is rank 0 that failed, where that is a member.
+                        let culprit = self.groups.rank_in(group, 0).map_or(from, |_| 0);
+                        let context = "receiving descriptors in rank 0's process, which passes them on";
+                        self.groups.fail(culprit, group, Cause::new(&out_of_numbers(context)), &mut replies);
+                        Arc::default()
+                    }
+                    Err(_) => return false,
+                };
                 let part = Part { frame: Arc::new(frame), fds, color, key };
                 self.groups.contribute(from, (group, seq), call, part, &mut replies);
             }

@@ -18,7 +18,7 @@ use crate::host_comm::message::{
 };
 use crate::host_comm::passed_on::PassedOn;
 use crate::host_comm::transport::timespec;
-use crate::host_comm::wire::{Frame, OutQueue, Receiver};
+use crate::host_comm::wire::{Frame, OutQueue, Receiver, WireError};
 
 /// How long a dropped connection goes on sending what its process still had to say.
 const LINGER: Duration = Duration::from_secs(2);
@@ -27,9 +27,15 @@ const FAREWELL: Duration = Duration::from_millis(100);
 
 /// What a call waits for.
 pub(super) enum Answer {
-    Complete { frame: Frame, lengths: Vec<u64>, fds: Vec<Vec<OwnedFd>> },
+    Complete {
+        frame: Frame,
+        lengths: Vec<u64>,
+        fds: Vec<Vec<OwnedFd>>,
+    },
     Split(Option<Child>),
     Failed(Failure),
+    /// The call is complete for the other ranks, but this process had no descriptor numbers for what it brought.
+    LostDescriptors,
 }
 
 /// What is known of one group. Calls on a group are serialised, so there is one wait at most.
@@ -257,15 +263,17 @@ impl Shared {
             }
             FromHub::Complete { group, seq, lengths, fds } => {
                 let total = lengths.iter().try_fold(0_u64, |sum, len| sum.checked_add(*len));
-                let count = fds.iter().try_fold(0_usize, |sum, n| sum.checked_add(*n as usize));
-                if total != Some(frame.body().len() as u64)
-                    || count.is_none_or(|count| count > receiver.fds.len())
-                {
+                if total != Some(frame.body().len() as u64) {
                     return false;
                 }
-                let fds =
-                    fds.iter().map(|&n| receiver.fds.drain(..n as usize).collect()).collect::<Vec<Vec<_>>>();
-                answer(state, group, seq, Answer::Complete { frame, lengths, fds });
+                // All are taken, whichever were lost: the next answer's come right behind them.
+                let taken: Vec<_> = fds.iter().map(|&count| receiver.take_fds(count as usize)).collect();
+                let outcome = match taken.into_iter().collect() {
+                    Ok(fds) => Answer::Complete { frame, lengths, fds },
+                    Err(WireError::LostDescriptors) => Answer::LostDescriptors,
+                    Err(_) => return false,
+                };
+                answer(state, group, seq, outcome);
             }
         }
         true

@@ -134,6 +134,14 @@ pub(super) fn decode_head<T: DeserializeOwned>(head: &[u8]) -> Option<T> {
     postcard::from_bytes(head).ok()
 }
 
+/// Why descriptors that were sent to this process did not arrive.
+pub(super) fn out_of_numbers(context: &str) -> CommError {
+    CommError::Io {
+        context: context.into(),
+        message: "the process has no descriptor numbers left for them; raise its limit (ulimit -n)".into(),
+    }
+}
+
 /// `bytes` as a frame's body, without a copy where nothing is to be sent.
 pub(super) fn body_segment(bytes: &[u8]) -> Segment {
     Segment::Bytes(Arc::from(bytes))

@@ -102,9 +102,15 @@ impl Groups {
         }
         round.parts[rank] = Some(part);
         group.end_hopeless_waits(group_id, seq, replies);
-        let complete = group.rounds.get(&seq).is_some_and(Round::is_complete);
-        // A failure that ends every wait has been told to all who contributed; the round is not handed out then.
-        if !complete || group.is_failed() {
+        // A failure that ends every wait has been told to all who contributed; the round is not handed out then, and
+        // holds no descriptors until the group ends.
+        if group.is_failed() {
+            if let Some(round) = group.rounds.get_mut(&seq) {
+                round.parts.iter_mut().flatten().for_each(|part| part.fds = Arc::default());
+            }
+            return;
+        }
+        if !group.rounds.get(&seq).is_some_and(Round::is_complete) {
             return;
         }
         let Some(round) = group.rounds.remove(&seq) else { return };
@@ -247,8 +253,9 @@ impl Group {
             Status::Alive | Status::Departed => None,
         };
         if let Some(failure) = failure {
+            // To the rank itself too: a failure that the hub met in rank 0's process is news to rank 0.
             for (other, &to) in self.members.iter().enumerate() {
-                if other != rank && !self.left[other] {
+                if !self.left[other] {
                     replies.push(Reply::plain(to, FromHub::Noticed { group: id, failure: failure.clone() }));
                 }
             }
@@ -267,7 +274,7 @@ impl Group {
         let waiting: Vec<usize> =
             (0..self.members.len()).filter(|&r| round.parts[r].is_some() && !round.told[r]).collect();
         for rank in waiting {
-            let Some(failure) = self.failure(&missing, rank) else { continue };
+            let Some(failure) = self.failure(&missing) else { continue };
             if let Some(round) = self.rounds.get_mut(&seq) {
                 round.told[rank] = true;
             }
@@ -276,13 +283,13 @@ impl Group {
         }
     }
 
-    /// What ends `rank`'s wait for the ranks in `missing`. The likeliest root of the trouble goes first: a failure that
+    /// What ends a wait for the ranks in `missing`. The likeliest root of the trouble goes first: a failure that
     /// ends every wait, a death, a rank that gave up and can say why; then a rank that left, as others do once they
     /// have seen a failure.
-    fn failure(&self, missing: &[usize], rank: usize) -> Option<Failure> {
+    fn failure(&self, missing: &[usize]) -> Option<Failure> {
         let status = || self.status.iter().enumerate();
         let failed = status().find_map(|(r, status)| match status {
-            Status::Failed(cause) if r != rank => Some(Failure::Failed { rank: r, cause: cause.clone() }),
+            Status::Failed(cause) => Some(Failure::Failed { rank: r, cause: cause.clone() }),
             _ => None,
         });
         // A dead rank that has contributed ends the wait for others too: every survivor is to learn of it now.

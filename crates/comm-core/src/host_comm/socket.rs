@@ -10,7 +10,7 @@ use std::time::Duration;
 use crate::error::{CallSite, CommError, Result};
 use crate::host_comm::call::Call;
 use crate::host_comm::link::{Answer, GroupState, Link, LinkState};
-use crate::host_comm::message::{Cause, Child, ToHub, WORLD};
+use crate::host_comm::message::{Cause, Child, ToHub, WORLD, out_of_numbers};
 use crate::host_comm::wire::{BODY_LIMIT, FDS_LIMIT, Frame};
 use crate::host_comm::{Deadline, HostComm, check_root};
 use crate::op::OpKind;
@@ -197,6 +197,7 @@ impl SocketComm {
         }
         match group.answer.take() {
             Some(Answer::Failed(failure)) => Some(Err(failure.error(self.site(call.op, seq), call))),
+            Some(Answer::LostDescriptors) => Some(Err(out_of_numbers("receiving descriptors"))),
             Some(answer) => Some(Ok(answer)),
             // An earlier failure is why the hub's rank has gone, more likely than not.
             None if hub_gone && group.noticed.is_some() => {
@@ -215,7 +216,7 @@ impl SocketComm {
     fn gather(&self, call: Call, part: Result<Part<'_>>, deadline: Deadline) -> Result<Gathered> {
         match self.exchange(call, part, deadline)? {
             Answer::Complete { frame, lengths, fds } => Ok(Gathered { frame, lengths, fds }),
-            Answer::Split(_) | Answer::Failed(_) => Err(wrong_answer()),
+            Answer::Split(_) | Answer::Failed(_) | Answer::LostDescriptors => Err(wrong_answer()),
         }
     }
 
@@ -274,7 +275,7 @@ impl HostComm for SocketComm {
                 let comm = Self::new(self.link.clone(), child, self.timeout, self.passes_fds);
                 Arc::new(comm) as Arc<dyn HostComm>
             })),
-            Answer::Complete { .. } | Answer::Failed(_) => Err(wrong_answer()),
+            Answer::Complete { .. } | Answer::Failed(_) | Answer::LostDescriptors => Err(wrong_answer()),
         }
     }
 
@@ -312,7 +313,8 @@ impl HostComm for SocketComm {
                 "descriptors cannot cross a TCP connection; let the ranks meet at a unix: address",
             ));
         }
-        self.gather(Call::new(OpKind::HostExchangeFds), Part::of_fds(fds), deadline).map(|gathered| gathered.fds)
+        self.gather(Call::new(OpKind::HostExchangeFds), Part::of_fds(fds), deadline)
+            .map(|gathered| gathered.fds)
     }
 
     fn poll(&self) -> Result<()> {

@@ -28,14 +28,16 @@ const READ_SIZE: usize = 64 * 1024;
 /// How much one flush sends at most, so that a peer that reads as fast as this end writes does not keep it for long.
 const FLUSH_LIMIT: u64 = 4 << 20;
 
-/// Why a byte stream is not a stream of frames.
+/// Why a byte stream is not a stream of frames, or a frame is not what it should be.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum WireError {
     /// A length field is over the limit.
     TooLong,
     /// The other end closed or reset the connection.
     Closed,
-    /// Descriptors were lost on the way, for want of free descriptor numbers.
+    /// A frame does not say what one may say, or announces descriptors that never came.
+    Nonsense,
+    /// A frame's descriptors were lost on the way, for want of free descriptor numbers in this process. The stream goes on.
     LostDescriptors,
 }
 
@@ -219,8 +221,9 @@ pub(super) struct Receiver {
     decoder: Decoder,
     /// Frames that have arrived whole, for the owner to take.
     pub(super) frames: VecDeque<Frame>,
-    /// Descriptors that have arrived, in the order of the frames that announce them.
-    pub(super) fds: VecDeque<OwnedFd>,
+    /// Descriptors that have arrived, in the order of the frames that announce them. `None` stands for those of a frame
+    /// that were lost, after those of it that were not.
+    fds: VecDeque<Option<OwnedFd>>,
 }
 
 impl Receiver {
@@ -241,11 +244,12 @@ impl Receiver {
             };
             for message in control.drain() {
                 if let RecvAncillaryMessage::ScmRights(fds) = message {
-                    self.fds.extend(fds);
+                    self.fds.extend(fds.map(Some));
                 }
             }
+            // A read ends at the first message with descriptors, so what was lost belongs to one frame.
             if received.flags.contains(ReturnFlags::CTRUNC) {
-                return Err(WireError::LostDescriptors);
+                self.fds.push_back(None);
             }
             if received.bytes == 0 {
                 return Err(WireError::Closed);
@@ -256,6 +260,15 @@ impl Receiver {
             }
         }
         Ok(())
+    }
+
+    /// The descriptors of the next frame that announces any, which are `count`.
+    pub(super) fn take_fds(&mut self, count: usize) -> Result<Vec<OwnedFd>, WireError> {
+        let mut taken = Vec::new();
+        while taken.len() < count {
+            taken.push(self.fds.pop_front().ok_or(WireError::Nonsense)?.ok_or(WireError::LostDescriptors)?);
+        }
+        Ok(taken)
     }
 }
 
