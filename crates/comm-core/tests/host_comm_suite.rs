@@ -36,6 +36,7 @@ for_each_kind!(
     different_calls_are_a_mismatch,
     different_roots_are_a_mismatch,
     a_timeout_names_the_missing_in_time,
+    a_deadline_of_the_caller_s_counts_before_the_timeout,
     after_a_failure_calls_repeat_it,
     others_blame_the_missing_rank_and_not_the_first_to_notice,
     abort_from_another_thread_ends_all_waits,
@@ -223,6 +224,20 @@ fn a_timeout_names_the_missing_in_time(kind: Kind) {
             "{elapsed:?}"
         );
     }
+}
+
+fn a_deadline_of_the_caller_s_counts_before_the_timeout(kind: Kind) {
+    let done = Barrier::new(2);
+    run(kind, 2, T, |comm| {
+        assert_eq!(comm.all_gather_by(&comm.rank(), Deadline::after(T)).unwrap(), [0, 1]);
+        if comm.rank() == 0 {
+            let start = Instant::now();
+            let error = comm.all_gather_by(&0, Deadline::after(T / 20)).unwrap_err();
+            assert!(matches!(&error, CommError::Timeout { missing, .. } if *missing == [1]), "{error:?}");
+            assert!(start.elapsed() < T / 2, "{:?}", start.elapsed());
+        }
+        done.wait();
+    });
 }
 
 fn after_a_failure_calls_repeat_it(kind: Kind) {

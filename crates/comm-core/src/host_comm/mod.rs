@@ -157,7 +157,7 @@ pub trait HostComm: Send + Sync {
     fn abort(&self);
 }
 
-/// Typed calls on a [`HostComm`], with its own [`timeout`](HostComm::timeout) as deadline.
+/// Typed calls on a [`HostComm`], with its own [`timeout`](HostComm::timeout) as deadline where they take none.
 pub trait HostCommExt: HostComm {
     /// Gives every rank `root`'s value. Only the root's `value` is used; the others pass `None`.
     ///
@@ -180,7 +180,20 @@ pub trait HostCommExt: HostComm {
     /// # Errors
     /// As [`HostComm::all_gather_bytes`], and [`CommError::Serialization`].
     fn all_gather<T: Serialize + DeserializeOwned>(&self, value: &T) -> Result<Vec<T>> {
-        let all = self.all_gather_bytes(&encode(value)?, Deadline::after(self.timeout()))?;
+        self.all_gather_by(value, Deadline::after(self.timeout()))
+    }
+
+    /// [`all_gather`](Self::all_gather) by a deadline of the caller's, for what has a timeout of its own, as the
+    /// communicators that are made over this one do.
+    ///
+    /// # Errors
+    /// As [`HostComm::all_gather_bytes`], and [`CommError::Serialization`].
+    fn all_gather_by<T: Serialize + DeserializeOwned>(
+        &self,
+        value: &T,
+        deadline: Deadline,
+    ) -> Result<Vec<T>> {
+        let all = self.all_gather_bytes(&encode(value)?, deadline)?;
         all.iter().map(|bytes| decode(bytes)).collect()
     }
 

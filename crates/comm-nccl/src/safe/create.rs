@@ -92,19 +92,19 @@ pub(crate) fn create(context: &CreateContext, base: Result<Base>, ordinal: usize
     let control = hosts.control.clone();
     let drafted = base.and_then(|base| draft(base, hosts, ordinal));
     // The id is made after the draft, so that a rank that could not even draft is known before anyone waits for it.
-    let (draft, id) = meet(&*control, drafted)?;
+    let (draft, id) = meet(&*control, drafted, Deadline::after(context.timeout))?;
     draft.shared.initialise(id)?;
     Ok(draft.comm)
 }
 
 /// Exchanges the drafts' outcomes, and rank 0's unique id.
-fn meet(control: &dyn HostComm, drafted: Result<Draft>) -> Result<(Draft, UniqueId)> {
+fn meet(control: &dyn HostComm, drafted: Result<Draft>, deadline: Deadline) -> Result<(Draft, UniqueId)> {
     let own: Result<Vec<u8>> = match &drafted {
         Ok(draft) if control.rank() == 0 => draft.unique_id().map(|id| id.internal.to_vec()),
         Ok(_) => Ok(Vec::new()),
         Err(error) => Err(error.clone()),
     };
-    let all: Vec<Result<Vec<u8>>> = control.all_gather(&own)?;
+    let all: Vec<Result<Vec<u8>>> = control.all_gather_by(&own, deadline)?;
     let draft = drafted?;
     let mut id = None;
     for (rank, outcome) in all.into_iter().enumerate() {
@@ -201,4 +201,26 @@ impl Shared {
 
 fn no_communicator(base: &Base, call: &'static str) -> CommError {
     base.library.error(call, sys::INTERNAL_ERROR)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use comm_core::ThreadComm;
+
+    use super::*;
+
+    /// The communicator's own timeout counts, however patient the host communicator is.
+    #[test]
+    fn creation_waits_no_longer_than_its_own_timeout() {
+        let patient = Duration::from_secs(60);
+        let ranks = ThreadComm::create(2, patient).unwrap();
+        let start = Instant::now();
+        let drafted = Err(CommError::invalid("memory", "this rank has none"));
+        let error =
+            meet(&ranks[0], drafted, Deadline::after(Duration::from_millis(50))).map(drop).unwrap_err();
+        assert!(matches!(&error, CommError::Timeout { missing, .. } if *missing == [1]), "{error}");
+        assert!(start.elapsed() < patient / 2, "{:?}", start.elapsed());
+    }
 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::ffi::c_void;
 use std::hash::{BuildHasher, Hasher, RandomState};
 
-use comm_core::{CommError, DeviceAddr, HostCommExt, OpKind, Registration, Result};
+use comm_core::{CommError, Deadline, DeviceAddr, HostCommExt, OpKind, Registration, Result};
 
 use super::comm::NcclComm;
 use super::state::{Hosts, Shared};
@@ -80,8 +80,11 @@ impl Shared {
     /// Makes a rank's success known to all, so that a collective that fails on one rank fails on all.
     pub(crate) fn agree<T>(&self, hosts: &Hosts, op: OpKind, result: Result<T>) -> Result<T> {
         let own = result.as_ref().err().cloned();
-        let all: Vec<Option<CommError>> =
-            hosts.control.all_gather(&own).map_err(|error| self.fail(self.relocate(error, Some(op))))?;
+        let deadline = Deadline::after(self.base.timeout);
+        let all: Vec<Option<CommError>> = hosts
+            .control
+            .all_gather_by(&own, deadline)
+            .map_err(|error| self.fail(self.relocate(error, Some(op))))?;
         let value = result?;
         match all.into_iter().enumerate().find_map(|(rank, error)| Some((rank, error?))) {
             None => Ok(value),
@@ -94,9 +97,10 @@ impl Shared {
 
     /// Refuses a collective whose size differs between the ranks.
     fn same_bytes(&self, hosts: &Hosts, op: OpKind, bytes: usize) -> Result<()> {
+        let deadline = Deadline::after(self.base.timeout);
         let all: Vec<u64> = hosts
             .control
-            .all_gather(&(bytes as u64))
+            .all_gather_by(&(bytes as u64), deadline)
             .map_err(|error| self.fail(self.relocate(error, Some(op))))?;
         match all.iter().position(|&other| other != bytes as u64) {
             None => Ok(()),

@@ -21,7 +21,7 @@ impl NcclComm {
         let parents = shared.hosts()?;
         let lost = |error| shared.fail(shared.relocate(error, Some(OP)));
         let deadline = Deadline::after(shared.base.timeout);
-        let colors: Vec<Option<u32>> = parents.control.all_gather(&color).map_err(lost)?;
+        let colors: Vec<Option<u32>> = parents.control.all_gather_by(&color, deadline).map_err(lost)?;
         let control = parents.control.split(color, i64::from(key), deadline).map_err(lost)?;
         let MemoryKind::Cuda { ordinal } = shared.info.memory else {
             return Err(shared.closed());
