@@ -114,6 +114,9 @@ impl FromStr for DType {
 /// Sums, products and averages of `f16`, `bf16` and the fp8 types are accumulated in `f32` in rank order and rounded
 /// once, so every rank gets the same bits in every run. Integer sums and products wrap. The average of integers
 /// truncates towards zero.
+///
+/// The `nccl` backend leaves all of this to NCCL: there the ranks get the same bits as one another, but the order and the
+/// precision of the accumulation are NCCL's own, and minima and maxima may lose a NaN.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub enum ReduceOp {
     /// Sum over the ranks.

@@ -38,6 +38,9 @@ pub struct SkippedTier {
 /// Sends, receives and groups all go to one tier, the first that carries out all three, since a send may be matched by
 /// a receive in a group. Usage counters read `backend:algorithm`.
 ///
+/// A reduction has the bits of the tier that carries it out: all ranks the same, but where `nccl` is a tier not always those
+/// that [`ReduceOp`](crate::ReduceOp) promises, nor the same for every count.
+///
 /// Memory calls end alike on all ranks: what a tier refuses on one of them it forgets on all. A fatal failure of a memory
 /// call, in whichever tier, ends the whole communicator.
 pub struct TieredComm {

@@ -23,6 +23,9 @@ use super::watchdog;
 /// What an operation received is right only if [`poll`](DeviceComm::poll), asked after the operation has completed, finds
 /// nothing wrong: the end of a failed communicator lets kernels complete that hold garbage.
 ///
+/// Reductions are NCCL's, and not what [`ReduceOp`] says of other backends: all ranks get the same bits, but the order and the
+/// precision in which elements are combined are NCCL's own, and minima and maxima may lose a NaN.
+///
 /// A send to this rank itself needs its receive in the same [`group`](DeviceComm::group).
 ///
 /// Memory from [`allocate`](DeviceComm::allocate) lives until it is freed or the communicator ends.
