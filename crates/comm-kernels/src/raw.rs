@@ -171,6 +171,13 @@ impl Event {
         }
     }
 
+    /// Lets what is enqueued on the stream from here on wait for the work before the last record, if there was one. What is
+    /// captured can wait for a record in the same capture only, and what is not for none in a capture.
+    pub fn hold(&self, handle: StreamHandle) -> Result<()> {
+        // SAFETY: the event is live; the caller of the operation vouches for the stream.
+        check("cuStreamWaitEvent", unsafe { sys::cuStreamWaitEvent(stream(handle), self.0, 0) })
+    }
+
     /// Gives it back; its context is current.
     pub fn destroy(self) {
         // SAFETY: the event is live and not used again. A failure means that the context is lost, and the event with it.

@@ -4,11 +4,13 @@
 
 mod common;
 
+use std::time::Duration;
+
 use comm_core::{
     Block2d, CommError, DType, DeviceAddr, DeviceMemory, F8E4M3, OpKind, OpQuery, P2pOp, ReduceOp,
     RmsNormArgs, TwoGroupNormArgs,
 };
-use common::{PATIENT, Rank, world, world_size};
+use common::{Branch, Gate, PATIENT, Rank, few, world, world_size};
 
 /// A value that names its rank and place.
 fn mark(rank: usize, index: usize) -> f32 {
@@ -210,6 +212,73 @@ fn blocks_are_gathered_in_every_layout() {
             gathers(&rank, &block(size * (width + 1) + 3, width + 1));
             gathers(&rank, &block(width + 2, height * (width + 2)));
         }
+        rank.comm.close().unwrap();
+    });
+}
+
+/// Two gathers by way of the staging buffer on two streams, of which the first is held up: the second one's rows must not get
+/// into the buffer before the first one's are out of it.
+#[test]
+fn staged_gathers_on_two_streams_take_turns() {
+    let Some(size) = world_size().map(few) else { return };
+    world(size, PATIENT, false, |rank| {
+        // Neither contiguous nor side by side, so it is staged.
+        let (height, width, row_pitch) = (4, 8, 10);
+        let block = Block2d {
+            height,
+            width,
+            row_pitch,
+            rank_stride: height * row_pitch,
+            send_pitch: width,
+            dtype: DType::F32,
+            first: true,
+            last: true,
+        };
+        // Once outside, so that connections exist.
+        gathers(&rank, &block);
+        let (branch, gate) = (Branch::new(&rank), Gate::new());
+        let rows = |call: usize, r: usize| vec![(call * 100 + r) as f32; height * width];
+        let sends = [1, 2].map(|call| rank.buffer(&rows(call, rank.rank)));
+        let recvs = [1, 2].map(|_| rank.buffer(&vec![-1.0_f32; size * height * row_pitch]));
+        let gather = |call: usize, stream| {
+            // SAFETY: the buffers hold what the block names and live until both streams have been waited for.
+            unsafe { rank.comm.all_gather_2d(sends[call].addr, recvs[call].addr, &block, stream).unwrap() };
+        };
+        gate.close();
+        gate.put(branch.stream());
+        gather(0, branch.stream());
+        gather(1, rank.stream());
+        // Time enough for the second one's rows, if nothing keeps them.
+        std::thread::sleep(Duration::from_millis(50));
+        gate.open();
+        branch.order(branch.stream(), rank.stream());
+        for (call, recv) in recvs.iter().enumerate() {
+            let got = recv.read();
+            for (r, part) in got.chunks(height * row_pitch).enumerate() {
+                let expected = (100 * (call + 1) + r) as f32;
+                assert!(part.chunks(row_pitch).all(|row| row[..width] == [expected; 8]), "{call} {got:?}");
+            }
+        }
+        // In one capture the calls are ordered as well: the branch is forked off and joined again.
+        let mut graph = rank
+            .memory
+            .capture(|| {
+                branch.order(rank.stream(), branch.stream());
+                gather(0, branch.stream());
+                gather(1, rank.stream());
+                branch.order(branch.stream(), rank.stream());
+                Ok(())
+            })
+            .unwrap();
+        for _ in 0..20 {
+            // SAFETY: the graph's operands are alive.
+            unsafe { graph.launch(rank.stream()).unwrap() };
+            for (call, recv) in recvs.iter().enumerate() {
+                let expected = (100 * (call + 1)) as f32;
+                assert_eq!(recv.read()[..width], [expected; 8]);
+            }
+        }
+        drop(graph);
         rank.comm.close().unwrap();
     });
 }

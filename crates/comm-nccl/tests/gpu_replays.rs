@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use comm_core::{CommError, DType, DeviceAddr, DeviceMemory, ReduceOp, Result, StreamHandle};
 use comm_kernels::CapturedGraph;
-use common::{Gate, PATIENT, Rank, SHORT, few, world, world_size, world_with};
+use common::{Branch, Gate, PATIENT, Rank, SHORT, few, world, world_size, world_with};
 use cudarc::driver::sys;
 
 /// Elements of the buffer that the calls are made on.
@@ -147,50 +147,6 @@ fn clear(at: DeviceAddr, bytes: usize, stream: StreamHandle) {
     // SAFETY: the buffer is that long, and the stream is live.
     let code = unsafe { sys::cuMemsetD8Async(at.0, 0, bytes, stream.0 as sys::CUstream) };
     assert_eq!(code, sys::CUresult::CUDA_SUCCESS);
-}
-
-/// A stream beside the rank's own, which can be forked off it and joined again.
-struct Branch {
-    stream: sys::CUstream,
-    event: sys::CUevent,
-}
-
-impl Branch {
-    fn new(rank: &Rank) -> Self {
-        rank.memory.context().bind_to_thread().unwrap();
-        let mut branch = Self { stream: std::ptr::null_mut(), event: std::ptr::null_mut() };
-        let stream_flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
-        let event_flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
-        // SAFETY: the pointers are valid for the writes.
-        unsafe {
-            sys::cuStreamCreate(&raw mut branch.stream, stream_flags).result().unwrap();
-            sys::cuEventCreate(&raw mut branch.event, event_flags).result().unwrap();
-        }
-        branch
-    }
-
-    fn stream(&self) -> StreamHandle {
-        StreamHandle(self.stream as u64)
-    }
-
-    /// Lets what is enqueued on `later` wait for what is on `earlier` now.
-    fn order(&self, earlier: StreamHandle, later: StreamHandle) {
-        // SAFETY: the event and the streams are live.
-        unsafe {
-            sys::cuEventRecord(self.event, earlier.0 as sys::CUstream).result().unwrap();
-            sys::cuStreamWaitEvent(later.0 as sys::CUstream, self.event, 0).result().unwrap();
-        }
-    }
-}
-
-impl Drop for Branch {
-    fn drop(&mut self) {
-        // SAFETY: they are not used again; the driver lets their work finish.
-        unsafe {
-            let _ = sys::cuEventDestroy_v2(self.event);
-            let _ = sys::cuStreamDestroy_v2(self.stream);
-        }
-    }
 }
 
 #[test]

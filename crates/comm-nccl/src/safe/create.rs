@@ -12,6 +12,7 @@ use super::farewell::Farewell;
 use super::remains;
 use super::state::{Base, Hosts, Pause, Scratch, Shared, lock};
 use super::track::Tracker;
+use super::turns::Turns;
 use super::watchdog;
 use crate::driver::{self, Current};
 use crate::result::Progress;
@@ -61,26 +62,34 @@ pub(crate) fn draft(base: Base, hosts: Hosts, ordinal: usize) -> Result<Draft> {
         memory: MemoryKind::Cuda { ordinal },
     };
     let _current = Current::enter(&base.context)?;
-    let staging_bytes = base.options.staging_bytes;
-    let barrier = driver::allocate(256)?;
-    let staging = if staging_bytes == 0 { Ok(DeviceAddr::NULL) } else { driver::allocate(staging_bytes) };
-    let tracker = staging.and_then(|staging| {
-        let tracker = Tracker::new(base.graph_watch(), base.timeout);
-        tracker.map(|tracker| (staging, tracker)).inspect_err(|_| {
-            // SAFETY: it has just been allocated.
-            unsafe { driver::free(staging) }
-        })
-    });
-    let (staging, tracker) = tracker.inspect_err(|_| {
-        // SAFETY: it has just been allocated.
-        unsafe { driver::free(barrier) }
-    })?;
-    let scratch = Scratch { barrier, staging, staging_bytes };
-    let shared = Arc::new(Shared::new(info, base, scratch, tracker, hosts));
+    let mut scratch = Scratch {
+        barrier: driver::allocate(256)?,
+        staging: DeviceAddr::NULL,
+        staging_bytes: base.options.staging_bytes,
+    };
+    let watched =
+        equip(&base, &mut scratch).inspect_err(|_| remains::give_back_device(None, None, scratch))?;
+    let shared = Arc::new(Shared::new(info, base, scratch, watched, hosts));
     watchdog::spawn(shared.clone()).inspect_err(|_| {
-        remains::give_back_device(lock(&shared.native).tracker.take(), scratch);
+        let mut native = lock(&shared.native);
+        remains::give_back_device(native.tracker.take(), native.turns.take(), scratch);
     })?;
     Ok(Draft { comm: NcclComm::new(shared.clone()), shared })
+}
+
+/// What a communicator has of its device besides the first part of `scratch`, which it completes. The context is current.
+fn equip(base: &Base, scratch: &mut Scratch) -> Result<(Tracker, Turns)> {
+    if scratch.staging_bytes > 0 {
+        scratch.staging = driver::allocate(scratch.staging_bytes)?;
+    }
+    let turns = Turns::new()?;
+    match Tracker::new(base.graph_watch(), base.timeout) {
+        Ok(tracker) => Ok((tracker, turns)),
+        Err(error) => {
+            turns.destroy();
+            Err(error)
+        }
+    }
 }
 
 /// Makes this rank's end of a new communicator. A rank without a base takes part all the same, so that the others learn

@@ -35,7 +35,7 @@ impl NcclComm {
         }
         // The choice uses only what all ranks share; the send pitch may differ between them.
         let row_bytes = block.width * block.dtype.size();
-        let call = shared.begin_on(KIND, row_bytes * block.height * shared.info.size, stream)?;
+        let mut call = shared.begin_on(KIND, row_bytes * block.height * shared.info.size, stream)?;
         let side_by_side = block.rank_stride == block.width;
         let contiguous = block.row_pitch == block.width && block.rank_stride == block.height * block.width;
         let staged_rows = shared.scratch.staging_bytes / (row_bytes * shared.info.size);
@@ -58,7 +58,7 @@ impl NcclComm {
                 self.enqueue_row_broadcasts(&call, send, recv, block, stream)?;
                 Algorithm::Broadcasts
             } else {
-                self.enqueue_staged(&call, send, recv, block, staged_rows, stream)?;
+                self.enqueue_staged(&mut call, send, recv, block, staged_rows, stream)?;
                 Algorithm::Staged
             }
         };
@@ -150,7 +150,7 @@ impl NcclComm {
     /// As [`enqueue_rows`](Self::enqueue_rows).
     unsafe fn enqueue_staged(
         &self,
-        call: &Call<'_>,
+        call: &mut Call<'_>,
         send: DeviceAddr,
         recv: DeviceAddr,
         block: &Block2d,
@@ -162,6 +162,12 @@ impl NcclComm {
         let row = block.width * element;
         let moved = limits::moved(block.dtype);
         let staging = self.shared().scratch.staging;
+        let capturing = call.capturing();
+        if let Some(turns) = &mut call.native.turns {
+            // SAFETY: the caller vouches for the stream.
+            let begun = unsafe { turns.begin(capturing, stream) };
+            call.fatal(begun)?;
+        }
         let mut first = 0;
         while first < block.height {
             let rows = staged_rows.min(block.height - first);
@@ -188,7 +194,10 @@ impl NcclComm {
             }
             first += rows;
         }
-        Ok(())
+        let Some(turns) = &mut call.native.turns else { return Ok(()) };
+        // SAFETY: as above.
+        let ended = unsafe { turns.end(capturing, stream) };
+        call.fatal(ended)
     }
 }
 

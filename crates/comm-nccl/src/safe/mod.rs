@@ -22,6 +22,7 @@ mod split;
 mod state;
 mod track;
 mod transfers;
+mod turns;
 mod usage;
 mod vector;
 mod watchdog;

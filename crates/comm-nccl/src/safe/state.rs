@@ -14,6 +14,7 @@ use super::marks::Placement;
 use super::memory::Buffers;
 use super::options::Options;
 use super::track::{Arrival, Issued, Replayed, Tracker};
+use super::turns::Turns;
 use super::usage::{Algorithm, Usage};
 use super::watchdog::INTERVAL;
 use crate::driver::{self, Current};
@@ -57,6 +58,7 @@ pub(crate) struct Native {
     /// Null before creation and after the end.
     pub(crate) comm: *mut sys::Comm,
     pub(crate) tracker: Option<Tracker>,
+    pub(crate) turns: Option<Turns>,
     pub(crate) buffers: Buffers,
     pub(crate) last: Issued,
 }
@@ -115,10 +117,21 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Shared {
-    pub(crate) fn new(info: CommInfo, base: Base, scratch: Scratch, tracker: Tracker, hosts: Hosts) -> Self {
+    pub(crate) fn new(
+        info: CommInfo,
+        base: Base,
+        scratch: Scratch,
+        (tracker, turns): (Tracker, Turns),
+        hosts: Hosts,
+    ) -> Self {
         let last = Issued { kind: OpKind::Create, seq: 0, arrival: None };
-        let native =
-            Native { comm: std::ptr::null_mut(), tracker: Some(tracker), buffers: Buffers::default(), last };
+        let native = Native {
+            comm: std::ptr::null_mut(),
+            tracker: Some(tracker),
+            turns: Some(turns),
+            buffers: Buffers::default(),
+            last,
+        };
         Self {
             info,
             base,
@@ -287,6 +300,11 @@ pub(crate) struct Call<'a> {
 }
 
 impl Call<'_> {
+    /// Whether its work goes into a graph.
+    pub(crate) const fn capturing(&self) -> bool {
+        self.capturing
+    }
+
     /// Makes one call into NCCL and waits until NCCL has enqueued its work, within the communicator's timeout.
     pub(crate) fn nccl(
         &self,

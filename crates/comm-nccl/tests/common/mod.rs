@@ -273,6 +273,50 @@ impl<T: Element> Buffer<'_, T> {
     }
 }
 
+/// A stream beside the rank's own, which can be forked off it and joined again.
+pub(crate) struct Branch {
+    stream: sys::CUstream,
+    event: sys::CUevent,
+}
+
+impl Branch {
+    pub(crate) fn new(rank: &Rank) -> Self {
+        rank.memory.context().bind_to_thread().unwrap();
+        let mut branch = Self { stream: std::ptr::null_mut(), event: std::ptr::null_mut() };
+        let stream_flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+        let event_flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+        // SAFETY: the pointers are valid for the writes.
+        unsafe {
+            sys::cuStreamCreate(&raw mut branch.stream, stream_flags).result().unwrap();
+            sys::cuEventCreate(&raw mut branch.event, event_flags).result().unwrap();
+        }
+        branch
+    }
+
+    pub(crate) fn stream(&self) -> StreamHandle {
+        StreamHandle(self.stream as u64)
+    }
+
+    /// Lets what is enqueued on `later` wait for what is on `earlier` now.
+    pub(crate) fn order(&self, earlier: StreamHandle, later: StreamHandle) {
+        // SAFETY: the event and the streams are live.
+        unsafe {
+            sys::cuEventRecord(self.event, earlier.0 as sys::CUstream).result().unwrap();
+            sys::cuStreamWaitEvent(later.0 as sys::CUstream, self.event, 0).result().unwrap();
+        }
+    }
+}
+
+impl Drop for Branch {
+    fn drop(&mut self) {
+        // SAFETY: they are not used again; the driver lets their work finish.
+        unsafe {
+            let _ = sys::cuEventDestroy_v2(self.event);
+            let _ = sys::cuStreamDestroy_v2(self.stream);
+        }
+    }
+}
+
 /// A place in a stream that is passed only while it is open: a host function that waits. What is behind a closed one is
 /// late, without using the device.
 pub(crate) struct Gate(&'static AtomicBool);
