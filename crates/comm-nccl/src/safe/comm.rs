@@ -93,13 +93,20 @@ impl NcclComm {
 
 impl Drop for NcclComm {
     fn drop(&mut self) {
-        // The caller may have met an error of its device, and drop for that, before the watchdog has seen it.
-        watchdog::report_last(&self.shared);
-        lock(&self.shared.ending).dropped = true;
-        self.shared.changed.notify_all();
-        // On this thread, because a host communicator may tell a death from a departure by the thread that drops it.
-        let hosts = lock(&self.shared.hosts).take();
-        drop(hosts);
+        let shared = &self.shared;
+        let dies = std::thread::panicking();
+        if dies {
+            watchdog::report_last(shared);
+        }
+        lock(&shared.ending).dropped = true;
+        shared.changed.notify_all();
+        // An open communicator's are left to the watchdog, which tells the other ranks of what this one drops it for, or is
+        // busy telling. Otherwise there is nothing left to tell, and the watchdog may be held up by what it takes down. And a
+        // host communicator may tell a death from a departure by the thread that drops it.
+        if dies || shared.healthy().is_err() {
+            let hosts = lock(&shared.hosts).take();
+            drop(hosts);
+        }
     }
 }
 

@@ -111,8 +111,8 @@ impl Shared {
 
     /// The failure that the host side knows of, as one of this communicator. Never blocks.
     pub(crate) fn observe(&self) -> Result<()> {
-        // Held while polling, so that the last reference cannot end up being dropped by the watchdog: a host
-        // communicator may tell a death from a departure by the thread that drops it.
+        // Held while polling, so that the last reference cannot end up being dropped here when a thread that panics has
+        // let go: a host communicator may tell a death from a departure by the thread that drops it.
         let hosts = lock(&self.hosts);
         let Some(hosts) = &*hosts else { return Ok(()) };
         let found = hosts.parent.iter().chain([&hosts.control]).filter_map(|host| host.poll().err());

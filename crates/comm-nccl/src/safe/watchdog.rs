@@ -73,6 +73,9 @@ fn run(shared: &Shared) {
             };
             (ending.close, ending.dropped)
         };
+        if dropped {
+            depart(shared);
+        }
         if let Err(cause) = shared.healthy()
             && shared.has_failed()
         {
@@ -131,8 +134,23 @@ fn look(shared: &Shared) {
     }
 }
 
-/// Declares an error of the device's that the watchdog has not seen yet, while the other ranks can still be told: once
-/// the handle has been dropped they would take this rank for one that left. Waits for nothing but the lock, and briefly.
+/// Lets go of the host communicators that a dropped handle has left. First a last look, while the other ranks can still be
+/// told what it finds: from then on they take this rank for one that left. Whoever dropped the handle may have done so for an
+/// error that this thread has not seen yet, or is about to find a peer to blame for.
+fn depart(shared: &Shared) {
+    if lock(&shared.hosts).is_none() {
+        return;
+    }
+    if shared.healthy().is_ok() {
+        look(shared);
+    }
+    // In a statement of its own, so that the lock is not held while they are dropped.
+    let hosts = lock(&shared.hosts).take();
+    drop(hosts);
+}
+
+/// Declares an error of the device's that the watchdog has not seen yet, before a thread that panics takes the host
+/// communicators with it, which is its rank's death. Waits for nothing but the lock, and briefly.
 pub(crate) fn report_last(shared: &Shared) {
     if shared.healthy().is_err() {
         return;
@@ -162,7 +180,8 @@ pub(crate) fn report_last(shared: &Shared) {
     }
 }
 
-fn inspect(shared: &Shared, native: &mut Native) -> Result<Progress> {
+/// One look at NCCL and at the device. The context is current, and captures do not bind this thread.
+pub(crate) fn inspect(shared: &Shared, native: &mut Native) -> Result<Progress> {
     if !native.comm.is_null() {
         // SAFETY: the communicator is live and the lock is held.
         let _ = unsafe { shared.base.library.comm_state(native.comm) }?;
