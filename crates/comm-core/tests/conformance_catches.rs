@@ -66,6 +66,7 @@ catches! {
     message_order: ReversesMessages in Group;
     second_deregister: DeregistersTwice in Register;
     allocation_alignment: AllocatesMisaligned in Allocate;
+    lack_of_memory: DiesOfLackOfMemory in Allocate;
     overlap_accepted: AcceptsOverlaps in ReduceScatterV;
     wrong_part: ScattersTheWrongPart in ReduceScatterV;
     signedness: ReducesUnsignedAsSigned in AllReduce;

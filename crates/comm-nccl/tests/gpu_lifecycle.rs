@@ -4,7 +4,7 @@
 
 mod common;
 
-use comm_core::{CommError, DType, DeviceMemory, ReduceOp};
+use comm_core::{CommError, DType, DeviceAddr, DeviceMemory, ReduceOp};
 use common::{PATIENT, world, world_size};
 
 #[test]
@@ -123,6 +123,29 @@ fn registered_and_allocated_buffers_work_and_go_stale() {
             assert!(matches!(uneven, CommError::Mismatch { .. }), "{uneven}");
         }
         rank.try_sum().unwrap();
+        rank.comm.close().unwrap();
+    });
+}
+
+#[test]
+fn what_one_rank_cannot_have_is_refused_on_all_and_no_more() {
+    let Some(size) = world_size() else { return };
+    world(size, PATIENT, false, |rank| {
+        let buffer = rank.buffer(&[1.0_f32; 64]);
+        for _ in 0..2 {
+            let refused = rank.comm.allocate(1 << 50).unwrap_err();
+            assert!(matches!(refused, CommError::InvalidArgument { .. }), "{refused}");
+            let addr = if rank.rank == 1 { DeviceAddr::NULL } else { buffer.addr };
+            // SAFETY: the buffer lives on; the other ranks take their registrations back.
+            let refused = unsafe { rank.comm.register(addr, 256) }.unwrap_err();
+            assert!(matches!(refused, CommError::InvalidArgument { .. }), "{refused}");
+            assert!(refused.to_string().contains("rank 1"), "{refused}");
+            rank.comm.poll().unwrap();
+            rank.try_sum().unwrap();
+        }
+        let addr = rank.comm.allocate(1 << 20).unwrap();
+        // SAFETY: no work has used it, on any rank.
+        unsafe { rank.comm.free(addr).unwrap() };
         rank.comm.close().unwrap();
     });
 }

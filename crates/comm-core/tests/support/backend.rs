@@ -137,7 +137,8 @@ unsafe impl DeviceComm for GatherBackend {
 
     fn allocate(&self, bytes: usize) -> Result<DeviceAddr> {
         self.open()?;
-        self.memory.allocate(bytes)
+        // All ranks have the same memory, so all fail alike; and the communicator is none the worse for it.
+        self.memory.allocate(bytes).map_err(|error| CommError::invalid("bytes", error.to_string()))
     }
 
     unsafe fn free(&self, addr: DeviceAddr) -> Result<()> {

@@ -36,6 +36,7 @@ pub(crate) enum Bug {
     ReversesMessages,
     DeregistersTwice,
     AllocatesMisaligned,
+    DiesOfLackOfMemory,
     AcceptsOverlaps,
     ReducesUnsignedAsSigned,
     FillsTheGapsOfBlocks,
@@ -102,7 +103,13 @@ unsafe impl DeviceComm for Wrong {
 
     fn allocate(&self, size: usize) -> Result<DeviceAddr> {
         let wrong = if self.is(Bug::AllocatesMisaligned) { 8 } else { 0 };
-        Ok(self.inner.allocate(size + 8)?.offset(wrong))
+        let made = self.inner.allocate(size + 8).map_err(|error| match self.bug {
+            Bug::DiesOfLackOfMemory => {
+                CommError::Io { context: "allocating".into(), message: error.to_string() }
+            }
+            _ => error,
+        });
+        Ok(made?.offset(wrong))
     }
 
     unsafe fn free(&self, addr: DeviceAddr) -> Result<()> {

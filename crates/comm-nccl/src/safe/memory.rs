@@ -4,10 +4,10 @@ use std::collections::HashMap;
 use std::ffi::c_void;
 use std::hash::{BuildHasher, Hasher, RandomState};
 
-use comm_core::{CommError, Deadline, DeviceAddr, HostCommExt, OpKind, Registration, Result};
+use comm_core::{CallSite, CommError, Deadline, DeviceAddr, HostCommExt, OpKind, Registration, Result};
 
 use super::comm::NcclComm;
-use super::state::{Hosts, Shared};
+use super::state::{Hosts, Native, Shared};
 use super::watchdog;
 use crate::driver::{Current, RelaxedCapture};
 use crate::result::NcclLibrary;
@@ -76,22 +76,61 @@ impl Buffers {
     }
 }
 
+/// What a call asks of every rank, in the words of its refusal.
+pub(crate) struct Asked<'a> {
+    /// The argument that it was for.
+    pub(crate) argument: &'static str,
+    /// What a rank may be unable to do.
+    pub(crate) what: &'a str,
+}
+
+/// Why one rank's part of a call did not work out, and whether its communicator is lost.
+type Setback = (bool, CommError);
+
+/// What a call has come to on all ranks, of which `all` say how their parts went. A rank whose communicator is lost ends the
+/// call for good. Otherwise a part that did not work out is a refusal, which the ranks have in common whatever its cause.
+fn verdict(own: usize, at: CallSite, asked: &Asked<'_>, all: &[Option<Setback>]) -> Result<()> {
+    let setbacks = || all.iter().enumerate().filter_map(|(rank, setback)| Some((rank, setback.as_ref()?)));
+    if let Some((_, (true, cause))) = setbacks().find(|(rank, _)| *rank == own) {
+        return Err(cause.clone());
+    }
+    if let Some((rank, (_, cause))) = setbacks().find(|(_, (lost, _))| *lost) {
+        return Err(CommError::PeerFailed { at, rank, cause: Box::new(cause.clone()) });
+    }
+    let Some((rank, (_, cause))) = setbacks().next() else { return Ok(()) };
+    let Asked { argument, what } = asked;
+    let reason =
+        format!("rank {rank} cannot {what}: {cause}; so no rank did, and the communicator goes on without");
+    Err(CommError::invalid(*argument, reason))
+}
+
 impl Shared {
-    /// Makes a rank's success known to all, so that a collective that fails on one rank fails on all.
-    pub(crate) fn agree<T>(&self, hosts: &Hosts, op: OpKind, result: Result<T>) -> Result<T> {
-        let own = result.as_ref().err().cloned();
+    /// Makes a rank's success known to all, so that a collective that fails on one rank fails on all. Memory that is not to
+    /// be had, say, leaves the communicator as it was: then all ranks get one and the same refusal.
+    pub(crate) fn agree<T>(
+        &self,
+        hosts: &Hosts,
+        op: OpKind,
+        asked: &Asked<'_>,
+        result: Result<T>,
+    ) -> Result<T> {
+        let own: Option<Setback> =
+            result.as_ref().err().map(|error| (self.healthy().is_err(), error.clone()));
         let deadline = Deadline::after(self.base.timeout);
-        let all: Vec<Option<CommError>> = hosts
-            .control
-            .all_gather_by(&own, deadline)
-            .map_err(|error| self.fail(self.relocate(error, Some(op))))?;
-        let value = result?;
-        match all.into_iter().enumerate().find_map(|(rank, error)| Some((rank, error?))) {
-            None => Ok(value),
-            Some((rank, cause)) => {
-                let at = self.at(op, self.seq());
-                Err(CommError::PeerFailed { at, rank, cause: Box::new(cause) })
-            }
+        let all = hosts.control.all_gather_by(&own, deadline);
+        let all = all.map_err(|error| self.fail(self.relocate(error, Some(op))))?;
+        verdict(self.info.rank, self.at(op, self.seq()), asked, &all)?;
+        result
+    }
+
+    /// An error of a call that leaves the communicator as it was, unless it is the sign of one that does not: an error of
+    /// the device's, which every call returns from then on, or one of NCCL's that the communicator keeps.
+    fn sift(&self, native: &mut Native, error: CommError) -> CommError {
+        // A capture on another stream neither forbids the look nor is spoilt by it.
+        let _relaxed = RelaxedCapture::new();
+        match watchdog::inspect(self, native) {
+            Ok(_) => error,
+            Err(found) => self.blame(found),
         }
     }
 
@@ -125,22 +164,22 @@ impl NcclComm {
             let (library, comm) = (&shared.base.library, call.native.comm);
             let size = bytes.max(1);
             // SAFETY: the device is current; the address is kept until it is freed.
-            let addr = unsafe { library.mem_alloc(size) }?;
-            // SAFETY: the communicator is live under the lock, and the range has just been allocated.
-            let handle = match unsafe { library.comm_register(comm, addr, size) } {
-                Ok(handle) => handle,
-                Err(error) => {
+            let made = unsafe { library.mem_alloc(size) }.and_then(|addr| {
+                // SAFETY: the communicator is live under the lock, and the range has just been allocated.
+                let registered = unsafe { library.comm_register(comm, addr, size) };
+                registered.map(|handle| (addr, handle)).inspect_err(|_| {
                     // SAFETY: nothing has used it. The first error is the one to report.
                     let _ = unsafe { library.mem_free(addr) };
-                    return Err(error);
-                }
-            };
+                })
+            });
+            let (addr, handle) = made.map_err(|error| shared.sift(&mut call.native, error))?;
             call.native.buffers.allocations.insert(addr.0, Allocation { handle });
             Ok(addr)
         };
         let result = local();
         let mine = result.as_ref().ok().copied();
-        let agreed = shared.agree(&hosts, OpKind::Allocate, result);
+        let asked = Asked { argument: "bytes", what: &format!("allocate {bytes} bytes") };
+        let agreed = shared.agree(&hosts, OpKind::Allocate, &asked, result);
         if agreed.is_err()
             && let Some(addr) = mine
         {
@@ -198,12 +237,14 @@ impl NcclComm {
             }
             let mut call = shared.begin(OpKind::Register)?;
             // SAFETY: the communicator is live under the lock; the caller vouches for the range.
-            let handle = unsafe { shared.base.library.comm_register(call.native.comm, addr, bytes) }?;
+            let handle = unsafe { shared.base.library.comm_register(call.native.comm, addr, bytes) }
+                .map_err(|error| shared.sift(&mut call.native, error))?;
             Ok(call.native.buffers.enter(addr, bytes, handle))
         };
         let result = local();
         let mine = result.as_ref().ok().cloned();
-        let agreed = shared.agree(&hosts, OpKind::Register, result);
+        let asked = Asked { argument: "addr", what: &format!("register {bytes} bytes") };
+        let agreed = shared.agree(&hosts, OpKind::Register, &asked, result);
         if agreed.is_err()
             && let Some(registration) = mine
         {
@@ -237,6 +278,45 @@ impl NcclComm {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What every one of the ranks makes of the same setbacks.
+    fn verdicts(all: &[Option<Setback>]) -> Vec<Result<()>> {
+        let asked = Asked { argument: "bytes", what: "allocate 64 bytes" };
+        let at = || CallSite::new("world", OpKind::Allocate, 3);
+        (0..all.len()).map(|own| verdict(own, at(), &asked, all)).collect()
+    }
+
+    #[test]
+    fn what_a_rank_lacks_is_a_refusal_and_the_same_on_all() {
+        let lacks = CommError::Backend {
+            backend: crate::NAME.into(),
+            call: "ncclMemAlloc".into(),
+            code: 1,
+            message: "out of memory".into(),
+        };
+        assert!(lacks.is_fatal());
+        let all = [None, Some((false, lacks.clone())), Some((false, CommError::invalid("addr", "null")))];
+        for outcome in verdicts(&all) {
+            let Err(CommError::InvalidArgument { argument, reason }) = outcome else { panic!("{outcome:?}") };
+            assert_eq!(argument, "bytes");
+            assert!(
+                reason.starts_with("rank 1 cannot allocate 64 bytes: ") && reason.contains("out of memory")
+            );
+        }
+        assert_eq!(verdicts(&[None, None]), [Ok(()), Ok(())]);
+    }
+
+    #[test]
+    fn a_lost_communicator_is_no_refusal() {
+        let closed = CommError::Closed { comm: "world".into() };
+        let all = [None, Some((false, CommError::invalid("addr", "null"))), Some((true, closed.clone()))];
+        let outcomes = verdicts(&all);
+        assert_eq!(outcomes[2], Err(closed.clone()));
+        for outcome in &outcomes[..2] {
+            let Err(CommError::PeerFailed { rank: 2, cause, .. }) = outcome else { panic!("{outcome:?}") };
+            assert_eq!(**cause, closed);
+        }
+    }
 
     #[test]
     fn a_registration_is_one_communicator_s_and_one_range_s() {

@@ -4,6 +4,7 @@ use comm_core::{Deadline, HostCommExt, MemoryKind, OpKind, Result};
 
 use super::comm::NcclComm;
 use super::create;
+use super::memory::Asked;
 
 /// NCCL's colours are non-negative C ints; ours are any `u32`. The index among the colours in use is both.
 fn dense(colors: &[Option<u32>], own: Option<u32>) -> Option<usize> {
@@ -33,7 +34,8 @@ impl NcclComm {
                 create::draft(shared.base.clone(), hosts, ordinal)
             })
             .transpose();
-        let draft = shared.agree(&parents, OP, drafted)?;
+        let asked = Asked { argument: "color", what: "make its end of the group" };
+        let draft = shared.agree(&parents, OP, &asked, drafted)?;
         let native = shared.split_off(dense(&colors, color), key)?;
         let Some(draft) = draft else { return Ok(None) };
         draft.shared.adopt(native)?;

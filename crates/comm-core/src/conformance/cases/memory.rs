@@ -12,8 +12,12 @@ use crate::op::{OpKind, OpQuery};
 
 const SIZES: [usize; 5] = [256, 1 << 12, 100_000, 1 << 20, 4096];
 
+/// More bytes than any machine has.
+const TOO_MUCH: usize = 1 << 50;
+
 pub(super) fn run(runner: &mut Runner<'_>) {
     runner.case(OpKind::Allocate, "allocate/cycles", allocate);
+    runner.case(OpKind::Allocate, "allocate/too_much", too_much);
     runner.case(OpKind::Free, "free/unknown", free_unknown);
     runner.case(OpKind::Register, "register/cycles", register);
 }
@@ -67,6 +71,28 @@ fn allocate(case: &mut Case<'_, '_>) -> Result<()> {
         unsafe { case.comm.free(from) }?;
         // SAFETY: as above.
         unsafe { case.comm.free(to) }?;
+    }
+    Ok(())
+}
+
+/// Memory that is not to be had is an error on every rank, and no more than that: the communicator goes on without.
+fn too_much(case: &mut Case<'_, '_>) -> Result<()> {
+    if !case.supported(&OpQuery::new(OpKind::Allocate, DType::U8, TOO_MUCH)) {
+        return Ok(());
+    }
+    for _ in 0..2 {
+        case.at = format!("allocate of {TOO_MUCH} bytes");
+        let made = case.comm.allocate(TOO_MUCH);
+        case.expect_invalid("more memory than there is", made.map(drop))?;
+        case.at = "all_reduce after an allocation that failed".into();
+        let operands = [case.arena.lay(0, 0, 4096)?, case.arena.lay(1, 0, 4096)?];
+        call(case, operands[0], operands[1])?;
+        case.at = "allocate after one that failed".into();
+        let addr = case.comm.allocate(4096)?;
+        case.calls += 1;
+        settle(case)?;
+        // SAFETY: no work has used it, on any rank.
+        unsafe { case.comm.free(addr) }?;
     }
     Ok(())
 }
