@@ -191,6 +191,39 @@ fn what_all_tiers_take_is_registered_with_all() {
     .unwrap();
 }
 
+/// Whose memory or registration one rank does not know, all ranks keep.
+#[test]
+fn what_one_rank_does_not_know_no_rank_gives_back() {
+    run_threads(3, TIMEOUT, |host| {
+        let (comm, ends) = tiers(host, None, None);
+        let live = || ends.iter().map(|end| end.live.lock().unwrap().len()).collect::<Vec<_>>();
+        let wrong = comm.rank() == 1;
+        let addr = comm.allocate(64).unwrap();
+        // SAFETY: nothing uses it.
+        let error = unsafe { comm.free(if wrong { addr.offset(8) } else { addr }) }.unwrap_err();
+        assert!(!error.is_fatal() && error.to_string().contains("not allocated here"), "{error:?}");
+        assert_eq!(live(), [1, 1]);
+        // SAFETY: as above.
+        unsafe { comm.free(addr) }.unwrap();
+        assert_eq!(live(), [0, 0]);
+
+        let data = [0_u8; 64];
+        // SAFETY: the array outlives the registration.
+        let right = unsafe { comm.register(DeviceAddr::of_slice(&data), 64) }.unwrap();
+        let other = Registration { bytes: 32, ..right.clone() };
+        // SAFETY: nothing uses it.
+        let error = unsafe { comm.deregister(if wrong { &other } else { &right }) }.unwrap_err();
+        assert!(!error.is_fatal() && error.to_string().contains("not registered here"), "{error:?}");
+        assert_eq!(live(), [1, 1]);
+        // SAFETY: as above.
+        unsafe { comm.deregister(&right) }.unwrap();
+        assert_eq!(live(), [0, 0]);
+        works(&*comm);
+        comm.close().unwrap();
+    })
+    .unwrap();
+}
+
 #[test]
 fn an_argument_that_is_wrong_on_one_rank_is_refused_on_all() {
     run_threads(3, TIMEOUT, |host| {

@@ -152,13 +152,27 @@ impl TierMemory {
         self.reach(tiers, op, super::NAME, undone).map(drop)
     }
 
+    /// Makes sure that no rank refuses a call by itself, as `own` says of this one: it would leave the others waiting for it
+    /// in their tiers.
+    ///
+    /// # Errors
+    /// The refusal, on all ranks; or as [`agreed`](Self::agreed).
+    fn all_know(&self, tiers: &[Arc<dyn DeviceComm>], op: OpKind, own: Result<()>) -> Result<()> {
+        match self.reach(tiers, op, super::NAME, own)? {
+            Verdict::Done => Ok(()),
+            Verdict::Refused(refusal) => Err(refusal),
+        }
+    }
+
     /// # Safety
     /// As [`DeviceComm::free`].
     pub(super) unsafe fn free(&self, tiers: &[Arc<dyn DeviceComm>], addr: DeviceAddr) -> Result<()> {
+        let unknown =
+            || CommError::invalid("addr", format!("{addr:?} was not allocated here or was freed already"));
         let _turn = self.turn();
-        let (owner, parts) = self.lock().allocations.remove(&addr.0).ok_or_else(|| {
-            CommError::invalid("addr", format!("{addr:?} was not allocated here or was freed already"))
-        })?;
+        let known = self.lock().allocations.contains_key(&addr.0);
+        self.all_know(tiers, OpKind::Free, if known { Ok(()) } else { Err(unknown()) })?;
+        let (owner, parts) = self.lock().allocations.remove(&addr.0).ok_or_else(unknown)?;
         let mut result = Ok(());
         for (index, registration) in &parts {
             // SAFETY: the caller vouches that nothing uses the range, which this registration covers.
@@ -179,11 +193,7 @@ impl TierMemory {
         bytes: usize,
     ) -> Result<Option<Registration>> {
         let _turn = self.turn();
-        // A tier that refuses the argument of one rank would leave the others waiting for it.
-        let own = check::span("addr", addr, bytes, DType::U8).map(drop);
-        if let Verdict::Refused(refusal) = self.reach(tiers, OpKind::Register, super::NAME, own)? {
-            return Err(refusal);
-        }
+        self.all_know(tiers, OpKind::Register, check::span("addr", addr, bytes, DType::U8).map(drop))?;
         let mut parts = Parts::new();
         for (index, tier) in tiers.iter().enumerate() {
             if !admits(&**tier, OpKind::Register, bytes) {
@@ -221,18 +231,15 @@ impl TierMemory {
         tiers: &[Arc<dyn DeviceComm>],
         registration: &Registration,
     ) -> Result<()> {
-        let _turn = self.turn();
-        let parts = {
-            let mut tables = self.lock();
-            match tables.registrations.get(&registration.id) {
-                Some((known, _)) if known == registration => tables.registrations.remove(&registration.id),
-                _ => None,
-            }
-        };
-        let (_, parts) = parts.ok_or_else(|| CommError::StaleHandle {
+        let stale = || CommError::StaleHandle {
             handle: format!("registration {}", registration.id),
             reason: "it is not registered here, or not any more".into(),
-        })?;
+        };
+        let _turn = self.turn();
+        let known =
+            self.lock().registrations.get(&registration.id).is_some_and(|(own, _)| own == registration);
+        self.all_know(tiers, OpKind::Deregister, if known { Ok(()) } else { Err(stale()) })?;
+        let (_, parts) = self.lock().registrations.remove(&registration.id).ok_or_else(stale)?;
         let mut result = Ok(());
         for (index, part) in &parts {
             // SAFETY: the caller vouches that nothing uses the range.
