@@ -1,7 +1,7 @@
 //! What makes a memory call of a tiered communicator succeed on all ranks or on none.
 //!
-//! Owns a host communicator of its own, on which the ranks tell each other how a tier's part of the call went. It never
-//! calls a tier.
+//! Owns a host communicator of its own, on which the ranks tell each other how a tier's part of the call went, and why one
+//! of them has ended its tiers. It never calls a tier.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,6 +19,25 @@ pub(super) enum Verdict {
     Done,
     /// It failed without harm on this rank at least; the error says where and why, and is not fatal.
     Refused(CommError),
+}
+
+/// Whether an error says that a rank aborted, and no more.
+pub(super) fn is_abort(error: &CommError) -> bool {
+    match error {
+        CommError::PeerFailed { cause, .. } => {
+            matches!(**cause, CommError::Aborted { .. }) || is_abort(cause)
+        }
+        _ => false,
+    }
+}
+
+/// A peer's failure as one of the rank that it blames, which is to blame here too, unless that is this rank.
+fn root(own: usize, at: CallSite, rank: usize, cause: CommError) -> CommError {
+    match cause {
+        CommError::PeerDied { rank, .. } if rank != own => CommError::PeerDied { at, rank },
+        CommError::PeerFailed { rank, cause, .. } if rank != own => root(own, at, rank, *cause),
+        cause => CommError::PeerFailed { at, rank, cause: Box::new(cause) },
+    }
 }
 
 pub(super) struct Agreement {
@@ -41,6 +60,28 @@ impl Agreement {
     /// Ends every wait for an agreement, on all ranks.
     pub(super) fn abort(&self) {
         self.host.abort();
+    }
+
+    /// Tells the other ranks why this one ends its tiers. Never blocks.
+    pub(super) fn report(&self, cause: &CommError) {
+        match cause {
+            CommError::Aborted { .. } => self.host.abort(),
+            cause => self.host.report_failure(cause),
+        }
+    }
+
+    /// What is behind an error of a tier: a rank that ended its tiers has said why, before. Never blocks.
+    pub(super) fn reason(&self, error: CommError) -> CommError {
+        let CommError::PeerFailed { at, .. } = &error else { return error };
+        if !is_abort(&error) {
+            return error;
+        }
+        let at = at.clone();
+        match self.host.poll() {
+            Err(CommError::PeerDied { rank, .. }) => CommError::PeerDied { at, rank },
+            Err(CommError::PeerFailed { rank, cause, .. }) => root(self.host.rank(), at, rank, *cause),
+            _ => error,
+        }
     }
 
     /// Twice the tiers' timeout: one rank may begin to wait here as another begins to wait in its tier.

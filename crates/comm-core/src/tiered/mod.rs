@@ -8,7 +8,7 @@ mod agreement;
 mod memory;
 mod ops;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use crate::device_comm::{CommInfo, DeviceComm};
@@ -41,8 +41,8 @@ pub struct SkippedTier {
 /// A reduction has the bits of the tier that carries it out: all ranks the same, but where `nccl` is a tier not always those
 /// that [`ReduceOp`](crate::ReduceOp) promises, nor the same for every count.
 ///
-/// Memory calls end alike on all ranks: what a tier refuses on one of them it forgets on all. A fatal failure of a memory
-/// call, in whichever tier, ends the whole communicator.
+/// Memory calls end alike on all ranks: what a tier refuses on one of them it forgets on all. A fatal failure, of whichever
+/// call and tier, ends the whole communicator, on all ranks and with its cause.
 pub struct TieredComm {
     info: CommInfo,
     tiers: Vec<Arc<dyn DeviceComm>>,
@@ -50,6 +50,8 @@ pub struct TieredComm {
     /// The tier of point-to-point transfers.
     p2p: Option<usize>,
     memory: TierMemory,
+    /// What every call returns since the first fatal error, or since the close.
+    ended: OnceLock<CommError>,
 }
 
 impl std::fmt::Debug for TieredComm {
@@ -107,7 +109,7 @@ impl TieredComm {
         };
         let p2p = admits(&[OpKind::Send, OpKind::Recv, OpKind::Group])
             .or_else(|| admits(&[OpKind::Send, OpKind::Recv]));
-        Ok(Self { info, tiers, skipped, p2p, memory: TierMemory::new(agreement) })
+        Ok(Self { info, tiers, skipped, p2p, memory: TierMemory::new(agreement), ended: OnceLock::new() })
     }
 
     /// The backends that were asked for and left out, with the reason.
@@ -139,5 +141,45 @@ impl TieredComm {
             }
         }
         Err(CommError::unsupported(query.kind, self.info.backend.clone(), reasons.join("; ")))
+    }
+
+    fn usable(&self) -> Result<()> {
+        self.ended.get().map_or(Ok(()), |cause| Err(cause.clone()))
+    }
+
+    /// Has the tier for a query carry a call out.
+    fn carry<T>(&self, query: &OpQuery, call: impl FnOnce(&dyn DeviceComm) -> Result<T>) -> Result<T> {
+        self.usable()?;
+        self.ending(call(&**self.tier(query)?))
+    }
+
+    /// A call's outcome. If it is a tier's end it is that of all: callers that go on with another tier would not find their
+    /// peers there, and none of them could say why.
+    fn ending<T>(&self, outcome: Result<T>) -> Result<T> {
+        match outcome {
+            // Which has nothing left to end; while one thread closes the tiers, another may find that one of them is.
+            Err(error @ CommError::Closed { .. }) => Err(error),
+            Err(error) if error.is_fatal() => Err(self.end(error)),
+            outcome => outcome,
+        }
+    }
+
+    /// The outcome of a call on `tier` and on another communicator: of which one it is the end, the tier knows.
+    fn perhaps_ending<T>(&self, tier: &dyn DeviceComm, outcome: Result<T>) -> Result<T> {
+        match outcome {
+            Err(error) if tier.poll().is_ok() => Err(error),
+            outcome => self.ending(outcome),
+        }
+    }
+
+    fn end(&self, error: CommError) -> CommError {
+        let agreement = self.memory.agreement();
+        let error = agreement.reason(error);
+        if self.ended.set(error.clone()).is_ok() {
+            // The other ranks are told why before they find that this one has aborted.
+            agreement.report(&error);
+            self.tiers.iter().for_each(|tier| tier.abort());
+        }
+        self.ended.get().cloned().unwrap_or(error)
     }
 }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::agreement::is_abort;
 use super::{SkippedTier, TieredComm};
 use crate::addr::{DeviceAddr, StreamHandle};
 use crate::device_comm::{AlgorithmUsage, CommInfo, DeviceComm, P2pOp, Registration};
@@ -55,14 +56,16 @@ unsafe impl DeviceComm for TieredComm {
     }
 
     fn split(&self, color: Option<u32>, key: i32) -> Result<Option<Arc<dyn DeviceComm>>> {
+        self.usable()?;
         let query = OpQuery::new(OpKind::Split, DType::U8, 0);
         self.tier(&query)?;
-        let agreement = self.memory.agreement().split(color, key)?;
+        let agreement = self.ending(self.memory.agreement().split(color, key))?;
         let mut children = Vec::with_capacity(self.tiers.len());
         let mut skipped = self.skipped.clone();
         let mut refusal = None;
         for tier in self.tiers.iter().filter(|tier| tier.supports(&query).is_supported()) {
-            match tier.split(color, key) {
+            // A group that cannot be made is not always the end of what it would have been split from.
+            match self.perhaps_ending(&**tier, tier.split(color, key)) {
                 Ok(child) => children.extend(child),
                 // Some groups may be beyond a backend, all of whose ranks say so: the others are left.
                 Err(error @ CommError::Unsupported { .. }) => {
@@ -83,30 +86,35 @@ unsafe impl DeviceComm for TieredComm {
     fn allocate(&self, bytes: usize) -> Result<DeviceAddr> {
         let refusal =
             |()| self.tier(&OpQuery::new(OpKind::Allocate, DType::U8, bytes)).map(|_| DeviceAddr::NULL);
-        self.memory.allocate(&self.tiers, bytes)?.map_or_else(|| refusal(()), Ok)
+        self.usable()?;
+        self.ending(self.memory.allocate(&self.tiers, bytes))?.map_or_else(|| refusal(()), Ok)
     }
 
     unsafe fn free(&self, addr: DeviceAddr) -> Result<()> {
+        self.usable()?;
         // SAFETY: the caller's promise is the callee's.
-        unsafe { self.memory.free(&self.tiers, addr) }
+        self.ending(unsafe { self.memory.free(&self.tiers, addr) })
     }
 
     unsafe fn register(&self, addr: DeviceAddr, bytes: usize) -> Result<Registration> {
+        self.usable()?;
         // SAFETY: the caller's promise is the callee's.
-        let registration = unsafe { self.memory.register(&self.tiers, addr, bytes) }?;
+        let registration = self.ending(unsafe { self.memory.register(&self.tiers, addr, bytes) })?;
         registration.ok_or_else(|| {
             CommError::unsupported(OpKind::Register, self.info.backend.clone(), "no tier registers memory")
         })
     }
 
     unsafe fn deregister(&self, registration: &Registration) -> Result<()> {
+        self.usable()?;
         // SAFETY: the caller's promise is the callee's.
-        unsafe { self.memory.deregister(&self.tiers, registration) }
+        self.ending(unsafe { self.memory.deregister(&self.tiers, registration) })
     }
 
     fn register_captured(&self) -> Result<()> {
+        self.usable()?;
         // All are asked, whatever one says: the other ranks' tiers wait for this one's.
-        self.tiers.iter().map(|tier| tier.register_captured()).fold(Ok(()), Result::and)
+        self.ending(self.tiers.iter().map(|tier| tier.register_captured()).fold(Ok(()), Result::and))
     }
 
     fn supports(&self, query: &OpQuery) -> Support {
@@ -138,9 +146,9 @@ unsafe impl DeviceComm for TieredComm {
         op: ReduceOp,
         stream: StreamHandle,
     ) -> Result<()> {
-        let tier = self.tier(&OpQuery::new(OpKind::AllReduce, dtype, count).with_reduce(op))?;
+        let query = OpQuery::new(OpKind::AllReduce, dtype, count).with_reduce(op);
         // SAFETY: the caller's promise is the callee's.
-        unsafe { tier.all_reduce(send, recv, count, dtype, op, stream) }
+        self.carry(&query, |tier| unsafe { tier.all_reduce(send, recv, count, dtype, op, stream) })
     }
 
     unsafe fn all_reduce_quantized(
@@ -151,9 +159,9 @@ unsafe impl DeviceComm for TieredComm {
         dtype: DType,
         stream: StreamHandle,
     ) -> Result<()> {
-        let tier = self.tier(&OpQuery::new(OpKind::AllReduceQuantized, dtype, count))?;
+        let query = OpQuery::new(OpKind::AllReduceQuantized, dtype, count);
         // SAFETY: the caller's promise is the callee's.
-        unsafe { tier.all_reduce_quantized(send, recv, count, dtype, stream) }
+        self.carry(&query, |tier| unsafe { tier.all_reduce_quantized(send, recv, count, dtype, stream) })
     }
 
     unsafe fn all_gather(
@@ -164,9 +172,9 @@ unsafe impl DeviceComm for TieredComm {
         dtype: DType,
         stream: StreamHandle,
     ) -> Result<()> {
-        let tier = self.tier(&OpQuery::new(OpKind::AllGather, dtype, count))?;
+        let query = OpQuery::new(OpKind::AllGather, dtype, count);
         // SAFETY: the caller's promise is the callee's.
-        unsafe { tier.all_gather(send, recv, count, dtype, stream) }
+        self.carry(&query, |tier| unsafe { tier.all_gather(send, recv, count, dtype, stream) })
     }
 
     unsafe fn all_gather_v(
@@ -177,9 +185,9 @@ unsafe impl DeviceComm for TieredComm {
         dtype: DType,
         stream: StreamHandle,
     ) -> Result<()> {
-        let tier = self.tier(&OpQuery::new(OpKind::AllGatherV, dtype, largest(counts)))?;
+        let query = OpQuery::new(OpKind::AllGatherV, dtype, largest(counts));
         // SAFETY: the caller's promise is the callee's.
-        unsafe { tier.all_gather_v(send, recv, counts, dtype, stream) }
+        self.carry(&query, |tier| unsafe { tier.all_gather_v(send, recv, counts, dtype, stream) })
     }
 
     unsafe fn reduce_scatter(
@@ -191,9 +199,9 @@ unsafe impl DeviceComm for TieredComm {
         op: ReduceOp,
         stream: StreamHandle,
     ) -> Result<()> {
-        let tier = self.tier(&OpQuery::new(OpKind::ReduceScatter, dtype, count).with_reduce(op))?;
+        let query = OpQuery::new(OpKind::ReduceScatter, dtype, count).with_reduce(op);
         // SAFETY: the caller's promise is the callee's.
-        unsafe { tier.reduce_scatter(send, recv, count, dtype, op, stream) }
+        self.carry(&query, |tier| unsafe { tier.reduce_scatter(send, recv, count, dtype, op, stream) })
     }
 
     unsafe fn reduce_scatter_v(
@@ -207,7 +215,7 @@ unsafe impl DeviceComm for TieredComm {
     ) -> Result<()> {
         let query = OpQuery::new(OpKind::ReduceScatterV, dtype, largest(counts)).with_reduce(op);
         // SAFETY: the caller's promise is the callee's.
-        unsafe { self.tier(&query)?.reduce_scatter_v(send, recv, counts, dtype, op, stream) }
+        self.carry(&query, |tier| unsafe { tier.reduce_scatter_v(send, recv, counts, dtype, op, stream) })
     }
 
     unsafe fn broadcast(
@@ -219,9 +227,9 @@ unsafe impl DeviceComm for TieredComm {
         root: usize,
         stream: StreamHandle,
     ) -> Result<()> {
-        let tier = self.tier(&OpQuery::new(OpKind::Broadcast, dtype, count))?;
+        let query = OpQuery::new(OpKind::Broadcast, dtype, count);
         // SAFETY: the caller's promise is the callee's.
-        unsafe { tier.broadcast(send, recv, count, dtype, root, stream) }
+        self.carry(&query, |tier| unsafe { tier.broadcast(send, recv, count, dtype, root, stream) })
     }
 
     unsafe fn reduce(
@@ -234,9 +242,9 @@ unsafe impl DeviceComm for TieredComm {
         root: usize,
         stream: StreamHandle,
     ) -> Result<()> {
-        let tier = self.tier(&OpQuery::new(OpKind::Reduce, dtype, count).with_reduce(op))?;
+        let query = OpQuery::new(OpKind::Reduce, dtype, count).with_reduce(op);
         // SAFETY: the caller's promise is the callee's.
-        unsafe { tier.reduce(send, recv, count, dtype, op, root, stream) }
+        self.carry(&query, |tier| unsafe { tier.reduce(send, recv, count, dtype, op, root, stream) })
     }
 
     unsafe fn all_to_all(
@@ -247,9 +255,9 @@ unsafe impl DeviceComm for TieredComm {
         dtype: DType,
         stream: StreamHandle,
     ) -> Result<()> {
-        let tier = self.tier(&OpQuery::new(OpKind::AllToAll, dtype, count))?;
+        let query = OpQuery::new(OpKind::AllToAll, dtype, count);
         // SAFETY: the caller's promise is the callee's.
-        unsafe { tier.all_to_all(send, recv, count, dtype, stream) }
+        self.carry(&query, |tier| unsafe { tier.all_to_all(send, recv, count, dtype, stream) })
     }
 
     unsafe fn send(
@@ -260,9 +268,9 @@ unsafe impl DeviceComm for TieredComm {
         peer: usize,
         stream: StreamHandle,
     ) -> Result<()> {
-        let tier = self.tier(&OpQuery::new(OpKind::Send, dtype, count))?;
+        let query = OpQuery::new(OpKind::Send, dtype, count);
         // SAFETY: the caller's promise is the callee's.
-        unsafe { tier.send(addr, count, dtype, peer, stream) }
+        self.carry(&query, |tier| unsafe { tier.send(addr, count, dtype, peer, stream) })
     }
 
     unsafe fn recv(
@@ -273,22 +281,22 @@ unsafe impl DeviceComm for TieredComm {
         peer: usize,
         stream: StreamHandle,
     ) -> Result<()> {
-        let tier = self.tier(&OpQuery::new(OpKind::Recv, dtype, count))?;
+        let query = OpQuery::new(OpKind::Recv, dtype, count);
         // SAFETY: the caller's promise is the callee's.
-        unsafe { tier.recv(addr, count, dtype, peer, stream) }
+        self.carry(&query, |tier| unsafe { tier.recv(addr, count, dtype, peer, stream) })
     }
 
     unsafe fn group(&self, ops: &[P2pOp], stream: StreamHandle) -> Result<()> {
         // The ranks' transfers differ, so the choice must not look at them.
-        let tier = self.tier(&OpQuery::new(OpKind::Group, DType::U8, 1))?;
+        let query = OpQuery::new(OpKind::Group, DType::U8, 1);
         // SAFETY: the caller's promise is the callee's.
-        unsafe { tier.group(ops, stream) }
+        self.carry(&query, |tier| unsafe { tier.group(ops, stream) })
     }
 
     unsafe fn barrier(&self, stream: StreamHandle) -> Result<()> {
-        let tier = self.tier(&OpQuery::new(OpKind::Barrier, DType::U8, 0))?;
+        let query = OpQuery::new(OpKind::Barrier, DType::U8, 0);
         // SAFETY: the caller's promise is the callee's.
-        unsafe { tier.barrier(stream) }
+        self.carry(&query, |tier| unsafe { tier.barrier(stream) })
     }
 
     unsafe fn all_gather_2d(
@@ -299,16 +307,16 @@ unsafe impl DeviceComm for TieredComm {
         stream: StreamHandle,
     ) -> Result<()> {
         let count = block.height.saturating_mul(block.width);
-        let tier = self.tier(&OpQuery::new(OpKind::AllGather2d, block.dtype, count))?;
+        let query = OpQuery::new(OpKind::AllGather2d, block.dtype, count);
         // SAFETY: the caller's promise is the callee's.
-        unsafe { tier.all_gather_2d(send, recv, block, stream) }
+        self.carry(&query, |tier| unsafe { tier.all_gather_2d(send, recv, block, stream) })
     }
 
     unsafe fn all_reduce_rmsnorm(&self, args: &RmsNormArgs, stream: StreamHandle) -> Result<()> {
         let count = args.tokens.saturating_mul(args.hidden);
-        let tier = self.tier(&OpQuery::new(OpKind::AllReduceRmsNorm, args.dtype, count))?;
+        let query = OpQuery::new(OpKind::AllReduceRmsNorm, args.dtype, count);
         // SAFETY: the caller's promise is the callee's.
-        unsafe { tier.all_reduce_rmsnorm(args, stream) }
+        self.carry(&query, |tier| unsafe { tier.all_reduce_rmsnorm(args, stream) })
     }
 
     unsafe fn all_reduce_rmsnorm_two_group(
@@ -317,9 +325,10 @@ unsafe impl DeviceComm for TieredComm {
         args: &TwoGroupNormArgs<'_>,
         stream: StreamHandle,
     ) -> Result<()> {
+        self.usable()?;
         let (tier, partner) = self.partners(OpKind::AllReduceRmsNormTwoGroup, gather, args)?;
         // SAFETY: the caller's promise is the callee's.
-        unsafe { tier.all_reduce_rmsnorm_two_group(partner, args, stream) }
+        self.perhaps_ending(tier, unsafe { tier.all_reduce_rmsnorm_two_group(partner, args, stream) })
     }
 
     unsafe fn all_reduce_rmsnorm_quantized(
@@ -329,9 +338,9 @@ unsafe impl DeviceComm for TieredComm {
         stream: StreamHandle,
     ) -> Result<()> {
         let count = args.tokens.saturating_mul(args.hidden);
-        let tier = self.tier(&OpQuery::new(OpKind::AllReduceRmsNormQuantized, args.dtype, count))?;
+        let query = OpQuery::new(OpKind::AllReduceRmsNormQuantized, args.dtype, count);
         // SAFETY: the caller's promise is the callee's.
-        unsafe { tier.all_reduce_rmsnorm_quantized(args, quantized, stream) }
+        self.carry(&query, |tier| unsafe { tier.all_reduce_rmsnorm_quantized(args, quantized, stream) })
     }
 
     unsafe fn all_reduce_rmsnorm_two_group_quantized(
@@ -341,13 +350,19 @@ unsafe impl DeviceComm for TieredComm {
         quantized: &NormQuantization,
         stream: StreamHandle,
     ) -> Result<()> {
+        self.usable()?;
         let (tier, partner) = self.partners(OpKind::AllReduceRmsNormTwoGroupQuantized, gather, args)?;
         // SAFETY: the caller's promise is the callee's.
-        unsafe { tier.all_reduce_rmsnorm_two_group_quantized(partner, args, quantized, stream) }
+        self.perhaps_ending(tier, unsafe {
+            tier.all_reduce_rmsnorm_two_group_quantized(partner, args, quantized, stream)
+        })
     }
 
     fn poll(&self) -> Result<()> {
-        self.tiers.iter().try_for_each(|tier| tier.poll())
+        self.usable()?;
+        // That another rank has aborted says less than what a tier of this rank has seen for itself.
+        let found = self.tiers.iter().filter_map(|tier| tier.poll().err()).min_by_key(is_abort);
+        self.ending(found.map_or(Ok(()), Err))
     }
 
     fn abort(&self) {
@@ -356,7 +371,20 @@ unsafe impl DeviceComm for TieredComm {
     }
 
     fn close(&self) -> Result<()> {
+        let ended = self.ended.get().cloned();
+        if let Some(closed @ CommError::Closed { .. }) = ended {
+            return Err(closed);
+        }
         // All tiers are closed, whatever becomes of the first.
-        self.tiers.iter().map(|tier| tier.close()).fold(Ok(()), Result::and)
+        let outcome = self.tiers.iter().map(|tier| tier.close()).fold(Ok(()), Result::and);
+        let outcome = ended.map_or(outcome, Err);
+        // A refused close leaves the communicator as it was.
+        let end = outcome.as_ref().err().cloned();
+        let end = end.unwrap_or_else(|| CommError::Closed { comm: self.info.name.clone() });
+        if end.is_fatal() {
+            // Unless it has ended before. The tiers have ended all the same, so there is nothing to abort.
+            let _ = self.ended.set(end);
+        }
+        outcome
     }
 }
