@@ -149,15 +149,17 @@ fn leave_numbers(free: usize) -> Rlimit {
     before
 }
 
-/// What a rank gets that exchanges eight descriptors in a group of all ranks, of which `poor` has numbers for twelve more;
-/// and then, if it got its share, from a barrier of that group.
+/// What a rank gets from an exchange in a group of all ranks, to which the two others bring eight descriptors each and `poor`,
+/// which has numbers for twelve more, none; and then from a barrier of that group.
 fn exchange_with_a_poor_rank(comm: &dyn HostComm, poor: usize) -> [Result<()>; 2] {
     let group = comm.split(Some(0), 0, Deadline::after(LONG)).unwrap().unwrap();
     let file = tempfile::tempfile().unwrap();
     let eight = [file.as_fd(); 8];
-    comm.barrier(Deadline::after(LONG)).unwrap();
     let before = (comm.rank() == poor).then(|| leave_numbers(12));
-    let exchanged = group.exchange_fds(&eight, Deadline::after(LONG)).map(drop);
+    // No descriptor is on its way before.
+    comm.barrier(Deadline::after(LONG)).unwrap();
+    let mine = if comm.rank() == poor { &[][..] } else { &eight };
+    let exchanged = group.exchange_fds(mine, Deadline::after(LONG)).map(drop);
     let after = group.barrier(Deadline::after(LONG));
     if let Some(before) = before {
         setrlimit(Resource::Nofile, before).unwrap();

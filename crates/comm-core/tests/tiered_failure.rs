@@ -4,14 +4,14 @@
 
 mod support;
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
 use comm_core::{
-    AlgorithmUsage, BackendFactory, Capability, CommError, CommInfo, CreateContext, DType, DeviceComm,
-    HostSliceExt, MemoryKind, OpKind, OpQuery, ReduceOp, Registry, Result, StreamHandle, Support, TieredComm,
-    TwoGroupNormArgs, run_threads,
+    AlgorithmUsage, BackendFactory, Capability, CommError, CommInfo, CreateContext, DType, Deadline,
+    DeviceAddr, DeviceComm, HostComm, HostSliceExt, MemoryKind, OpKind, OpQuery, ReduceOp, Registry, Result,
+    StreamHandle, Support, ThreadComm, TieredComm, TwoGroupNormArgs, run_threads,
 };
 use support::{GatherBackend, GatherFactory};
 
@@ -91,20 +91,25 @@ impl BackendFactory for BarriersFactory {
     }
 }
 
-/// Runs `body` on the ranks of a communicator of barriers and, for all else, the test backend.
-fn on_ranks(size: usize, body: impl Fn(Arc<TieredComm>) + Sync) {
+/// Runs `body` on the ranks of a communicator of barriers and, for all else, the test backend, with another one on which the
+/// ranks meet.
+fn on_ranks(size: usize, body: impl Fn(Arc<TieredComm>, &dyn HostComm) + Sync) {
     run_threads(size, TIMEOUT, |host| {
         let mut registry = Registry::new();
         registry.register(Box::new(BarriersFactory));
         registry.register(Box::new(GatherFactory::right()));
-        let context = CreateContext::new(host, MemoryKind::Host);
-        body(registry.create_tiered(&["barriers", "gather"], &context).unwrap());
+        let context = CreateContext::new(host.clone(), MemoryKind::Host);
+        body(registry.create_tiered(&["barriers", "gather"], &context).unwrap(), &*host);
     })
     .unwrap();
 }
 
 fn sum(comm: &TieredComm) -> Result<()> {
     comm.all_reduce_slice_in_place(&mut [1_f32; 3], ReduceOp::Sum)
+}
+
+fn meet(host: &dyn HostComm) {
+    host.barrier(Deadline::after(TIMEOUT)).unwrap();
 }
 
 fn barrier(comm: &TieredComm) -> Result<()> {
@@ -114,9 +119,10 @@ fn barrier(comm: &TieredComm) -> Result<()> {
 
 #[test]
 fn a_tier_s_failure_is_the_end_of_all_tiers_on_all_ranks() {
-    let over = Barrier::new(3);
-    on_ranks(3, |comm| {
+    on_ranks(3, |comm, host| {
         sum(&comm).unwrap();
+        // All have that result before the failure, which ends every wait.
+        meet(host);
         let start = Instant::now();
         let error = match comm.rank() {
             DOOMED => barrier(&comm).unwrap_err(),
@@ -146,14 +152,13 @@ fn a_tier_s_failure_is_the_end_of_all_tiers_on_all_ranks() {
         assert_eq!(comm.poll().unwrap_err(), error);
         assert_eq!(comm.close().unwrap_err(), error);
         assert_eq!(comm.close().unwrap_err(), error);
-        over.wait();
+        meet(host);
     });
 }
 
 #[test]
 fn an_abort_is_one_and_a_close_too() {
-    let over = Barrier::new(2);
-    on_ranks(2, |comm| {
+    on_ranks(2, |comm, host| {
         let error = if comm.rank() == 0 {
             comm.abort();
             sum(&comm).unwrap_err()
@@ -165,9 +170,9 @@ fn an_abort_is_one_and_a_close_too() {
             _ => assert!(matches!(error, CommError::PeerFailed { rank: 0, .. }), "{error:?}"),
         }
         assert_eq!(barrier(&comm).unwrap_err(), error);
-        over.wait();
+        meet(host);
     });
-    on_ranks(2, |comm| {
+    on_ranks(2, |comm, _| {
         comm.close().unwrap();
         for outcome in [sum(&comm), barrier(&comm), comm.poll(), comm.close(), comm.allocate(1).map(drop)] {
             assert!(matches!(outcome, Err(CommError::Closed { .. })), "{outcome:?}");
@@ -178,18 +183,15 @@ fn an_abort_is_one_and_a_close_too() {
 /// What fails in the other group of a two-group call is no failure of this one.
 #[test]
 fn another_communicator_s_failure_is_not_this_one_s() {
-    on_ranks(2, |comm| {
-        let other = GatherBackend::new(
-            "barriers",
-            comm_core::ThreadComm::create(1, TIMEOUT).map(single).unwrap(),
-            TIMEOUT,
-        );
+    on_ranks(2, |comm, _| {
+        let other =
+            GatherBackend::new("barriers", ThreadComm::create(1, TIMEOUT).map(single).unwrap(), TIMEOUT);
         other.abort();
         let args = TwoGroupNormArgs {
-            hidden_states: comm_core::DeviceAddr::NULL,
-            residual: comm_core::DeviceAddr::NULL,
+            hidden_states: DeviceAddr::NULL,
+            residual: DeviceAddr::NULL,
             bias: None,
-            weight: comm_core::DeviceAddr::NULL,
+            weight: DeviceAddr::NULL,
             reduce_first_row: 0,
             reduce_tokens: &[],
             gather_first_row: 0,
@@ -207,6 +209,6 @@ fn another_communicator_s_failure_is_not_this_one_s() {
     });
 }
 
-fn single(mut ranks: Vec<comm_core::ThreadComm>) -> Arc<dyn comm_core::HostComm> {
+fn single(mut ranks: Vec<ThreadComm>) -> Arc<dyn HostComm> {
     Arc::new(ranks.remove(0))
 }

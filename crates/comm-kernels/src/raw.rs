@@ -162,12 +162,6 @@ impl Event {
         check("cuEventRecord", unsafe { sys::cuEventRecord(self.0, stream(handle)) })
     }
 
-    /// Lets what is enqueued on the stream from now on wait for the work before the last record.
-    pub fn awaited_by(&self, handle: StreamHandle) -> Result<()> {
-        // SAFETY: as above.
-        check("cuStreamWaitEvent", unsafe { sys::cuStreamWaitEvent(stream(handle), self.0, 0) })
-    }
-
     /// Whether the work before the last record is done (true if there was none).
     pub fn is_done(&self) -> Result<bool> {
         // SAFETY: the event is live.

@@ -96,7 +96,7 @@ impl Order {
     fn wait(&self, event: &Option<Event>, stream: StreamHandle, last: StreamHandle) -> Result<()> {
         // With one handle the last call's stream may yet have been another thread's.
         let same = stream == last && stream != PER_THREAD;
-        event.as_ref().filter(|_| !same && !self.unordered).map_or(Ok(()), |event| event.awaited_by(stream))
+        event.as_ref().filter(|_| !same && !self.unordered).map_or(Ok(()), |event| event.hold(stream))
     }
 
     /// A call on `stream` has been enqueued, or captured.

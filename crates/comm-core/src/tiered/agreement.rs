@@ -23,7 +23,21 @@ pub(super) enum Verdict {
 
 /// Whether an error says that a rank aborted, and no more.
 pub(super) fn is_abort(error: &CommError) -> bool {
-    matches!(error, CommError::PeerFailed { cause, .. } if matches!(**cause, CommError::Aborted { .. }))
+    match error {
+        CommError::PeerFailed { cause, .. } => {
+            matches!(**cause, CommError::Aborted { .. }) || is_abort(cause)
+        }
+        _ => false,
+    }
+}
+
+/// A peer's failure as one of the rank that it blames, which is to blame here too, unless that is this rank.
+fn root(own: usize, at: CallSite, rank: usize, cause: CommError) -> CommError {
+    match cause {
+        CommError::PeerDied { rank, .. } if rank != own => CommError::PeerDied { at, rank },
+        CommError::PeerFailed { rank, cause, .. } if rank != own => root(own, at, rank, *cause),
+        cause => CommError::PeerFailed { at, rank, cause: Box::new(cause) },
+    }
 }
 
 pub(super) struct Agreement {
@@ -62,17 +76,10 @@ impl Agreement {
         if !is_abort(&error) {
             return error;
         }
-        let (at, own) = (at.clone(), self.host.rank());
+        let at = at.clone();
         match self.host.poll() {
             Err(CommError::PeerDied { rank, .. }) => CommError::PeerDied { at, rank },
-            Err(CommError::PeerFailed { rank, cause, .. }) => match *cause {
-                // Whom that rank blames is to blame here too.
-                CommError::PeerDied { rank, .. } if rank != own => CommError::PeerDied { at, rank },
-                CommError::PeerFailed { rank, cause, .. } if rank != own => {
-                    CommError::PeerFailed { at, rank, cause }
-                }
-                cause => CommError::PeerFailed { at, rank, cause: Box::new(cause) },
-            },
+            Err(CommError::PeerFailed { rank, cause, .. }) => root(self.host.rank(), at, rank, *cause),
             _ => error,
         }
     }

@@ -395,7 +395,7 @@ impl P2pKernels {
         let blocks = (FLAG_BYTES / size_of::<u32>()).div_ceil(BLOCK as usize) as u32;
         // SAFETY: as above; nothing on the stream is to be overtaken.
         unsafe {
-            self.functions.lift.launch(&self.context, 1, (blocks, BLOCK), stream, &mut parameters![*link])
+            self.functions.lift.launch(&self.context, blocks, (BLOCK, 1), stream, &mut parameters![*link])
         }
     }
 
