@@ -14,6 +14,7 @@ pub mod conformance;
 mod device_comm;
 mod dtype;
 mod error;
+mod facts;
 mod fused;
 #[cfg(feature = "host-backend")]
 mod host_backend;
