@@ -1,82 +1,15 @@
 //! The contract between collectives and their callers.
 
-use std::borrow::Cow;
+use std::any::Any;
 use std::sync::Arc;
-
-use serde::{Deserialize, Serialize};
 
 use crate::addr::{DeviceAddr, StreamHandle};
 use crate::dtype::{DType, ReduceOp};
 use crate::error::{CommError, Result};
 use crate::fused::{Block2d, NormQuantization, RmsNormArgs, TwoGroupNormArgs};
-use crate::memory::MemoryKind;
 use crate::op::{OpKind, OpQuery, Support};
 
-/// What a communicator is: fixed at its creation.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct CommInfo {
-    /// Unique among the job's communicators, for example `world` or `world/1`.
-    pub name: String,
-    /// The backend's name, for example `host`.
-    pub backend: Cow<'static, str>,
-    /// This rank, below `size`.
-    pub rank: usize,
-    /// The number of ranks.
-    pub size: usize,
-    /// The memory the operands lie in.
-    pub memory: MemoryKind,
-}
-
-/// How often one algorithm was used.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct AlgorithmUsage {
-    /// The operation.
-    pub op: OpKind,
-    /// The algorithm, for example `nccl` or `two_shot`.
-    pub algorithm: Cow<'static, str>,
-    /// Calls enqueued with it, on this rank. A captured call counts once, however often its graph is replayed.
-    pub calls: u64,
-}
-
-/// A buffer that was made known to the communicator, so that operations on it need no staging copy.
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub struct Registration {
-    /// The registration's number within its communicator.
-    pub id: u64,
-    /// First byte.
-    pub addr: DeviceAddr,
-    /// Length.
-    pub bytes: usize,
-    /// Differs from every earlier registration's that had the same `id`.
-    pub generation: u64,
-}
-
-/// One transfer of a grouped send/recv.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum P2pOp {
-    /// Send `count` elements at `addr` to `peer`.
-    Send {
-        /// First element.
-        addr: DeviceAddr,
-        /// Elements.
-        count: usize,
-        /// Element type.
-        dtype: DType,
-        /// The receiving rank. This rank itself is allowed.
-        peer: usize,
-    },
-    /// Receive `count` elements from `peer` to `addr`.
-    Recv {
-        /// First element.
-        addr: DeviceAddr,
-        /// Elements.
-        count: usize,
-        /// Element type.
-        dtype: DType,
-        /// The sending rank. This rank itself is allowed.
-        peer: usize,
-    },
-}
+pub use crate::facts::{AlgorithmUsage, CommInfo, P2pOp, Registration};
 
 /// A communicator between the devices of `size` ranks: the interface that every backend implements and every model
 /// calls, usually as `Arc<dyn DeviceComm>`.
@@ -119,7 +52,9 @@ pub enum P2pOp {
 ///
 /// For callers of the `unsafe` operations: the ranges named by the arguments are valid for reads or writes on this
 /// communicator's memory until the work has completed (on host memory: until the call returns), nothing else writes
-/// what is read or touches what is written in that time, and `stream` is a live stream of the communicator's device.
+/// what is read or touches what is written in that time, and `stream` is a stream of the communicator's device that lives
+/// until a later call of this communicator on another stream has returned, or the communicator is closed or gone: a
+/// backend may look back at it to order the two. [`keep_stream`](Self::keep_stream) has the communicator see to that.
 #[allow(clippy::missing_safety_doc, reason = "the trait's Safety section holds for every method")]
 #[allow(clippy::missing_errors_doc, reason = "the trait's Errors section holds for every method")]
 pub unsafe trait DeviceComm: Send + Sync {
@@ -193,6 +128,18 @@ pub unsafe trait DeviceComm: Send + Sync {
     /// The provided method is for backends that need no such call: it does nothing.
     fn register_captured(&self) -> Result<()> {
         Ok(())
+    }
+
+    /// Gives the communicator a share in `stream`, on which it has just been called, so that the caller may let go of it. A
+    /// backend that orders calls of several streams keeps `owner`, if its last call was on `stream`, until a call is made
+    /// on another stream or it is closed; for any other stream it drops `owner` at once. What it kept before for the same
+    /// stream gives way. Local; never blocks, and never fails: it is no call of the communicator's order.
+    ///
+    /// The typed calls on CUDA's slices end with it. Whoever calls the raw operations may do the same, or keep the stream.
+    ///
+    /// The provided method is for backends that look back at no stream: it does nothing.
+    fn keep_stream(&self, stream: StreamHandle, owner: Arc<dyn Any + Send + Sync>) {
+        let _ = (stream, owner);
     }
 
     /// Whether a call would be carried out. The answer depends only on the query and on what all ranks share.
@@ -365,7 +312,7 @@ pub unsafe trait DeviceComm: Send + Sync {
     /// Work after it on any rank's stream starts after work before it on all ranks' streams has ended.
     ///
     /// # Safety
-    /// `stream` is a live stream of this communicator's device.
+    /// `stream` is a stream of this communicator's device, and lives as long as the trait's Safety section says.
     unsafe fn barrier(&self, stream: StreamHandle) -> Result<()> {
         let _ = stream;
         Err(lacks(self.info(), OpKind::Barrier))

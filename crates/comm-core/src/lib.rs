@@ -14,6 +14,7 @@ pub mod conformance;
 mod device_comm;
 mod dtype;
 mod error;
+mod facts;
 mod fused;
 #[cfg(feature = "host-backend")]
 mod host_backend;
@@ -44,7 +45,10 @@ pub use memory::{DeviceMemory, HostMemory, MemoryKind};
 pub use op::{OpKind, OpQuery, Support};
 pub use registry::{BackendFactory, Capability, CreateContext, Registry, create_with};
 pub use tiered::{SkippedTier, TieredComm};
+pub use typed::{
+    BlockShape, Fp8Bits, HostNormQuantization, HostQuantScale, HostSliceExt, HostTransfer, NormScale,
+    TwoGroupRows,
+};
 #[cfg(feature = "cudarc")]
-pub use typed::{CudaSliceExt, CudaTransfer};
-pub use typed::{HostSliceExt, HostTransfer, NormScale, TwoGroupRows};
+pub use typed::{CommSlice, CudaNormQuantization, CudaQuantScale, CudaSliceExt, CudaTransfer, allocate_cuda};
 pub use usage::{CountedAlgorithm, UsageTable};

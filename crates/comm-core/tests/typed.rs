@@ -7,7 +7,8 @@ mod support;
 use std::time::Duration;
 
 use comm_core::{
-    CommError, DeviceComm, HostSliceExt, HostTransfer, NormScale, ReduceOp, Result, TwoGroupRows, run_threads,
+    BlockShape, CommError, DeviceComm, F8E4M3, HostNormQuantization, HostQuantScale, HostSliceExt,
+    HostTransfer, NormScale, ReduceOp, Result, TwoGroupRows, run_threads,
 };
 use half::bf16;
 use support::GatherBackend;
@@ -131,6 +132,155 @@ fn fused_norms() {
         wrong(&[0.0; 2], Some(&[0.0]), &mut [0.0; 4]);
         wrong(&[0.0; 2], None, &mut [0.0; 3]);
         comm.barrier_host().unwrap();
+    });
+}
+
+#[test]
+fn sums_by_way_of_fp8() {
+    on_ranks(3, |comm| {
+        // Powers of two survive, whatever the scale of their group.
+        let send = [1_f32, 2.0, 0.5, -4.0].map(|x| x * (1 << comm.rank()) as f32);
+        let (mut recv, mut data) = ([0.0; 4], send);
+        comm.all_reduce_quantized_slice(&send, &mut recv).unwrap();
+        comm.all_reduce_quantized_slice_in_place(&mut data).unwrap();
+        let expected = [7.0, 14.0, 3.5, -28.0];
+        for (i, (x, y)) in recv.iter().zip(expected).enumerate() {
+            assert!((x - y).abs() <= y.abs() / 16.0, "{i}: {x}, not about {y}");
+        }
+        assert_eq!(data, recv);
+        invalid(comm.all_reduce_quantized_slice(&[1_f32; 3], &mut [0.0; 2]));
+        assert!(comm.all_reduce_quantized_slice_in_place(&mut [1_u32]).is_err());
+    });
+}
+
+#[test]
+fn blocks_become_columns() {
+    on_ranks(2, |comm| {
+        let rank = comm.rank() as i32;
+        let shape = BlockShape::columns(2, 2, 3);
+        let own: [i32; 6] = std::array::from_fn(|i| 100 * rank + i as i32);
+        let mut all = [-1; 12];
+        comm.all_gather_2d_slice(&own, &mut all, shape).unwrap();
+        assert_eq!(all, [0, 1, 2, 100, 101, 102, 3, 4, 5, 103, 104, 105]);
+        // In a wider matrix, from where the blocks come to lie; what is between them stays.
+        let shape = BlockShape { row_pitch: 8, rank_stride: 4, send_pitch: 8, ..shape };
+        let mut wide = [-1; 15];
+        for (row, values) in own.chunks(3).enumerate() {
+            wide[8 * row + 4 * comm.rank()..][..3].copy_from_slice(values);
+        }
+        comm.all_gather_2d_slice_in_place(&mut wide, shape).unwrap();
+        assert_eq!(wide, [0, 1, 2, -1, 100, 101, 102, -1, 3, 4, 5, -1, 103, 104, 105]);
+        invalid(comm.all_gather_2d_slice_in_place(&mut wide[1..], shape));
+        invalid(comm.all_gather_2d_slice_in_place(&mut wide, BlockShape { send_pitch: 3, ..shape }));
+        let shape = BlockShape::columns(2, 2, 3);
+        invalid(comm.all_gather_2d_slice(&own[1..], &mut all, shape));
+        invalid(comm.all_gather_2d_slice(&own, &mut all[1..], shape));
+        // Blocks on top of each other, and rows that begin in the one before.
+        invalid(comm.all_gather_2d_slice(&own, &mut all, BlockShape { rank_stride: 1, ..shape }));
+        invalid(comm.all_gather_2d_slice(&own, &mut all, BlockShape { send_pitch: 1, ..shape }));
+    });
+}
+
+#[test]
+fn fused_norms_with_fp8_results() {
+    on_ranks(2, |comm| {
+        let scale = NormScale { eps: 0.0, weight_offset: 0.0 };
+        // The sums with the residual are 3 and -3, then 5 and 5, and the weights 2 and 4: the results 2, -4, 2, 4.
+        let (input, parameters) = ([1_f32, -2.0, 2.0, 2.0], (&[2_f32, 4.0][..], None));
+        let expected = [2.0, -4.0, 2.0, 4.0];
+        let (mut residual, mut output, mut bits, mut scales) = ([1.0; 4], [0.0; 4], [0_u8; 4], [0.0; 2]);
+        let quantized = HostNormQuantization {
+            output: &mut bits,
+            scale: HostQuantScale::PerToken(&mut scales),
+            keep_unquantized: true,
+        };
+        comm.all_reduce_rmsnorm_quantized_slice(
+            &input,
+            &mut residual,
+            parameters,
+            &mut output,
+            quantized,
+            scale,
+        )
+        .unwrap();
+        assert_eq!((residual, output), ([3.0, -3.0, 5.0, 5.0], expected));
+        // The largest of a row is the largest that fp8 has.
+        assert_eq!(scales, [4.0 / 448.0; 2]);
+        let decoded = bits.map(|bits| F8E4M3::from_bits(bits).to_f32());
+        assert_eq!(decoded, [224.0, -448.0, 224.0, 448.0]);
+
+        let (mut residual, mut data, mut fp8) = ([1.0; 4], input, [F8E4M3::from_bits(0); 4]);
+        let per_tensor = 0.5;
+        let quantized = HostNormQuantization {
+            output: &mut fp8,
+            scale: HostQuantScale::PerTensor(&per_tensor),
+            keep_unquantized: false,
+        };
+        comm.all_reduce_rmsnorm_quantized_slice_in_place(
+            &mut data,
+            &mut residual,
+            parameters,
+            quantized,
+            scale,
+        )
+        .unwrap();
+        assert_eq!(fp8.map(|x| x.to_f32()), expected.map(|x| x * 2.0));
+
+        let wrong = |bits: &mut [u8], scales: &mut [f32]| {
+            let (scale_to, mut data, mut residual) = (HostQuantScale::PerToken(scales), input, [1.0; 4]);
+            let quantized = HostNormQuantization { output: bits, scale: scale_to, keep_unquantized: true };
+            invalid(comm.all_reduce_rmsnorm_quantized_slice_in_place(
+                &mut data,
+                &mut residual,
+                parameters,
+                quantized,
+                scale,
+            ));
+            assert_eq!((data, residual), (input, [1.0; 4]));
+        };
+        wrong(&mut [0; 3], &mut [0.0; 2]);
+        wrong(&mut [0; 4], &mut [0.0; 1]);
+        comm.barrier_host().unwrap();
+    });
+}
+
+#[test]
+fn two_group_norms_with_fp8_results() {
+    on_ranks(2, |comm| {
+        let gather = comm.split(Some(0), 0).unwrap().unwrap();
+        let scale = NormScale { eps: 0.0, weight_offset: 0.0 };
+        let rows = TwoGroupRows {
+            reduce_first_row: 1,
+            reduce_tokens: &[0, 2],
+            gather_first_row: 1,
+            gather_tokens: &[0, 2],
+        };
+        let own = comm.rank() * 4;
+        let norm = |bits: &mut [u8], scales: &mut [f32]| {
+            let (mut states, mut residual) = ([9.0, 9.0, 1.0, -2.0, 2.0, 2.0], vec![1.0; own]);
+            comm.all_reduce_rmsnorm_two_group_quantized_slice_in_place(
+                &*gather,
+                (&mut states, &mut residual),
+                (&[2_f32, 4.0], None),
+                HostNormQuantization {
+                    output: bits,
+                    scale: HostQuantScale::PerToken(scales),
+                    keep_unquantized: true,
+                },
+                rows,
+                scale,
+            )?;
+            assert_eq!(states, [9.0, 9.0, 2.0, -4.0, 2.0, 4.0]);
+            Ok(())
+        };
+        let (mut bits, mut scales) = ([0xff; 6], [-1.0; 3]);
+        norm(&mut bits, &mut scales).unwrap();
+        // Row 0 belongs to neither group.
+        assert_eq!((&bits[..2], scales), (&[0xff; 2][..], [-1.0, 4.0 / 448.0, 4.0 / 448.0]));
+        let decoded: Vec<f32> = bits[2..].iter().map(|&bits| F8E4M3::from_bits(bits).to_f32()).collect();
+        assert_eq!(decoded, [224.0, -448.0, 224.0, 448.0]);
+        invalid(norm(&mut bits[..5], &mut scales));
+        invalid(norm(&mut bits, &mut scales[..2]));
     });
 }
 

@@ -1,7 +1,7 @@
 //! Collectives on slices of host memory.
 
-use super::host_fused::{self, HostTransfer};
-use super::{NormScale, TwoGroupRows, lengths};
+use super::host_fused::{self, HostNormQuantization, HostTransfer};
+use super::{BlockShape, Fp8Bits, NormScale, TwoGroupRows, lengths};
 use crate::addr::{DeviceAddr, StreamHandle};
 use crate::device_comm::DeviceComm;
 use crate::dtype::{Element, ReduceOp};
@@ -40,6 +40,24 @@ pub trait HostSliceExt: DeviceComm {
         unsafe { self.all_reduce(at, at, data.len(), T::DTYPE, op, StreamHandle::NULL) }
     }
 
+    /// `recv = sum over ranks of send`, whose operands travel as fp8: see
+    /// [`all_reduce_quantized`](DeviceComm::all_reduce_quantized). Both have the same length, on all ranks.
+    fn all_reduce_quantized_slice<T: Element>(&self, send: &[T], recv: &mut [T]) -> Result<()> {
+        on_host(self)?;
+        lengths::exact("recv", recv.len(), send.len())?;
+        let (from, to) = (DeviceAddr::of_slice(send), DeviceAddr::of_slice_mut(recv));
+        // SAFETY: both ranges are borrowed for the call, disjoint, and equally long.
+        unsafe { self.all_reduce_quantized(from, to, send.len(), T::DTYPE, StreamHandle::NULL) }
+    }
+
+    /// `data = sum over ranks of data`, whose operands travel as fp8.
+    fn all_reduce_quantized_slice_in_place<T: Element>(&self, data: &mut [T]) -> Result<()> {
+        on_host(self)?;
+        let at = DeviceAddr::of_slice_mut(data);
+        // SAFETY: the range is borrowed exclusively for the call.
+        unsafe { self.all_reduce_quantized(at, at, data.len(), T::DTYPE, StreamHandle::NULL) }
+    }
+
     /// `recv` = all ranks' `send` end to end; `recv` is `size` times as long as `send`.
     fn all_gather_slice<T: Element>(&self, send: &[T], recv: &mut [T]) -> Result<()> {
         on_host(self)?;
@@ -76,6 +94,27 @@ pub trait HostSliceExt: DeviceComm {
         let from = to.offset((first * T::DTYPE.size()) as u64);
         // SAFETY: the range is borrowed exclusively for the call and as long as `counts` says.
         unsafe { self.all_gather_v(from, to, counts, T::DTYPE, StreamHandle::NULL) }
+    }
+
+    /// Gathers every rank's two-dimensional block, as [`Block2d`](crate::Block2d) says. What lies between the blocks in
+    /// `recv` is left as it is.
+    fn all_gather_2d_slice<T: Element>(&self, send: &[T], recv: &mut [T], shape: BlockShape) -> Result<()> {
+        on_host(self)?;
+        lengths::blocks(self.info(), &shape, send.len(), recv.len())?;
+        let (from, to) = (DeviceAddr::of_slice(send), DeviceAddr::of_slice_mut(recv));
+        // SAFETY: both ranges are borrowed for the call, disjoint, and hold what the shape names.
+        unsafe { self.all_gather_2d(from, to, &shape.block(T::DTYPE), StreamHandle::NULL) }
+    }
+
+    /// A two-dimensional all-gather of the blocks that already lie in place: this rank's begins `rank * rank_stride`
+    /// elements into `data`, and `send_pitch` is `row_pitch`.
+    fn all_gather_2d_slice_in_place<T: Element>(&self, data: &mut [T], shape: BlockShape) -> Result<()> {
+        on_host(self)?;
+        let first = lengths::blocks_in_place(self.info(), &shape, data.len())?;
+        let to = DeviceAddr::of_slice_mut(data);
+        let from = to.offset((first * T::DTYPE.size()) as u64);
+        // SAFETY: the range is borrowed exclusively for the call and holds all blocks, of which `from` is this rank's.
+        unsafe { self.all_gather_2d(from, to, &shape.block(T::DTYPE), StreamHandle::NULL) }
     }
 
     /// `recv` = this rank's part of the reduced `send`, which is `size` times as long.
@@ -199,16 +238,17 @@ pub trait HostSliceExt: DeviceComm {
         &self,
         input: &[T],
         residual: &mut [T],
-        (weight, bias): (&[T], Option<&[T]>),
+        parameters: (&[T], Option<&[T]>),
         output: &mut [T],
         scale: NormScale,
     ) -> Result<()> {
         on_host(self)?;
         lengths::exact("output", output.len(), input.len())?;
-        let to = DeviceAddr::of_slice_mut(output);
-        let from = (DeviceAddr::of_slice(input), input.len());
-        // SAFETY: `input` and `output` are borrowed for the call and equally long.
-        unsafe { host_fused::norm(self, from, to, residual, (weight, bias), scale) }
+        let data = (DeviceAddr::of_slice(input), DeviceAddr::of_slice_mut(output), input.len());
+        host_fused::norm(data, residual, parameters, scale, |args| {
+            // SAFETY: all operands are borrowed for the call, those that are written exclusively, and as long as `args` says.
+            unsafe { self.all_reduce_rmsnorm(args, StreamHandle::NULL) }
+        })
     }
 
     /// [`all_reduce_rmsnorm_slice`](Self::all_reduce_rmsnorm_slice) whose output takes its input's place.
@@ -216,13 +256,54 @@ pub trait HostSliceExt: DeviceComm {
         &self,
         data: &mut [T],
         residual: &mut [T],
-        (weight, bias): (&[T], Option<&[T]>),
+        parameters: (&[T], Option<&[T]>),
         scale: NormScale,
     ) -> Result<()> {
         on_host(self)?;
         let at = DeviceAddr::of_slice_mut(data);
-        // SAFETY: `data` is borrowed exclusively for the call.
-        unsafe { host_fused::norm(self, (at, data.len()), at, residual, (weight, bias), scale) }
+        host_fused::norm((at, at, data.len()), residual, parameters, scale, |args| {
+            // SAFETY: as above; `data` is borrowed exclusively.
+            unsafe { self.all_reduce_rmsnorm(args, StreamHandle::NULL) }
+        })
+    }
+
+    /// [`all_reduce_rmsnorm_slice`](Self::all_reduce_rmsnorm_slice) with an fp8 result, as
+    /// [`NormQuantization`](crate::NormQuantization) defines it.
+    fn all_reduce_rmsnorm_quantized_slice<T: Element, Q: Fp8Bits>(
+        &self,
+        input: &[T],
+        residual: &mut [T],
+        parameters: (&[T], Option<&[T]>),
+        output: &mut [T],
+        quantized: HostNormQuantization<'_, Q>,
+        scale: NormScale,
+    ) -> Result<()> {
+        on_host(self)?;
+        lengths::exact("output", output.len(), input.len())?;
+        let data = (DeviceAddr::of_slice(input), DeviceAddr::of_slice_mut(output), input.len());
+        host_fused::norm_quantized(data, residual, parameters, quantized, scale, |args, quantized| {
+            // SAFETY: as above; so are the fp8 result and its scales.
+            unsafe { self.all_reduce_rmsnorm_quantized(args, quantized, StreamHandle::NULL) }
+        })
+    }
+
+    /// [`all_reduce_rmsnorm_quantized_slice`](Self::all_reduce_rmsnorm_quantized_slice) whose unquantised output takes its
+    /// input's place.
+    fn all_reduce_rmsnorm_quantized_slice_in_place<T: Element, Q: Fp8Bits>(
+        &self,
+        data: &mut [T],
+        residual: &mut [T],
+        parameters: (&[T], Option<&[T]>),
+        quantized: HostNormQuantization<'_, Q>,
+        scale: NormScale,
+    ) -> Result<()> {
+        on_host(self)?;
+        let at = DeviceAddr::of_slice_mut(data);
+        let data = (at, at, data.len());
+        host_fused::norm_quantized(data, residual, parameters, quantized, scale, |args, quantized| {
+            // SAFETY: as above.
+            unsafe { self.all_reduce_rmsnorm_quantized(args, quantized, StreamHandle::NULL) }
+        })
     }
 
     /// The two-group form with uneven tokens, as [`TwoGroupNormArgs`](crate::TwoGroupNormArgs) defines it: this
@@ -239,7 +320,34 @@ pub trait HostSliceExt: DeviceComm {
     ) -> Result<()> {
         on_host(self)?;
         on_host(gather)?;
-        host_fused::two_group((self, gather), (hidden_states, residual), parameters, rows, scale)
+        let data = (hidden_states, residual);
+        host_fused::two_group((self, gather), data, parameters, rows, scale, |args| {
+            // SAFETY: the slices are borrowed for the call, those that are written exclusively, and hold all the rows that
+            // the arguments name.
+            unsafe { self.all_reduce_rmsnorm_two_group(gather, args, StreamHandle::NULL) }
+        })
+    }
+
+    /// [`all_reduce_rmsnorm_two_group_slice_in_place`](Self::all_reduce_rmsnorm_two_group_slice_in_place) with an fp8 result.
+    fn all_reduce_rmsnorm_two_group_quantized_slice_in_place<T: Element, Q: Fp8Bits>(
+        &self,
+        gather: &dyn DeviceComm,
+        (hidden_states, residual): (&mut [T], &mut [T]),
+        parameters: (&[T], Option<&[T]>),
+        mut quantized: HostNormQuantization<'_, Q>,
+        rows: TwoGroupRows<'_>,
+        scale: NormScale,
+    ) -> Result<()> {
+        on_host(self)?;
+        on_host(gather)?;
+        let (elements, data) = (hidden_states.len(), (hidden_states, residual));
+        host_fused::two_group((self, gather), data, parameters, rows, scale, |args| {
+            let quantized = quantized.of((elements.checked_div(args.hidden).unwrap_or(0), args.hidden))?;
+            // SAFETY: as above; the fp8 result and its scales have a row for each whole one of `hidden_states`.
+            unsafe {
+                self.all_reduce_rmsnorm_two_group_quantized(gather, args, &quantized, StreamHandle::NULL)
+            }
+        })
     }
 }
 

@@ -1,5 +1,6 @@
 //! The backend itself.
 
+use std::any::Any;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -24,7 +25,13 @@ pub(crate) struct GatherBackend {
     closed: AtomicBool,
     /// Messages to this rank that no receive has asked for yet, by sender.
     inbox: Mutex<HashMap<usize, VecDeque<Vec<u8>>>>,
+    /// The streams that it was given a share in.
+    kept: Mutex<Vec<Kept>>,
+    late_failure: Mutex<Option<CommError>>,
 }
+
+/// A stream, and what keeps it.
+pub(crate) type Kept = (StreamHandle, Arc<dyn Any + Send + Sync>);
 
 /// # Safety
 /// The range is readable.
@@ -93,7 +100,25 @@ impl GatherBackend {
             registrations: Mutex::default(),
             closed: AtomicBool::new(false),
             inbox: Mutex::default(),
+            kept: Mutex::default(),
+            late_failure: Mutex::default(),
         }
+    }
+
+    /// The same for memory that only calls itself something else than the host's.
+    pub(crate) fn calling_its_memory(mut self, memory: MemoryKind) -> Self {
+        self.info.memory = memory;
+        self
+    }
+
+    /// From now on only its poll knows of this: its calls end as if nothing had happened, as those of a device do.
+    pub(crate) fn fail_late(&self, failure: CommError) {
+        *self.late_failure.lock().unwrap() = Some(failure);
+    }
+
+    /// The streams that it was given a share in since this was last asked.
+    pub(crate) fn take_kept(&self) -> Vec<Kept> {
+        std::mem::take(&mut self.kept.lock().unwrap())
     }
 
     fn open(&self) -> Result<()> {
@@ -131,8 +156,8 @@ unsafe impl DeviceComm for GatherBackend {
     fn split(&self, color: Option<u32>, key: i32) -> Result<Option<Arc<dyn DeviceComm>>> {
         self.open()?;
         let host = self.host.split(color, i64::from(key), Deadline::after(self.timeout))?;
-        let wrap = |host| Arc::new(Self::new("gather", host, self.timeout)) as Arc<dyn DeviceComm>;
-        Ok(host.map(wrap))
+        let group = |host| Self::new("gather", host, self.timeout).calling_its_memory(self.info.memory);
+        Ok(host.map(|host| Arc::new(group(host)) as Arc<dyn DeviceComm>))
     }
 
     fn allocate(&self, bytes: usize) -> Result<DeviceAddr> {
@@ -161,6 +186,10 @@ unsafe impl DeviceComm for GatherBackend {
             return Ok(());
         }
         Err(CommError::StaleHandle { handle: registration.id.to_string(), reason: "not registered".into() })
+    }
+
+    fn keep_stream(&self, stream: StreamHandle, owner: Arc<dyn Any + Send + Sync>) {
+        self.kept.lock().unwrap().push((stream, owner));
     }
 
     fn supports(&self, query: &OpQuery) -> Support {
@@ -532,6 +561,9 @@ unsafe impl DeviceComm for GatherBackend {
     }
 
     fn poll(&self) -> Result<()> {
+        if let Some(failure) = &*self.late_failure.lock().unwrap() {
+            return Err(failure.clone());
+        }
         self.open()?;
         self.host.poll()
     }
