@@ -1,6 +1,5 @@
 //! The contract between collectives and their callers.
 
-use std::any::Any;
 use std::sync::Arc;
 
 use crate::addr::{DeviceAddr, StreamHandle};
@@ -15,9 +14,10 @@ pub use crate::facts::{AlgorithmUsage, CommInfo, P2pOp, Registration};
 /// calls, usually as `Arc<dyn DeviceComm>`.
 ///
 /// # Calls
-/// All ranks issue the same operations with equal counts, types, reductions and roots, in the same order, on one stream
-/// at a time; a communicator from [`split`](Self::split) has an order of its own. An operation enqueues its work on
-/// `stream` and returns; on host memory it has completed when it returns. Concurrent calls on one communicator from
+/// All ranks issue the same operations with equal counts, types, reductions and roots, in the same order. A call on
+/// another stream than the last one waits for those before it, and what is captured on several streams of one capture
+/// does likewise; a graph and other calls, or two graphs, are ordered by whoever launches them. A communicator from
+/// [`split`](Self::split) has an order of its own. An operation enqueues its work on `stream` and returns; on host memory it has completed when it returns. Concurrent calls on one communicator from
 /// several threads are serialised. An operation that the backend lacks returns `Err(Unsupported)` and does nothing;
 /// [`supports`](Self::supports) says so beforehand. The provided methods do just that, so a backend implements what it
 /// has.
@@ -52,9 +52,8 @@ pub use crate::facts::{AlgorithmUsage, CommInfo, P2pOp, Registration};
 ///
 /// For callers of the `unsafe` operations: the ranges named by the arguments are valid for reads or writes on this
 /// communicator's memory until the work has completed (on host memory: until the call returns), nothing else writes
-/// what is read or touches what is written in that time, and `stream` is a stream of the communicator's device that lives
-/// until a later call of this communicator on another stream has returned, or the communicator is closed or gone: a
-/// backend may look back at it to order the two. [`keep_stream`](Self::keep_stream) has the communicator see to that.
+/// what is read or touches what is written in that time, and `stream` is a live stream of the communicator's device. It
+/// need not outlive the call.
 #[allow(clippy::missing_safety_doc, reason = "the trait's Safety section holds for every method")]
 #[allow(clippy::missing_errors_doc, reason = "the trait's Errors section holds for every method")]
 pub unsafe trait DeviceComm: Send + Sync {
@@ -128,18 +127,6 @@ pub unsafe trait DeviceComm: Send + Sync {
     /// The provided method is for backends that need no such call: it does nothing.
     fn register_captured(&self) -> Result<()> {
         Ok(())
-    }
-
-    /// Gives the communicator a share in `stream`, on which it has just been called, so that the caller may let go of it. A
-    /// backend that orders calls of several streams keeps `owner`, if its last call was on `stream`, until a call is made
-    /// on another stream or it is closed; for any other stream it drops `owner` at once. What it kept before for the same
-    /// stream gives way. Local; never blocks, and never fails: it is no call of the communicator's order.
-    ///
-    /// The typed calls on CUDA's slices end with it. Whoever calls the raw operations may do the same, or keep the stream.
-    ///
-    /// The provided method is for backends that look back at no stream: it does nothing.
-    fn keep_stream(&self, stream: StreamHandle, owner: Arc<dyn Any + Send + Sync>) {
-        let _ = (stream, owner);
     }
 
     /// Whether a call would be carried out. The answer depends only on the query and on what all ranks share.

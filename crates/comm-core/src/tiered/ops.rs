@@ -1,6 +1,5 @@
 //! The tiered communicator's operations: pick the tier, pass the call on.
 
-use std::any::Any;
 use std::sync::Arc;
 
 use super::agreement::is_abort;
@@ -116,11 +115,6 @@ unsafe impl DeviceComm for TieredComm {
         self.usable()?;
         // All are asked, whatever one says: the other ranks' tiers wait for this one's.
         self.ending(self.tiers.iter().map(|tier| tier.register_captured()).fold(Ok(()), Result::and))
-    }
-
-    fn keep_stream(&self, stream: StreamHandle, owner: Arc<dyn Any + Send + Sync>) {
-        // Each tier knows whether its last call was on that stream; which tier the call went to need not be asked.
-        self.tiers.iter().for_each(|tier| tier.keep_stream(stream, Arc::clone(&owner)));
     }
 
     fn supports(&self, query: &OpQuery) -> Support {

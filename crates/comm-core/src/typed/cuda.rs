@@ -1,7 +1,5 @@
 //! Collectives on cudarc's device slices.
 
-use std::sync::Arc;
-
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 
 use super::cuda_call::{apart, enqueue, in_place, of};
@@ -17,8 +15,7 @@ use crate::error::Result;
 ///
 /// A call returns once the work is enqueued. cudarc's events order it with other uses of the slices, and a slice that is
 /// dropped is freed only after the work; a program that has switched cudarc's event tracking off has taken that on
-/// itself. The stream may be let go of at once: the communicator keeps it while it needs it
-/// ([`keep_stream`](DeviceComm::keep_stream)).
+/// itself. The stream may be let go of at once.
 ///
 /// Slices may lie anywhere on the device. Those of [`allocate_cuda`](crate::allocate_cuda) lie where the other ranks reach
 /// them, so that large results need no copy.
@@ -34,7 +31,7 @@ pub trait CudaSliceExt: DeviceComm {
         send: &impl DevicePtr<T>,
         recv: &mut impl DevicePtrMut<T>,
         op: ReduceOp,
-        stream: &Arc<CudaStream>,
+        stream: &CudaStream,
     ) -> Result<()> {
         let count = send.len();
         lengths::exact("recv", recv.len(), count)?;
@@ -49,7 +46,7 @@ pub trait CudaSliceExt: DeviceComm {
         &self,
         data: &mut impl DevicePtrMut<T>,
         op: ReduceOp,
-        stream: &Arc<CudaStream>,
+        stream: &CudaStream,
     ) -> Result<()> {
         let count = data.len();
         // SAFETY: see `in_place`; the range holds `count` elements.
@@ -62,7 +59,7 @@ pub trait CudaSliceExt: DeviceComm {
         &self,
         send: &impl DevicePtr<T>,
         recv: &mut impl DevicePtrMut<T>,
-        stream: &Arc<CudaStream>,
+        stream: &CudaStream,
     ) -> Result<()> {
         let count = send.len();
         lengths::exact("recv", recv.len(), count)?;
@@ -76,7 +73,7 @@ pub trait CudaSliceExt: DeviceComm {
     fn all_reduce_quantized_cuda_in_place<T: Element>(
         &self,
         data: &mut impl DevicePtrMut<T>,
-        stream: &Arc<CudaStream>,
+        stream: &CudaStream,
     ) -> Result<()> {
         let count = data.len();
         // SAFETY: see `in_place`; the range holds `count` elements.
@@ -90,7 +87,7 @@ pub trait CudaSliceExt: DeviceComm {
         &self,
         send: &impl DevicePtr<T>,
         recv: &mut impl DevicePtrMut<T>,
-        stream: &Arc<CudaStream>,
+        stream: &CudaStream,
     ) -> Result<()> {
         let count = send.len();
         lengths::parts(self.info(), "recv", recv.len(), count)?;
@@ -104,7 +101,7 @@ pub trait CudaSliceExt: DeviceComm {
     fn all_gather_cuda_in_place<T: Element>(
         &self,
         data: &mut impl DevicePtrMut<T>,
-        stream: &Arc<CudaStream>,
+        stream: &CudaStream,
     ) -> Result<()> {
         let part = lengths::part(self.info(), "data", data.len())?;
         let first = (self.rank() * part * T::DTYPE.size()) as u64;
@@ -120,7 +117,7 @@ pub trait CudaSliceExt: DeviceComm {
         send: &impl DevicePtr<T>,
         recv: &mut impl DevicePtrMut<T>,
         counts: &[usize],
-        stream: &Arc<CudaStream>,
+        stream: &CudaStream,
     ) -> Result<()> {
         lengths::uneven(self.info(), counts, ("send", send.len()), ("recv", recv.len()))?;
         // SAFETY: see `apart`; the ranges are as long as `counts` says.
@@ -134,7 +131,7 @@ pub trait CudaSliceExt: DeviceComm {
         &self,
         data: &mut impl DevicePtrMut<T>,
         counts: &[usize],
-        stream: &Arc<CudaStream>,
+        stream: &CudaStream,
     ) -> Result<()> {
         let first = lengths::uneven_in_place(self.info(), counts, "data", data.len())? * T::DTYPE.size();
         // SAFETY: see `in_place`; the range is as long as `counts` says, and this rank's part begins `first` bytes in.
@@ -150,7 +147,7 @@ pub trait CudaSliceExt: DeviceComm {
         send: &impl DevicePtr<T>,
         recv: &mut impl DevicePtrMut<T>,
         shape: BlockShape,
-        stream: &Arc<CudaStream>,
+        stream: &CudaStream,
     ) -> Result<()> {
         lengths::blocks(self.info(), &shape, send.len(), recv.len())?;
         // SAFETY: see `apart`; the ranges hold what the shape names.
@@ -165,7 +162,7 @@ pub trait CudaSliceExt: DeviceComm {
         &self,
         data: &mut impl DevicePtrMut<T>,
         shape: BlockShape,
-        stream: &Arc<CudaStream>,
+        stream: &CudaStream,
     ) -> Result<()> {
         let first = lengths::blocks_in_place(self.info(), &shape, data.len())? * T::DTYPE.size();
         // SAFETY: see `in_place`; the range holds all blocks, of which this rank's begins `first` bytes in.
@@ -180,7 +177,7 @@ pub trait CudaSliceExt: DeviceComm {
         send: &impl DevicePtr<T>,
         recv: &mut impl DevicePtrMut<T>,
         op: ReduceOp,
-        stream: &Arc<CudaStream>,
+        stream: &CudaStream,
     ) -> Result<()> {
         let count = recv.len();
         lengths::parts(self.info(), "send", send.len(), count)?;
@@ -196,7 +193,7 @@ pub trait CudaSliceExt: DeviceComm {
         &self,
         data: &mut impl DevicePtrMut<T>,
         op: ReduceOp,
-        stream: &Arc<CudaStream>,
+        stream: &CudaStream,
     ) -> Result<()> {
         let part = lengths::part(self.info(), "data", data.len())?;
         let first = (self.rank() * part * T::DTYPE.size()) as u64;
@@ -213,7 +210,7 @@ pub trait CudaSliceExt: DeviceComm {
         recv: &mut impl DevicePtrMut<T>,
         counts: &[usize],
         op: ReduceOp,
-        stream: &Arc<CudaStream>,
+        stream: &CudaStream,
     ) -> Result<()> {
         lengths::uneven(self.info(), counts, ("recv", recv.len()), ("send", send.len()))?;
         // SAFETY: see `apart`; the ranges are as long as `counts` says.
@@ -227,7 +224,7 @@ pub trait CudaSliceExt: DeviceComm {
         &self,
         data: &mut impl DevicePtrMut<T>,
         root: usize,
-        stream: &Arc<CudaStream>,
+        stream: &CudaStream,
     ) -> Result<()> {
         let count = data.len();
         // SAFETY: see `in_place`; the range holds `count` elements.
@@ -240,7 +237,7 @@ pub trait CudaSliceExt: DeviceComm {
         data: &mut impl DevicePtrMut<T>,
         op: ReduceOp,
         root: usize,
-        stream: &Arc<CudaStream>,
+        stream: &CudaStream,
     ) -> Result<()> {
         let count = data.len();
         // SAFETY: see `in_place`; the range holds `count` elements.
@@ -252,7 +249,7 @@ pub trait CudaSliceExt: DeviceComm {
         &self,
         send: &impl DevicePtr<T>,
         recv: &mut impl DevicePtrMut<T>,
-        stream: &Arc<CudaStream>,
+        stream: &CudaStream,
     ) -> Result<()> {
         let part = lengths::part(self.info(), "send", send.len())?;
         lengths::exact("recv", recv.len(), send.len())?;
@@ -267,7 +264,7 @@ pub trait CudaSliceExt: DeviceComm {
         &self,
         data: &impl DevicePtr<T>,
         peer: usize,
-        stream: &Arc<CudaStream>,
+        stream: &CudaStream,
     ) -> Result<()> {
         enqueue(self, stream, [of(data)], |on| cuda_fused::send(self, data, peer, stream, on))
     }
@@ -277,7 +274,7 @@ pub trait CudaSliceExt: DeviceComm {
         &self,
         data: &mut impl DevicePtrMut<T>,
         peer: usize,
-        stream: &Arc<CudaStream>,
+        stream: &CudaStream,
     ) -> Result<()> {
         let count = data.len();
         // SAFETY: see `in_place`; the range holds `count` elements.
@@ -288,13 +285,13 @@ pub trait CudaSliceExt: DeviceComm {
     fn group_cuda<T: Element>(
         &self,
         transfers: &mut [CudaTransfer<'_, T>],
-        stream: &Arc<CudaStream>,
+        stream: &CudaStream,
     ) -> Result<()> {
         cuda_fused::group(self, transfers, stream)
     }
 
     /// Work after it on any rank's stream starts after work before it on all ranks' streams has ended.
-    fn barrier_cuda(&self, stream: &Arc<CudaStream>) -> Result<()> {
+    fn barrier_cuda(&self, stream: &CudaStream) -> Result<()> {
         // SAFETY: the stream is of the communicator's device, and lives as `enqueue` says.
         enqueue(self, stream, [], |on| unsafe { self.barrier(on) })
     }
@@ -308,7 +305,7 @@ pub trait CudaSliceExt: DeviceComm {
         parameters: (&dyn DevicePtr<T>, Option<&dyn DevicePtr<T>>),
         output: &mut impl DevicePtrMut<T>,
         scale: NormScale,
-        stream: &Arc<CudaStream>,
+        stream: &CudaStream,
     ) -> Result<()> {
         cuda_fused::norm_apart(self, (input, output), residual, parameters, scale, stream)
     }
@@ -320,7 +317,7 @@ pub trait CudaSliceExt: DeviceComm {
         residual: &mut impl DevicePtrMut<T>,
         parameters: (&dyn DevicePtr<T>, Option<&dyn DevicePtr<T>>),
         scale: NormScale,
-        stream: &Arc<CudaStream>,
+        stream: &CudaStream,
     ) -> Result<()> {
         cuda_fused::norm_in_place(self, data, residual, parameters, scale, stream)
     }
@@ -335,7 +332,7 @@ pub trait CudaSliceExt: DeviceComm {
         output: &mut impl DevicePtrMut<T>,
         quantized: CudaNormQuantization<'_, Q>,
         scale: NormScale,
-        stream: &Arc<CudaStream>,
+        stream: &CudaStream,
     ) -> Result<()> {
         let slices = (input, output);
         cuda_fused::norm_quantized_apart(self, slices, residual, parameters, quantized, scale, stream)
@@ -350,7 +347,7 @@ pub trait CudaSliceExt: DeviceComm {
         parameters: (&dyn DevicePtr<T>, Option<&dyn DevicePtr<T>>),
         quantized: CudaNormQuantization<'_, Q>,
         scale: NormScale,
-        stream: &Arc<CudaStream>,
+        stream: &CudaStream,
     ) -> Result<()> {
         cuda_fused::norm_quantized_in_place(self, data, residual, parameters, quantized, scale, stream)
     }
@@ -366,7 +363,7 @@ pub trait CudaSliceExt: DeviceComm {
         parameters: (&dyn DevicePtr<T>, Option<&dyn DevicePtr<T>>),
         rows: TwoGroupRows<'_>,
         scale: NormScale,
-        stream: &Arc<CudaStream>,
+        stream: &CudaStream,
     ) -> Result<()> {
         let data = (hidden_states, residual);
         cuda_fused::two_group_in_place((self, gather), data, parameters, rows, scale, stream)
@@ -381,7 +378,7 @@ pub trait CudaSliceExt: DeviceComm {
         quantized: CudaNormQuantization<'_, Q>,
         rows: TwoGroupRows<'_>,
         scale: NormScale,
-        stream: &Arc<CudaStream>,
+        stream: &CudaStream,
     ) -> Result<()> {
         let (data, result) = ((hidden_states, residual), (quantized, rows));
         cuda_fused::two_group_quantized_in_place((self, gather), data, parameters, result, scale, stream)

@@ -1,9 +1,6 @@
 //! How a call on cudarc's slices comes to a communicator: whose device everything is of, where it lies, and how the work
 //! is ordered with other uses of the slices and the stream.
 
-use std::any::Any;
-use std::sync::Arc;
-
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut, DeviceSlice};
 
 use crate::addr::{DeviceAddr, StreamHandle};
@@ -46,19 +43,14 @@ pub(super) fn handle<C: DeviceComm + ?Sized>(
     Ok(StreamHandle(stream.cu_stream() as u64))
 }
 
-/// Makes a call on `stream`, with everything of one device as [`handle`] says, and has the communicator keep the stream for
-/// as long as it may look back at it. `call` gets the addresses by `device_ptr` and drops the guards when it returns.
+/// Makes a call on `stream`, with everything of one device as [`handle`] says. `call` gets the addresses by `device_ptr` and drops the guards when it returns.
 pub(super) fn enqueue<C: DeviceComm + ?Sized>(
     comm: &C,
-    stream: &Arc<CudaStream>,
+    stream: &CudaStream,
     slices: impl IntoIterator<Item = usize>,
     call: impl FnOnce(StreamHandle) -> Result<()>,
 ) -> Result<()> {
-    let handle = handle(comm, stream, slices)?;
-    let called = call(handle);
-    // Whatever came of it: a call that failed may have enqueued part of its work.
-    comm.keep_stream(handle, Arc::clone(stream) as Arc<dyn Any + Send + Sync>);
-    called
+    call(handle(comm, stream, slices)?)
 }
 
 /// [`enqueue`]s a call that reads one slice and writes another, which cannot overlap: it is borrowed exclusively.
@@ -66,7 +58,7 @@ pub(super) fn apart<C: DeviceComm + ?Sized, T>(
     comm: &C,
     send: &impl DevicePtr<T>,
     recv: &mut impl DevicePtrMut<T>,
-    stream: &Arc<CudaStream>,
+    stream: &CudaStream,
     call: impl FnOnce(DeviceAddr, DeviceAddr, StreamHandle) -> Result<()>,
 ) -> Result<()> {
     enqueue(comm, stream, [of(send), of(recv)], |handle| {
@@ -80,7 +72,7 @@ pub(super) fn apart<C: DeviceComm + ?Sized, T>(
 pub(super) fn in_place<C: DeviceComm + ?Sized, T>(
     comm: &C,
     data: &mut impl DevicePtrMut<T>,
-    stream: &Arc<CudaStream>,
+    stream: &CudaStream,
     call: impl FnOnce(DeviceAddr, StreamHandle) -> Result<()>,
 ) -> Result<()> {
     enqueue(comm, stream, [of(data)], |handle| {

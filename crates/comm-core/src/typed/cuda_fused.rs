@@ -1,7 +1,5 @@
 //! The operations on cudarc's slices that have more operands than two.
 
-use std::sync::Arc;
-
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut, SyncOnDrop};
 
 use super::cuda_call::{apart, enqueue, handle, in_place, of};
@@ -46,7 +44,7 @@ pub(super) fn send<C: DeviceComm + ?Sized, T: Element>(
     comm: &C,
     data: &impl DevicePtr<T>,
     peer: usize,
-    stream: &Arc<CudaStream>,
+    stream: &CudaStream,
     on: StreamHandle,
 ) -> Result<()> {
     let (at, _read) = data.device_ptr(stream);
@@ -57,7 +55,7 @@ pub(super) fn send<C: DeviceComm + ?Sized, T: Element>(
 pub(super) fn group<C: DeviceComm + ?Sized, T: Element>(
     comm: &C,
     transfers: &mut [CudaTransfer<'_, T>],
-    stream: &Arc<CudaStream>,
+    stream: &CudaStream,
 ) -> Result<()> {
     let device = |transfer: &CudaTransfer<'_, T>| match transfer {
         CudaTransfer::Send(data, _) => of(*data),
@@ -152,7 +150,7 @@ pub(super) fn norm_apart<C: DeviceComm + ?Sized, T: Element>(
     residual: &mut impl DevicePtrMut<T>,
     parameters: Parameters<'_, T>,
     scale: NormScale,
-    stream: &Arc<CudaStream>,
+    stream: &CudaStream,
 ) -> Result<()> {
     let count = input.len();
     lengths::exact("output", output.len(), count)?;
@@ -170,7 +168,7 @@ pub(super) fn norm_in_place<C: DeviceComm + ?Sized, T: Element>(
     residual: &mut impl DevicePtrMut<T>,
     parameters: Parameters<'_, T>,
     scale: NormScale,
-    stream: &Arc<CudaStream>,
+    stream: &CudaStream,
 ) -> Result<()> {
     let count = data.len();
     in_place(comm, data, stream, |at, on| {
@@ -188,7 +186,7 @@ pub(super) fn norm_quantized_apart<C: DeviceComm + ?Sized, T: Element, Q: Fp8Bit
     parameters: Parameters<'_, T>,
     result: CudaNormQuantization<'_, Q>,
     scale: NormScale,
-    stream: &Arc<CudaStream>,
+    stream: &CudaStream,
 ) -> Result<()> {
     let count = input.len();
     lengths::exact("output", output.len(), count)?;
@@ -209,7 +207,7 @@ pub(super) fn norm_quantized_in_place<C: DeviceComm + ?Sized, T: Element, Q: Fp8
     parameters: Parameters<'_, T>,
     result: CudaNormQuantization<'_, Q>,
     scale: NormScale,
-    stream: &Arc<CudaStream>,
+    stream: &CudaStream,
 ) -> Result<()> {
     let count = data.len();
     in_place(comm, data, stream, |at, on| {
@@ -228,7 +226,7 @@ pub(super) fn two_group<C: DeviceComm + ?Sized, T: Element>(
     (weight, bias): Parameters<'_, T>,
     rows: TwoGroupRows<'_>,
     scale: NormScale,
-    stream: &Arc<CudaStream>,
+    stream: &CudaStream,
     run: impl FnOnce(&TwoGroupNormArgs<'_>, StreamHandle) -> Result<()>,
 ) -> Result<()> {
     let hidden = weight.len();
@@ -260,7 +258,7 @@ pub(super) fn two_group_in_place<C: DeviceComm + ?Sized, T: Element>(
     parameters: Parameters<'_, T>,
     rows: TwoGroupRows<'_>,
     scale: NormScale,
-    stream: &Arc<CudaStream>,
+    stream: &CudaStream,
 ) -> Result<()> {
     two_group((comm, gather), data, parameters, rows, scale, stream, |args, on| {
         // SAFETY: see `enqueue`; the slices are borrowed, those that are written exclusively, and hold all the rows that
@@ -275,7 +273,7 @@ pub(super) fn two_group_quantized_in_place<C: DeviceComm + ?Sized, T: Element, Q
     parameters: Parameters<'_, T>,
     (result, rows): (CudaNormQuantization<'_, Q>, TwoGroupRows<'_>),
     scale: NormScale,
-    stream: &Arc<CudaStream>,
+    stream: &CudaStream,
 ) -> Result<()> {
     let elements = data.0.len();
     two_group((comm, gather), data, parameters, rows, scale, stream, |args, on| {

@@ -1,6 +1,5 @@
 //! The backend itself.
 
-use std::any::Any;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -25,13 +24,8 @@ pub(crate) struct GatherBackend {
     closed: AtomicBool,
     /// Messages to this rank that no receive has asked for yet, by sender.
     inbox: Mutex<HashMap<usize, VecDeque<Vec<u8>>>>,
-    /// The streams that it was given a share in.
-    kept: Mutex<Vec<Kept>>,
     late_failure: Mutex<Option<CommError>>,
 }
-
-/// A stream, and what keeps it.
-pub(crate) type Kept = (StreamHandle, Arc<dyn Any + Send + Sync>);
 
 /// # Safety
 /// The range is readable.
@@ -100,7 +94,6 @@ impl GatherBackend {
             registrations: Mutex::default(),
             closed: AtomicBool::new(false),
             inbox: Mutex::default(),
-            kept: Mutex::default(),
             late_failure: Mutex::default(),
         }
     }
@@ -114,11 +107,6 @@ impl GatherBackend {
     /// From now on only its poll knows of this: its calls end as if nothing had happened, as those of a device do.
     pub(crate) fn fail_late(&self, failure: CommError) {
         *self.late_failure.lock().unwrap() = Some(failure);
-    }
-
-    /// The streams that it was given a share in since this was last asked.
-    pub(crate) fn take_kept(&self) -> Vec<Kept> {
-        std::mem::take(&mut self.kept.lock().unwrap())
     }
 
     fn open(&self) -> Result<()> {
@@ -186,10 +174,6 @@ unsafe impl DeviceComm for GatherBackend {
             return Ok(());
         }
         Err(CommError::StaleHandle { handle: registration.id.to_string(), reason: "not registered".into() })
-    }
-
-    fn keep_stream(&self, stream: StreamHandle, owner: Arc<dyn Any + Send + Sync>) {
-        self.kept.lock().unwrap().push((stream, owner));
     }
 
     fn supports(&self, query: &OpQuery) -> Support {
