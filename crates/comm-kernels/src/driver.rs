@@ -16,7 +16,7 @@ use libloading::Library;
 const LIBRARIES: [&str; 2] = ["libcuda.so.1", "libcuda.so"];
 
 /// The youngest functions that this crate calls: with these, the driver has all of them.
-const YOUNGEST: [&str; 2] = ["cuCtxGetId", "cuEventElapsedTime_v2"];
+const YOUNGEST: [&str; 3] = ["cuCtxGetId", "cuStreamGetId", "cuEventElapsedTime_v2"];
 
 /// How long a wait for the device spins before it starts to sleep: shorter ones are common in measurements.
 const SPIN: Duration = Duration::from_millis(2);

@@ -140,6 +140,14 @@ pub fn is_capturing(handle: StreamHandle) -> bool {
     code != sys::CUresult::CUDA_SUCCESS || status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE
 }
 
+/// The driver's number for a stream, never used twice in a process: a handle may be a new stream's when the one before that
+/// had it is gone, and some handles are another stream on each thread.
+pub fn stream_id(handle: StreamHandle) -> Result<u64> {
+    let mut id = 0;
+    // SAFETY: the caller of the operation vouches for the stream; the pointer is valid for the write.
+    check("cuStreamGetId", unsafe { sys::cuStreamGetId(stream(handle), &raw mut id) }).map(|()| id)
+}
+
 /// An event without timing. Destroyed explicitly, because that needs the context to be current.
 pub struct Event(sys::CUevent);
 

@@ -18,19 +18,16 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use comm_core::{Result, StreamHandle};
 use comm_kernels::capture::{Position, position, when_gone};
-use comm_kernels::raw::{Event, is_capturing};
-
-/// The stream that every thread has of its own under the same handle (`CU_STREAM_PER_THREAD`).
-const PER_THREAD: StreamHandle = StreamHandle(2);
+use comm_kernels::raw::{Event, is_capturing, stream_id};
 
 /// Where the last calls were made.
 pub(crate) struct Order {
-    /// Behind the last call that was not captured, and its stream.
+    /// Behind the last call that was not captured, and its stream's number.
     call: Option<Event>,
-    stream: Option<StreamHandle>,
-    /// Behind the last call that was captured, in which capture, and the stream.
+    stream: Option<u64>,
+    /// Behind the last call that was captured, in which capture, and the stream's number.
     captured: Option<Event>,
-    capture: Option<(Position, StreamHandle)>,
+    capture: Option<(Position, u64)>,
     /// Captures with calls in them whose graphs are not gone.
     graphs: Arc<AtomicUsize>,
     /// Tests only: calls are left to overtake each other.
@@ -73,30 +70,29 @@ impl Order {
     /// # Errors
     /// [`Cuda`](comm_core::CommError::Cuda).
     pub(crate) fn follow(&mut self, stream: StreamHandle) -> Result<bool> {
+        let id = stream_id(stream)?;
         if is_capturing(stream) {
             // SAFETY: the caller of the operation vouches for the stream, and for nobody else's using it meanwhile. A capture
             // that cannot be asked is spoilt, as the launch will find.
             if let Ok(Some(now)) = unsafe { position(stream) } {
                 match self.capture.take() {
                     Some((before, last)) if before.same_capture(&now) => {
-                        self.wait(&self.captured, stream, last)?;
+                        self.wait(&self.captured, stream, id != last)?;
                     }
                     _ => self.count(&now)?,
                 }
-                self.capture = Some((now, stream));
+                self.capture = Some((now, id));
             }
             return Ok(true);
         }
-        if let Some(last) = self.stream.replace(stream) {
-            self.wait(&self.call, stream, last)?;
+        if let Some(last) = self.stream.replace(id) {
+            self.wait(&self.call, stream, id != last)?;
         }
         Ok(false)
     }
 
-    fn wait(&self, event: &Option<Event>, stream: StreamHandle, last: StreamHandle) -> Result<()> {
-        // With one handle the last call's stream may yet have been another thread's.
-        let same = stream == last && stream != PER_THREAD;
-        event.as_ref().filter(|_| !same && !self.unordered).map_or(Ok(()), |event| event.hold(stream))
+    fn wait(&self, event: &Option<Event>, stream: StreamHandle, changed: bool) -> Result<()> {
+        event.as_ref().filter(|_| changed && !self.unordered).map_or(Ok(()), |event| event.hold(stream))
     }
 
     /// A call on `stream` has been enqueued, or captured.

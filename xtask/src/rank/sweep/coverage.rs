@@ -11,7 +11,11 @@ pub(super) struct Run {
     pub(super) world: usize,
     /// Whether lines could be sent.
     pub(super) lines: bool,
+    /// Whether ranks share GPUs: then some algorithms have no shape that fits, and others take their place.
+    pub(super) shared: bool,
 }
+
+const DOES_NOT_FIT: &str = "no shape of theirs fits a share of a GPU: --world N on N GPUs runs them";
 
 /// The number of ranks whose mesh may have gaps.
 pub(super) const CUBE: usize = 8;
@@ -49,6 +53,7 @@ impl Run {
         for kernel in compiled {
             match (self.excuse(kernel), launched.contains(kernel)) {
                 (None, true) => {}
+                (None, false) if self.shared => *left_out.entry(DOES_NOT_FIT).or_insert(0) += 1,
                 (None, false) => missed.push(kernel),
                 (Some(_), true) => excused.push(kernel),
                 (Some(reason), false) => *left_out.entry(reason).or_insert(0) += 1,
@@ -87,7 +92,7 @@ mod tests {
 
     fn judge(world: usize, lines: bool, launched: &[&str]) -> Result<usize, String> {
         let launched = launched.iter().map(|&name| name.to_owned()).collect();
-        let left_out = Run { world, lines }.judge(COMPILED.into_iter(), &launched);
+        let left_out = Run { world, lines, shared: false }.judge(COMPILED.into_iter(), &launched);
         left_out.map(|left_out| left_out.into_values().sum())
     }
 
@@ -107,6 +112,14 @@ mod tests {
         let cube = ["fill_f32", "p2p_ar1_bf16_w8", "p2p_cube_ag", "p2p_mesh_pair", "p2p_pair"];
         assert_eq!(judge(8, true, &cube), Ok(2));
         assert!(judge(8, true, &cube[..3]).unwrap_err().contains("p2p_mesh_pair, p2p_pair"));
+    }
+
+    #[test]
+    fn on_shared_gpus_some_have_no_shape() {
+        let launched = ["fill_f32".to_owned(), "p2p_pair".to_owned()].into();
+        let left_out =
+            Run { world: 2, lines: false, shared: true }.judge(COMPILED.into_iter(), &launched).unwrap();
+        assert_eq!(left_out[DOES_NOT_FIT], 1);
     }
 
     #[test]
