@@ -24,10 +24,11 @@ use comm_kernels::raw::{Event, is_capturing, stream_id};
 pub(crate) struct Order {
     /// Behind the last call that was not captured, and its stream's number.
     call: Option<Event>,
-    stream: Option<u64>,
-    /// Behind the last call that was captured, in which capture, and the stream's number.
+    stream: Option<Option<u64>>,
+    /// Behind the last call that was captured, in which capture, and the stream: by its handle, as the driver does not number
+    /// streams under capture, nor can one go meanwhile.
     captured: Option<Event>,
-    capture: Option<(Position, u64)>,
+    capture: Option<(Position, StreamHandle)>,
     /// Captures with calls in them whose graphs are not gone.
     graphs: Arc<AtomicUsize>,
     /// Tests only: calls are left to overtake each other.
@@ -70,23 +71,24 @@ impl Order {
     /// # Errors
     /// [`Cuda`](comm_core::CommError::Cuda).
     pub(crate) fn follow(&mut self, stream: StreamHandle) -> Result<bool> {
-        let id = stream_id(stream)?;
         if is_capturing(stream) {
             // SAFETY: the caller of the operation vouches for the stream, and for nobody else's using it meanwhile. A capture
             // that cannot be asked is spoilt, as the launch will find.
             if let Ok(Some(now)) = unsafe { position(stream) } {
                 match self.capture.take() {
                     Some((before, last)) if before.same_capture(&now) => {
-                        self.wait(&self.captured, stream, id != last)?;
+                        self.wait(&self.captured, stream, stream != last)?;
                     }
                     _ => self.count(&now)?,
                 }
-                self.capture = Some((now, id));
+                self.capture = Some((now, stream));
             }
             return Ok(true);
         }
+        // A stream that the driver does not number is taken for another one.
+        let id = stream_id(stream).ok();
         if let Some(last) = self.stream.replace(id) {
-            self.wait(&self.call, stream, id != last)?;
+            self.wait(&self.call, stream, id.is_none() || id != last)?;
         }
         Ok(false)
     }
