@@ -22,7 +22,7 @@ __device__ __forceinline__ void all_gather_packets(const Link& link, const char*
     const size_t thread = size_t(blockIdx.x) * blockDim.x + threadIdx.x, threads = size_t(gridDim.x) * blockDim.x;
     const uint32_t rounds = uint32_t((cut.packs() + threads - 1) / threads);
     Waiter waiter;
-    const uint32_t first = read_round(link, waiter.gave_up);
+    const uint32_t first = claim_rounds_by_thread(link, rounds, waiter.gave_up);
     const int rank = link.rank;
 
     auto push = [&](uint32_t k) {
@@ -39,7 +39,6 @@ __device__ __forceinline__ void all_gather_packets(const Link& link, const char*
         if (own != send + cut.offset(0, pack)) write_pack<1>(own, v, n, align_out);
     };
     push(0);
-    claim(link, first, rounds, waiter.gave_up);
     injected_stall(link);
     for (uint32_t k = 0; k < rounds; k++) {
         if (k > 0 && k + 1 < rounds) push(k + 1);
@@ -75,13 +74,14 @@ __device__ __forceinline__ void broadcast_packets(const Link& link, const char* 
     const size_t thread = size_t(blockIdx.x) * blockDim.x + threadIdx.x, threads = size_t(gridDim.x) * blockDim.x;
     const uint32_t rounds = uint32_t((cut.packs() + threads - 1) / threads);
     Waiter waiter;
-    const uint32_t first = read_round(link, waiter.gave_up);
+    const uint32_t first = claim_rounds_by_thread(link, rounds, waiter.gave_up);
+    if (waiter.gave_up) return;
     const int rank = link.rank;
     auto relay = [&](int i) { return root + 1 + i >= kWorld ? root + 1 + i - kWorld : root + 1 + i; };
-    const bool token = !waiter.gave_up && blockIdx.x == 0 && threadIdx.x < kWorld && int(threadIdx.x) != rank;
+    const bool token = blockIdx.x == 0 && threadIdx.x < kWorld && int(threadIdx.x) != rank;
     if (token) Flag::raise(flag(link, threadIdx.x, 0, kToken, rank), first);
 
-    if (rank == root && !waiter.gave_up) {
+    if (rank == root) {
         for (uint32_t k = 0; k < rounds; k++) {
             const size_t pack = thread + k * threads;
             if (moves_wide<3>(align_in & align_out) && pack < cut.whole_packs(kParts)) {
@@ -108,10 +108,7 @@ __device__ __forceinline__ void broadcast_packets(const Link& link, const char* 
                     write_pack<1>(recv + cut.offset(slice, pack), v, n, align_out);
             }
         }
-    }
-    claim(link, first, rounds, waiter.gave_up);
-    if (waiter.gave_up) return;
-    if (rank != root) {
+    } else {
         const int mine = rank - root - 1 < 0 ? rank - root - 1 + kWorld : rank - root - 1;
         injected_stall(link);
         for (uint32_t k = 0; k < rounds; k++) {

@@ -26,7 +26,7 @@ __device__ __forceinline__ void reduce_scatter_lines(const Link& link, const T* 
     const uint32_t rounds = deal.rounds;
     const size_t warp = deal.warp;
     Waiter waiter;
-    const uint32_t first = read_round_by_warp(link, waiter);
+    const uint32_t first = claim_rounds_by_warp(link, rounds, waiter);
     const int rank = link.rank;
 
     auto push = [&](uint32_t k) {
@@ -43,7 +43,6 @@ __device__ __forceinline__ void reduce_scatter_lines(const Link& link, const T* 
         }
     };
     push(0);
-    claim(link, first, rounds, waiter.gave_up);
     injected_stall(link);
     for (uint32_t k = 0; k < rounds; k++) {
         if (k > 0 && k + 1 < rounds) push(k + 1);

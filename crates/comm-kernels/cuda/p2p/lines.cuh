@@ -182,10 +182,10 @@ struct Deal {
     __device__ __forceinline__ size_t burst(uint32_t k) const { return warp + k * warps; }
 };
 
-// As `read_round`, with one `gave_up` for each warp.
-__device__ __forceinline__ uint32_t read_round_by_warp(const Link& link, Waiter& waiter) {
+// Claims rounds with one `gave_up` for each warp.
+__device__ __forceinline__ uint32_t claim_rounds_by_warp(const Link& link, uint32_t rounds, Waiter& waiter) {
     bool silent;
-    const uint32_t round = read_round(link, silent);
+    const uint32_t round = claim_rounds_by_thread(link, rounds, silent);
     waiter.gave_up = __any_sync(0xffffffffu, silent);
     return round;
 }
@@ -208,7 +208,7 @@ __device__ __forceinline__ void all_gather_lines(const Link& link, const char* s
     const uint32_t rounds = deal.rounds;
     const size_t warp = deal.warp;
     Waiter waiter;
-    const uint32_t first = read_round_by_warp(link, waiter);
+    const uint32_t first = claim_rounds_by_warp(link, rounds, waiter);
     const int rank = link.rank;
 
     auto push = [&](uint32_t k) {
@@ -227,7 +227,6 @@ __device__ __forceinline__ void all_gather_lines(const Link& link, const char* s
         }
     };
     push(0);
-    claim(link, first, rounds, waiter.gave_up);
     injected_stall(link);
     for (uint32_t k = 0; k < rounds; k++) {
         if (k > 0 && k + 1 < rounds) push(k + 1);
@@ -272,10 +271,9 @@ __device__ __forceinline__ void broadcast_lines(const Link& link, const char* se
     const uint32_t rounds = deal.rounds;
     const size_t warp = deal.warp;
     Waiter waiter;
-    const uint32_t first = read_round_by_warp(link, waiter);
+    const uint32_t first = claim_rounds_by_warp(link, rounds, waiter);
     // With one verdict for the CTA, which has barriers.
     waiter.gave_up = __syncthreads_or(waiter.gave_up);
-    if (link.rank != root || waiter.gave_up) claim(link, first, rounds, waiter.gave_up);
     if (waiter.gave_up) return;
     const int rank = link.rank;
     auto relay = [&](int i) { return wrapped<kWorld>(root + 1 + i); };
@@ -318,7 +316,6 @@ __device__ __forceinline__ void broadcast_lines(const Link& link, const char* se
                 b.seal(first + k);
                 b.send(burst_slot<kWorld>(link, relay(i), first + k, rank, warp));
             }
-            if (k == 0) claim(link, first, rounds, false);
         }
         injected_stall(link);
     } else {

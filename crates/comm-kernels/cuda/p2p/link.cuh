@@ -122,23 +122,16 @@ __device__ __forceinline__ void lift_flag(const Link& link, uint32_t i) {
     if (int32_t(seen - past) < 0) atomicCAS_system(at, seen, past);
 }
 
-// The first round of those that this kernel is going to claim: the first half of a claim, without a barrier. `silent` becomes
+// Claims `rounds` rounds for this kernel and returns the first. Called once by all threads of all CTAs. `silent` becomes
 // true if this rank has given up a wait before (see wait.cuh): for each thread by what it saw, as a barrier that had to
 // know it would keep the kernel's first loads waiting.
-__device__ __forceinline__ uint32_t read_round(const Link& link, bool& silent) {
-    const uint32_t round = *reinterpret_cast<volatile uint32_t*>(&link.channel->round);
-    silent = *reinterpret_cast<volatile uint32_t*>(link.broken) != kWhole;
-    return round;
-}
-
-// Claims `rounds` rounds from `round` on, which all threads of all CTAs have read: the second half. Called once by all of
-// them, at any time before the kernel ends; best behind its first stores to peers, for the first warp waits here for the
-// count. `silent`: of this thread, as `read_round` said it.
 //
 // Every CTA reads the counter and then counts itself; the last to count advances it. Nobody can read the new value in
 // this kernel, as all have read by then, and the next kernel starts reading after this one has ended. One counter for
 // all CTAs keeps kernels of different grid sizes in step.
-__device__ __forceinline__ void claim(const Link& link, uint32_t round, uint32_t rounds, bool silent) {
+__device__ __forceinline__ uint32_t claim_rounds_by_thread(const Link& link, uint32_t rounds, bool& silent) {
+    const uint32_t round = *reinterpret_cast<volatile uint32_t*>(&link.channel->round);
+    silent = *reinterpret_cast<volatile uint32_t*>(link.broken) != kWhole;
     __syncthreads();
     if (threadIdx.x == 0) {
         const bool last = gridDim.x == 1 || atomicAdd(&link.channel->arrived, 1u) == gridDim.x - 1;
@@ -146,15 +139,9 @@ __device__ __forceinline__ void claim(const Link& link, uint32_t round, uint32_t
             link.channel->arrived = 0;
             link.channel->round = round + rounds;
         }
-        // What is not waited for must not be copied either (kHushed).
+        // What is not waited for must not be copied either (kHushed). Behind the count, which must not wait for the load.
         if (silent) *reinterpret_cast<volatile uint32_t*>(link.broken) = kBroken;
     }
-}
-
-// Both at once, for kernels that begin with something else than stores.
-__device__ __forceinline__ uint32_t claim_rounds_by_thread(const Link& link, uint32_t rounds, bool& silent) {
-    const uint32_t round = read_round(link, silent);
-    claim(link, round, rounds, silent);
     return round;
 }
 

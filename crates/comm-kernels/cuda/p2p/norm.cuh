@@ -235,14 +235,13 @@ __device__ __forceinline__ void norm_one_shot(const Link& link, const NormArgs<T
     const uint32_t bytes = r.cut.bytes(0, pack);
     typename R::Data own;
     if (bytes != 0) own = rows.load(args.input, row + column, bytes);
-    const uint32_t round = read_round(link, r.waiter.gave_up);
+    const uint32_t round = claim_rounds_by_thread(link, 1, r.waiter.gave_up);
     if (bytes != 0 && !r.waiter.gave_up) {
 #pragma unroll
         for (int d = 1; d < kWorld; d++)
             Wire::send(slot<kWorld>(link, R::wrapped(int(link.rank) + d), round, kScatter, link.rank, r.thread), own,
                        round);
     }
-    claim(link, round, 1, r.waiter.gave_up);
     injected_stall(link);
     // Fetched while the packs are under way.
     typename R::Data sum, residual, bias, weight;
@@ -302,7 +301,7 @@ __device__ __forceinline__ void norm_two_shot(const Link& link, const NormArgs<T
     // barriers.
     const bool even = moves_wide<4>(rows.align) && r.cut.whole_packs(kWorld) == r.cut.packs();
     const uint32_t rounds = uint32_t((args.tokens + gridDim.x - 1) / gridDim.x);
-    const uint32_t first = read_round(link, r.waiter.gave_up);
+    const uint32_t first = claim_rounds_by_thread(link, rounds, r.waiter.gave_up);
     auto token = [&](uint32_t k) { return size_t(k) * gridDim.x + blockIdx.x; };
     auto scatter = [&](uint32_t k) {
         if (token(k) >= args.tokens) return;
@@ -406,7 +405,6 @@ __device__ __forceinline__ void norm_two_shot(const Link& link, const NormArgs<T
     };
     const bool sums = r.cut.bytes(link.rank, 0) != 0;
     scatter(0);
-    claim(link, first, rounds, r.waiter.gave_up);
     injected_stall(link);
     for (uint32_t k = 0; k < rounds; k++) {
         if (k > 0) fence_system();

@@ -146,14 +146,13 @@ __device__ __forceinline__ void all_reduce_one_shot(const Link& link, const T* s
         size_t(gridDim.x) * blockDim.x,
         {}};
     const size_t packs = r.cut.packs();
-    const uint32_t round = read_round(link, r.waiter.gave_up);
+    const uint32_t round = claim_rounds_by_thread(link, 1, r.waiter.gave_up);
     for (size_t p = r.thread; p < packs && !r.waiter.gave_up; p += r.threads) {
         const auto own = r.read(0, p, r.cut.bytes(0, p));
 #pragma unroll
         for (int d = 1; d < kWorld; d++)
             Wire::send(slot<kWorld>(link, R::wrapped(int(link.rank) + d), round, kScatter, link.rank, p), own, round);
     }
-    claim(link, round, 1, r.waiter.gave_up);
     injected_stall(link);
     for (size_t p = r.thread; p < packs; p += r.threads) {
         const uint32_t bytes = r.cut.bytes(0, p);
@@ -183,7 +182,7 @@ __device__ __forceinline__ void all_reduce_two_shot(const Link& link, const T* s
         size_t(gridDim.x) * blockDim.x,
         {}};
     const uint32_t rounds = uint32_t((r.cut.packs() + r.threads - 1) / r.threads);
-    const uint32_t first = read_round(link, r.waiter.gave_up);
+    const uint32_t first = claim_rounds_by_thread(link, rounds, r.waiter.gave_up);
     const size_t whole = moves_wide<Wire::kWords>(align_out) ? r.cut.whole_packs(kWorld) : 0;
 
     auto gather = [&](uint32_t k) {
@@ -207,7 +206,6 @@ __device__ __forceinline__ void all_reduce_two_shot(const Link& link, const T* s
     };
 
     r.scatter(first, r.thread);
-    claim(link, first, rounds, r.waiter.gave_up);
     injected_stall(link);
     for (uint32_t k = 0; k < rounds; k++) {
         if (Wire::kRestores && k > 0) fence_system();
@@ -245,9 +243,8 @@ __device__ __forceinline__ void reduce_scatter(const Link& link, const T* send, 
         size_t(gridDim.x) * blockDim.x,
         {}};
     const uint32_t rounds = uint32_t((r.cut.packs() + r.threads - 1) / r.threads);
-    const uint32_t first = read_round(link, r.waiter.gave_up);
+    const uint32_t first = claim_rounds_by_thread(link, rounds, r.waiter.gave_up);
     r.scatter(first, r.thread);
-    claim(link, first, rounds, r.waiter.gave_up);
     injected_stall(link);
     for (uint32_t k = 0; k < rounds; k++) {
         if (Wire::kRestores && k > 0) fence_system();

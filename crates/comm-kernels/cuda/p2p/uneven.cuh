@@ -101,7 +101,7 @@ __device__ __forceinline__ void all_gather_packets_uneven(const Link& link, cons
     const size_t packs = cut.packs();
     const uint32_t rounds = uint32_t((packs + threads - 1) / threads);
     Waiter waiter;
-    const uint32_t first = read_round(link, waiter.gave_up);
+    const uint32_t first = claim_rounds_by_thread(link, rounds, waiter.gave_up);
 
     auto push = [&](uint32_t k) {
         const size_t pack = thread + k * threads;
@@ -119,7 +119,6 @@ __device__ __forceinline__ void all_gather_packets_uneven(const Link& link, cons
         if (n != 0 && own != from) write_pack<1>(own, v, n, align_out);
     };
     push(0);
-    claim(link, first, rounds, waiter.gave_up);
     injected_stall(link);
     for (uint32_t k = 0; k < rounds; k++) {
         if (k > 0 && k + 1 < rounds) push(k + 1);
@@ -164,7 +163,7 @@ __device__ __forceinline__ void reduce_scatter_uneven(const Link& link, const T*
         {}};
     const size_t packs = r.cut.packs();
     const uint32_t rounds = uint32_t((packs + r.threads - 1) / r.threads);
-    const uint32_t first = read_round(link, r.waiter.gave_up);
+    const uint32_t first = claim_rounds_by_thread(link, rounds, r.waiter.gave_up);
 
     auto scatter = [&](uint32_t k) {
         const size_t pack = r.thread + k * r.threads;
@@ -180,7 +179,6 @@ __device__ __forceinline__ void reduce_scatter_uneven(const Link& link, const T*
                 v[d - 1], first + k);
     };
     scatter(0);
-    claim(link, first, rounds, r.waiter.gave_up);
     injected_stall(link);
     for (uint32_t k = 0; k < rounds; k++) {
         if (k > 0) fence_system();
