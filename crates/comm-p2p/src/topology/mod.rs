@@ -25,8 +25,11 @@ pub(crate) fn of_ranks(
     let Some(name) = imposed else {
         let mesh = mesh(links)?;
         let topology = mesh.classify();
-        // Without links between them devices may reach each other over the bus; if not, their check says so.
-        let routes = if topology == Topology::FullyConnected { None } else { Routes::of(&mesh) };
+        // Gaps are what direct links leave. Where there are only switches, links that seem to be missing are ones that NVML
+        // did not tell of; and without any, devices may reach each other over the bus. If not, their check says so.
+        let may_have_gaps = links.iter().any(|device| !device.direct.is_empty());
+        let routes =
+            if may_have_gaps && topology != Topology::FullyConnected { Routes::of(&mesh) } else { None };
         return Ok((topology, routes));
     };
     let topology: Topology = name.parse()?;
@@ -99,6 +102,10 @@ mod tests {
         assert_eq!(of_ranks(&joined, None, &[]).unwrap(), (Topology::FullyConnected, None));
         let switched: Vec<_> = ["a", "b", "c", "a", "b"].map(|bus| device(bus, 18, &[])).to_vec();
         assert_eq!(of_ranks(&switched, None, &[]).unwrap(), (Topology::FullyConnected, None));
+        // Of one rank NVML did not say: no gaps for that.
+        let mut untold: Vec<_> = ["a", "b", "a", "b"].map(|bus| device(bus, 18, &[])).to_vec();
+        untold[2].switch = 0;
+        assert_eq!(of_ranks(&untold, None, &[]).unwrap(), (Topology::Other, None));
         // What is not told apart by its place is not known to be one device.
         let nameless = vec![device("", 0, &[]); 2];
         assert_eq!(of_ranks(&nameless, None, &[]).unwrap().0, Topology::Other);
