@@ -24,7 +24,7 @@ use comm_kernels::raw::{Event, is_capturing, stream_id};
 pub(crate) struct Order {
     /// Behind the last call that was not captured, and its stream's number.
     call: Option<Event>,
-    stream: Option<Option<u64>>,
+    stream: Option<u64>,
     /// Behind the last call that was captured, in which capture, and the stream: by its handle, as the driver does not number
     /// streams under capture, nor can one go meanwhile.
     captured: Option<Event>,
@@ -85,11 +85,11 @@ impl Order {
             }
             return Ok(true);
         }
-        // A stream that the driver does not number is taken for another one.
+        // A stream that the driver does not number is taken for another one. Before the first call there is nothing to wait for.
         let id = stream_id(stream).ok();
-        if let Some(last) = self.stream.replace(id) {
-            self.wait(&self.call, stream, id.is_none() || id != last)?;
-        }
+        let changed = id.is_none() || id != self.stream;
+        self.stream = id;
+        self.wait(&self.call, stream, changed)?;
         Ok(false)
     }
 
@@ -120,7 +120,7 @@ impl Order {
     /// # Errors
     /// [`Cuda`](comm_core::CommError::Cuda): a call has failed.
     pub(crate) fn left(&self) -> Result<Left> {
-        if let (Some(event), Some(_)) = (&self.call, self.stream)
+        if let Some(event) = &self.call
             && !event.is_done()?
         {
             return Ok(Left::Calls);

@@ -6,7 +6,7 @@
 use std::sync::{Arc, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
-use comm_core::{CommError, OpKind, Result};
+use comm_core::{CommError, Deadline, OpKind, Result};
 use comm_kernels::exit;
 use comm_kernels::p2p::HUSHED;
 use comm_kernels::raw::{self, Current, RelaxedCapture, check};
@@ -223,7 +223,9 @@ fn drain(shared: &Shared, collective: bool) -> Result<()> {
         match left {
             Left::Nothing => return shared.fitness.settle(),
             // Who closes has been asked to drop graphs before, and may still wait for this.
-            Left::Graphs if collective && start.elapsed() > GRAPHS_TIME => return synchronize(),
+            Left::Graphs if collective && start.elapsed() > GRAPHS_TIME => {
+                return synchronize(shared.deadline());
+            }
             Left::Graphs if exit::is_near() => return Err(shared.closed()),
             Left::Graphs | Left::Calls => {}
         }
@@ -239,10 +241,21 @@ fn drain(shared: &Shared, collective: bool) -> Result<()> {
     }
 }
 
-/// Waits for all of the device's work, where nothing else will do: it breaks captures that are under way there.
-fn synchronize() -> Result<()> {
-    // SAFETY: the context is current.
-    check("cuCtxSynchronize", unsafe { sys::cuCtxSynchronize() })
+/// Waits for all of the device's work, where nothing else will do: it breaks captures that are under way there, and is
+/// refused as long as they are.
+fn synchronize(deadline: Deadline) -> Result<()> {
+    loop {
+        // SAFETY: the context is current.
+        match unsafe { sys::cuCtxSynchronize() } {
+            sys::CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+            | sys::CUresult::CUDA_ERROR_STREAM_CAPTURE_IMPLICIT
+                if !deadline.has_passed() =>
+            {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            code => return check("cuCtxSynchronize", code),
+        }
+    }
 }
 
 /// On a shared device no rank goes on before all have given back: its next calls, on another communicator, would be among

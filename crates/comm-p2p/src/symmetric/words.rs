@@ -58,12 +58,15 @@ impl Words {
         let mut host = std::ptr::null_mut();
         // SAFETY: the pointer is valid for the write.
         check("cuMemHostAlloc", unsafe { sys::cuMemHostAlloc(&raw mut host, BYTES, flags) })?;
-        let mut words = Self { host, device: DeviceAddr::NULL, context };
+        let mut device = DeviceAddr::NULL;
         // SAFETY: the memory is mapped for the device.
-        check("cuMemHostGetDevicePointer", unsafe {
-            sys::cuMemHostGetDevicePointer_v2(&raw mut words.device.0, host, 0)
+        let code = unsafe { sys::cuMemHostGetDevicePointer_v2(&raw mut device.0, host, 0) };
+        // Only what the device sees may come among the idle pages.
+        check("cuMemHostGetDevicePointer", code).inspect_err(|_| {
+            // SAFETY: it has just been allocated, and nobody has it.
+            let _ = unsafe { sys::cuMemFreeHost(host) };
         })?;
-        Ok(words)
+        Ok(Self { host, device, context })
     }
 
     pub(crate) const fn abort_addr(&self) -> DeviceAddr {
