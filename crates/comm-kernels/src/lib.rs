@@ -10,6 +10,7 @@
 //! - [`CudaMemory`], [`CapturedGraph`], [`EventTimer`]: memory, graphs and time for tests, benchmarks and examples.
 //! - [`driver`]: whether there is a driver; call [`driver::probe`] before anything else that touches CUDA.
 //! - [`capture`]: what a library needs to know of the graph that it is being captured into.
+//! - [`order`]: how calls that share something on the device keep their order on several streams.
 //! - [`raw`] and [`exit`]: driver calls that backends share, and what the end of the process waits for.
 //! - [`launched`]: which kernels were launched, for programs that are to try all.
 //! - [`locate`] and [`manifest`]: where compiled kernels come from. They are built by `cargo xtask kernels`; without
@@ -30,6 +31,7 @@ pub mod locate;
 pub mod manifest;
 mod memory;
 pub mod module;
+pub mod order;
 pub mod p2p;
 pub mod pattern;
 pub mod raw;

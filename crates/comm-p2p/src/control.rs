@@ -10,8 +10,9 @@ use cudarc::driver::sys;
 use crate::comm::P2pComm;
 use crate::state::{CALL_KIND_BITS, Call};
 
-/// More rounds than a call of a test takes, and a multiple of the number of buffers.
-const ROUNDS_OF_A_CALL: u32 = 1 << 12;
+/// More rounds than a call of a test takes, and a multiple of the number of buffers. Fewer than a flag may be ahead of what
+/// is waited for (`kAhead`, wire.cuh): a rank that is a call ahead has raised its next call's.
+const ROUNDS_OF_A_CALL: u32 = 1 << 9;
 
 /// The round that call number `seq` begins with when all calls share a buffer: rounds still differ from call to call,
 /// as the packets' marks must, but all first ones have the same remainder by the number of buffers.

@@ -45,7 +45,7 @@ const PROTOCOL: u32 = 4;
 /// | `p2p.stall_ns` | for tests: how long every kernel sleeps before its first wait, or behind it where it only waits | 0 |
 /// | `p2p.stall_rank` | for tests: the only rank whose kernels do | all |
 /// | `p2p.test_clear_peers` | for checkers of uninitialised reads, which do not see what other processes store: every rank clears all ranks' staging memory at first | `off` |
-/// | `p2p.test_single_buffer` | for tests only, **gives wrong results**: most calls by packs or lines use one buffer instead of four | `off` |
+/// | `p2p.test_single_buffer` | for tests only, **gives wrong results**: most calls use one buffer instead of four, or one half of the staging memory instead of both | `off` |
 /// | `p2p.test_copies_when_broken` | for tests only, **may give others wrong results**: a rank that has given up a wait goes on copying | `off` |
 /// | `p2p.test_unordered_streams` | for tests only, **gives wrong results**: calls on several streams may overtake each other | `off` |
 /// | `p2p.test_corrupt_pair` | for tests: `a-b`: what rank `a` stores into rank `b`'s memory while the devices are checked is lost, so that creation finds the pair broken; it looks whatever `COMM_P2P_CHECK` and the kept verdict say, and keeps none | none |

@@ -2,12 +2,8 @@
 //!
 //! All calls of a communicator share its channels: counters that go up by one call at a time, and slots that the next
 //! call uses again. Two of its kernels that ran at once would take each other's places, and if on another rank they ran in
-//! the other order, each would get the other's data. On one stream the driver keeps the order of the calls. Where the
-//! stream changes, the new one waits for an event that every call records behind itself. It is not left to the next call
-//! to record it: the last call's stream may be gone by then, or belong to another thread, or be under capture.
-//!
-//! What is captured runs later, and where its graph is launched: within one capture the order becomes an edge of the
-//! graph, and between graphs and other calls it is the caller's: where they overlap, results are wrong.
+//! the other order, each would get the other's data. [`CallOrder`] keeps them apart, but for graphs and calls beside them:
+//! their order is the caller's, and where they overlap, results are wrong.
 //!
 //! The end of a communicator has to know when its last kernel has ended, and may not ask for the whole device: that would
 //! break any capture that is under way there, and wait for work that may itself wait for this rank. So it is the last
@@ -17,22 +13,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use comm_core::{Result, StreamHandle};
-use comm_kernels::capture::{Position, position, when_gone};
-use comm_kernels::raw::{Event, is_capturing, stream_id};
+use comm_kernels::capture::{CapturingGraph, when_gone};
+use comm_kernels::order::{CallOrder, Destination};
 
-/// Where the last calls were made.
+/// Where the last calls were made, and what of them may still be running.
 pub(crate) struct Order {
-    /// Behind the last call that was not captured, and its stream's number.
-    call: Option<Event>,
-    stream: Option<u64>,
-    /// Behind the last call that was captured, in which capture, and the stream: by its handle, as the driver does not number
-    /// streams under capture, nor can one go meanwhile.
-    captured: Option<Event>,
-    capture: Option<(Position, StreamHandle)>,
+    /// None when there are no calls and will be none.
+    calls: Option<CallOrder>,
     /// Captures with calls in them whose graphs are not gone.
     graphs: Arc<AtomicUsize>,
-    /// Tests only: calls are left to overtake each other.
-    unordered: bool,
 }
 
 /// What of a communicator's work may still be running.
@@ -47,70 +36,43 @@ pub(crate) enum Left {
 impl Order {
     /// The context is current. `unordered`, for tests only: calls are left to overtake each other.
     pub(crate) fn new(unordered: bool) -> Result<Self> {
-        let mut order = Self::none();
-        order.call = Some(Event::new()?);
-        order.captured = Some(Event::new()?);
-        order.unordered = unordered;
-        Ok(order)
+        let calls = CallOrder::new()?;
+        let calls = if unordered { calls.left_to_overtake() } else { calls };
+        Ok(Self { calls: Some(calls), graphs: Arc::default() })
     }
 
     /// Of no calls.
     pub(crate) fn none() -> Self {
-        Self {
-            call: None,
-            stream: None,
-            captured: None,
-            capture: None,
-            graphs: Arc::default(),
-            unordered: false,
-        }
+        Self { calls: None, graphs: Arc::default() }
     }
 
-    /// Lets what will be enqueued on `stream` wait for all calls before. Whether that is captured.
+    /// Lets what will be enqueued on `stream` wait for all calls before. Where it goes.
     ///
     /// # Errors
     /// [`Cuda`](comm_core::CommError::Cuda).
-    pub(crate) fn follow(&mut self, stream: StreamHandle) -> Result<bool> {
-        if is_capturing(stream) {
-            // SAFETY: the caller of the operation vouches for the stream, and for nobody else's using it meanwhile. A capture
-            // that cannot be asked is spoilt, as the launch will find.
-            if let Ok(Some(now)) = unsafe { position(stream) } {
-                match self.capture.take() {
-                    Some((before, last)) if before.same_capture(&now) => {
-                        self.wait(&self.captured, stream, stream != last)?;
-                    }
-                    _ => self.count(&now)?,
-                }
-                self.capture = Some((now, stream));
-            }
-            return Ok(true);
+    pub(crate) fn follow(&mut self, stream: StreamHandle) -> Result<Destination> {
+        let Some(calls) = &mut self.calls else { return Ok(Destination::Stream) };
+        // SAFETY: the caller of the operation vouches for the stream, and for nobody else's using it meanwhile.
+        let to = unsafe { calls.begin(stream) }?;
+        if let Destination::NewGraph(graph) = to {
+            self.count(graph)?;
         }
-        // A stream that the driver does not number is taken for another one. Before the first call there is nothing to wait for.
-        let id = stream_id(stream).ok();
-        let changed = id.is_none() || id != self.stream;
-        self.stream = id;
-        self.wait(&self.call, stream, changed)?;
-        Ok(false)
+        Ok(to)
     }
 
-    fn wait(&self, event: &Option<Event>, stream: StreamHandle, changed: bool) -> Result<()> {
-        event.as_ref().filter(|_| changed && !self.unordered).map_or(Ok(()), |event| event.hold(stream))
-    }
-
-    /// A call on `stream` has been enqueued, or captured.
+    /// A call on `stream` has been enqueued, or captured, as [`follow`](Self::follow) said.
     ///
     /// # Errors
     /// [`Cuda`](comm_core::CommError::Cuda).
-    pub(crate) fn passed(&self, stream: StreamHandle, captured: bool) -> Result<()> {
-        let event = if captured { &self.captured } else { &self.call };
-        event.as_ref().map_or(Ok(()), |event| event.record(stream))
+    pub(crate) fn passed(&self, to: Destination, stream: StreamHandle) -> Result<()> {
+        self.calls.as_ref().map_or(Ok(()), |calls| calls.end(to, stream))
     }
 
     /// Counts the graph of a capture until it is gone.
-    fn count(&self, capture: &Position) -> Result<()> {
+    fn count(&self, graph: CapturingGraph) -> Result<()> {
         let graphs = Arc::clone(&self.graphs);
         graphs.fetch_add(1, Ordering::Relaxed);
-        when_gone(capture.graph(), move || {
+        when_gone(graph, move || {
             graphs.fetch_sub(1, Ordering::Release);
         })
     }
@@ -120,8 +82,8 @@ impl Order {
     /// # Errors
     /// [`Cuda`](comm_core::CommError::Cuda): a call has failed.
     pub(crate) fn left(&self) -> Result<Left> {
-        if let Some(event) = &self.call
-            && !event.is_done()?
+        if let Some(calls) = &self.calls
+            && !calls.is_over()?
         {
             return Ok(Left::Calls);
         }
@@ -132,8 +94,8 @@ impl Order {
 impl Drop for Order {
     fn drop(&mut self) {
         // The context is current wherever a communicator's belongings are given back.
-        for event in [self.call.take(), self.captured.take()].into_iter().flatten() {
-            event.destroy();
+        if let Some(calls) = self.calls.take() {
+            calls.destroy();
         }
     }
 }

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use comm_core::{Capability, CommError, Result};
+use comm_core::{Capability, CommError, OpKind, Result};
 
 use crate::factory::fact;
 use crate::options::SHARE_DEVICES;
@@ -53,10 +53,11 @@ fn same_host(capabilities: &[Capability]) -> Result<()> {
     let hosts: Vec<String> = capabilities.iter().map(|c| fact_of(c, fact::HOST)).collect();
     match hosts.iter().position(|host| *host != hosts[0]) {
         None => Ok(()),
-        Some(rank) => Err(CommError::invalid(
-            "host",
+        Some(rank) => Err(CommError::unsupported(
+            OpKind::Create,
+            crate::NAME,
             format!(
-                "rank {rank} is on host {:?} and rank 0 on {:?}; the p2p backend takes one host",
+                "rank {rank} is on host {:?} and rank 0 on {:?}; it takes ranks of one host",
                 hosts[rank], hosts[0]
             ),
         )),
@@ -122,6 +123,8 @@ mod tests {
         let same = room(&ranks(&["1", "2", "1"], "off"), true, 32).unwrap_err().to_string();
         assert!(same.contains("ranks 0 and 2") && same.contains("p2p.share_devices"), "{same}");
         let apart = room(&[rank("a", "1", "off"), rank("b", "2", "off")], true, 32).unwrap_err();
+        // A refusal, which a tiered communicator can do without: the ranks may be right for another backend.
+        assert!(matches!(apart, CommError::Unsupported { op: OpKind::Create, .. }), "{apart}");
         assert!(apart.to_string().contains("rank 1"), "{apart}");
         // What does not say is off.
         let mut silent = ranks(&["1", "1"], "off");

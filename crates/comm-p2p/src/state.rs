@@ -9,6 +9,7 @@ use comm_core::{
     CallSite, CommError, CommInfo, DType, Deadline, DeviceAddr, HostComm, OpKind, Result, StreamHandle,
 };
 use comm_kernels::Kernels;
+use comm_kernels::order::Destination;
 use comm_kernels::p2p::{ErrorRecord, Link, P2pKernels, Peers, Wire};
 use comm_kernels::raw::Current;
 use cudarc::driver::CudaContext;
@@ -361,13 +362,21 @@ impl Shared {
             return Err(self.fail(self.why(&record)));
         }
         let seq = self.seq.fetch_add(1, Ordering::Relaxed);
-        Ok(Call { shared: self, owned, kind, seq, alike: (None, 0, 0), captured: false, _current: current })
+        Ok(Call {
+            shared: self,
+            owned,
+            kind,
+            seq,
+            alike: (None, 0, 0),
+            to: Destination::Stream,
+            _current: current,
+        })
     }
 
     /// The same for a call that enqueues work on `stream`: behind all calls before, on whatever stream those were.
     pub(crate) fn begin_on(&self, kind: OpKind, stream: StreamHandle) -> Result<Call<'_>> {
         let mut call = self.begin(kind)?;
-        call.captured = call.owned.order.follow(stream).map_err(|error| self.fail(error))?;
+        call.to = call.owned.order.follow(stream).map_err(|error| self.fail(error))?;
         Ok(call)
     }
 
@@ -386,7 +395,7 @@ pub(crate) struct Call<'a> {
     seq: u64,
     /// What all ranks must pass alike: type, count, and a mixture of the rest.
     alike: (Option<DType>, usize, u64),
-    captured: bool,
+    to: Destination,
     _current: Current,
 }
 
@@ -435,14 +444,14 @@ impl Call<'_> {
         let transfers = matches!(self.kind, OpKind::Send | OpKind::Recv | OpKind::Group);
         if let Some(ledger) = &self.shared.ledger
             && !transfers
-            && !self.captured
+            && matches!(self.to, Destination::Stream)
         {
             let (dtype, count, more) = self.alike;
             let note = Note { kind: self.kind, algorithm, dtype, count, more };
             self.owned.chain = ledger.add(self.owned.chain, &note);
         }
         self.shared.usage.count(self.kind, algorithm);
-        if let Err(error) = self.owned.order.passed(stream, self.captured) {
+        if let Err(error) = self.owned.order.passed(self.to, stream) {
             // The next call returns it, if nothing else is found before.
             self.shared.fail(error);
         }

@@ -6,13 +6,13 @@ use comm_core::{
     CommError, CommInfo, CreateContext, Deadline, DeviceAddr, HostComm, HostCommExt, MemoryKind, OpKind,
     Result,
 };
+use comm_kernels::order::CallOrder;
 
 use super::comm::NcclComm;
 use super::farewell::Farewell;
 use super::remains;
 use super::state::{Base, Hosts, Pause, Scratch, Shared, lock};
 use super::track::Tracker;
-use super::turns::Turns;
 use super::watchdog;
 use crate::driver::{self, Current};
 use crate::result::Progress;
@@ -72,21 +72,21 @@ pub(crate) fn draft(base: Base, hosts: Hosts, ordinal: usize) -> Result<Draft> {
     let shared = Arc::new(Shared::new(info, base, scratch, watched, hosts));
     watchdog::spawn(shared.clone()).inspect_err(|_| {
         let mut native = lock(&shared.native);
-        remains::give_back_device(native.tracker.take(), native.turns.take(), scratch);
+        remains::give_back_device(native.tracker.take(), native.staged.take(), scratch);
     })?;
     Ok(Draft { comm: NcclComm::new(shared.clone()), shared })
 }
 
 /// What a communicator has of its device besides the first part of `scratch`, which it completes. The context is current.
-fn equip(base: &Base, scratch: &mut Scratch) -> Result<(Tracker, Turns)> {
+fn equip(base: &Base, scratch: &mut Scratch) -> Result<(Tracker, CallOrder)> {
     if scratch.staging_bytes > 0 {
         scratch.staging = driver::allocate(scratch.staging_bytes)?;
     }
-    let turns = Turns::new()?;
+    let staged = CallOrder::new()?;
     match Tracker::new(base.graph_watch(), base.timeout) {
-        Ok(tracker) => Ok((tracker, turns)),
+        Ok(tracker) => Ok((tracker, staged)),
         Err(error) => {
-            turns.destroy();
+            staged.destroy();
             Err(error)
         }
     }

@@ -162,12 +162,10 @@ impl NcclComm {
         let row = block.width * element;
         let moved = limits::moved(block.dtype);
         let staging = self.shared().scratch.staging;
-        let capturing = call.capturing();
-        if let Some(turns) = &mut call.native.turns {
-            // SAFETY: the caller vouches for the stream.
-            let begun = unsafe { turns.begin(capturing, stream) };
-            call.fatal(begun)?;
-        }
+        let Some(order) = &mut call.native.staged else { return Err(call.shared.closed()) };
+        // SAFETY: the caller vouches for the stream.
+        let begun = unsafe { order.begin(stream) };
+        let to = call.fatal(begun)?;
         let mut first = 0;
         while first < block.height {
             let rows = staged_rows.min(block.height - first);
@@ -194,9 +192,7 @@ impl NcclComm {
             }
             first += rows;
         }
-        let Some(turns) = &mut call.native.turns else { return Ok(()) };
-        // SAFETY: as above.
-        let ended = unsafe { turns.end(capturing, stream) };
+        let ended = call.native.staged.as_ref().map_or(Ok(()), |order| order.end(to, stream));
         call.fatal(ended)
     }
 }

@@ -22,7 +22,6 @@ mod split;
 mod state;
 mod track;
 mod transfers;
-mod turns;
 mod usage;
 mod vector;
 mod watchdog;

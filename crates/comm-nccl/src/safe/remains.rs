@@ -14,12 +14,12 @@
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use comm_core::Result;
+use comm_kernels::order::CallOrder;
 use cudarc::driver::CudaContext;
 
 use super::memory::Buffers;
 use super::state::{Native, Scratch, Shared, lock};
 use super::track::Tracker;
-use super::turns::Turns;
 use crate::driver::{self, Current};
 use crate::result::NcclLibrary;
 use crate::sys;
@@ -65,7 +65,7 @@ pub(crate) struct Remains {
     comm: *mut sys::Comm,
     buffers: Buffers,
     tracker: Option<Tracker>,
-    turns: Option<Turns>,
+    staged: Option<CallOrder>,
     scratch: Scratch,
 }
 
@@ -139,7 +139,7 @@ impl Remains {
             comm: std::mem::replace(&mut native.comm, std::ptr::null_mut()),
             buffers: std::mem::take(&mut native.buffers),
             tracker: native.tracker.take(),
-            turns: native.turns.take(),
+            staged: native.staged.take(),
             scratch: shared.scratch,
         }
     }
@@ -153,18 +153,18 @@ impl Remains {
             // SAFETY: the communicator has been flushed, and was taken out under the lock, so this thread alone has it.
             unsafe { self.library.comm_destroy(self.comm) }.map(drop)
         };
-        give_back_device(self.tracker.take(), self.turns.take(), self.scratch);
+        give_back_device(self.tracker.take(), self.staged.take(), self.scratch);
         destroyed
     }
 }
 
 /// Gives back what a communicator owns besides the native one. The context is current.
-pub(crate) fn give_back_device(tracker: Option<Tracker>, turns: Option<Turns>, scratch: Scratch) {
+pub(crate) fn give_back_device(tracker: Option<Tracker>, staged: Option<CallOrder>, scratch: Scratch) {
     if let Some(tracker) = tracker {
         tracker.destroy();
     }
-    if let Some(turns) = turns {
-        turns.destroy();
+    if let Some(staged) = staged {
+        staged.destroy();
     }
     // SAFETY: the communicator is gone, so no operation will use them, and freeing waits for what is still running.
     unsafe {

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use comm_core::{CallSite, CommError, CommInfo, DeviceAddr, HostComm, OpKind, Result, StreamHandle};
 use comm_kernels::Kernels;
+use comm_kernels::order::CallOrder;
 use cudarc::driver::CudaContext;
 
 use super::farewell::Farewell;
@@ -14,7 +15,6 @@ use super::marks::Placement;
 use super::memory::Buffers;
 use super::options::Options;
 use super::track::{Arrival, Issued, Replayed, Tracker};
-use super::turns::Turns;
 use super::usage::{Algorithm, Usage};
 use super::watchdog::INTERVAL;
 use crate::driver::{self, Current};
@@ -58,7 +58,9 @@ pub(crate) struct Native {
     /// Null before creation and after the end.
     pub(crate) comm: *mut sys::Comm,
     pub(crate) tracker: Option<Tracker>,
-    pub(crate) turns: Option<Turns>,
+    /// Of the calls that share the staging buffer. NCCL orders its own work on several streams; the copies into the buffer
+    /// and out of it are not its own.
+    pub(crate) staged: Option<CallOrder>,
     pub(crate) buffers: Buffers,
     pub(crate) last: Issued,
 }
@@ -121,14 +123,14 @@ impl Shared {
         info: CommInfo,
         base: Base,
         scratch: Scratch,
-        (tracker, turns): (Tracker, Turns),
+        (tracker, staged): (Tracker, CallOrder),
         hosts: Hosts,
     ) -> Self {
         let last = Issued { kind: OpKind::Create, seq: 0, arrival: None };
         let native = Native {
             comm: std::ptr::null_mut(),
             tracker: Some(tracker),
-            turns: Some(turns),
+            staged: Some(staged),
             buffers: Buffers::default(),
             last,
         };
@@ -300,11 +302,6 @@ pub(crate) struct Call<'a> {
 }
 
 impl Call<'_> {
-    /// Whether its work goes into a graph.
-    pub(crate) const fn capturing(&self) -> bool {
-        self.capturing
-    }
-
     /// Makes one call into NCCL and waits until NCCL has enqueued its work, within the communicator's timeout.
     pub(crate) fn nccl(
         &self,

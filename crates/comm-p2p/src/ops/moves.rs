@@ -113,6 +113,7 @@ impl P2pComm {
             }
             (Algorithm::Lines, _) => {
                 let link = call.link(&channels.lines);
+                self.share_a_buffer(&call, &link, stream)?;
                 // SAFETY: as above.
                 call.fatal(unsafe {
                     kernels.broadcast_lines(&link, (send, recv), bytes, root, plan.shape, stream)
@@ -139,6 +140,7 @@ impl P2pComm {
             }
             _ => {
                 let relayed = plan.algorithm == Algorithm::Relayed;
+                self.share_a_buffer(&call, &link, stream)?;
                 // Pieces of whole packs, so that all but the last keep the operands' alignment.
                 let most = kernels.broadcast_limit(relayed, plan.shape) / 48 * 48;
                 let most = usize::try_from(most).unwrap_or(usize::MAX).max(48);

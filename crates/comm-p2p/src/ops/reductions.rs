@@ -235,7 +235,8 @@ impl P2pComm {
             Algorithm::Lines => &channels.lines,
             _ => &channels.lamport,
         });
-        if matches!(algorithm, Algorithm::Lines | Algorithm::TwoShot) {
+        // Steps tell even rounds from odd ones.
+        if algorithm != Algorithm::Steps {
             self.share_a_buffer(call, &link, stream)?;
         }
         // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks, and the

@@ -70,9 +70,14 @@ impl<'a> Staging<'a> {
         self.used = if bytes < self.channels.half { bytes } else { self.channels.half };
     }
 
+    /// Which half the chunk uses: the one that the last chunk did not, unless a test wants to see what happens then.
+    const fn turn(&self) -> usize {
+        if self.call.shared.base.options.single_buffer { 0 } else { self.chunk % 2 }
+    }
+
     fn halves(&self) -> Peers {
         let (staging, half) = (&self.channels.staging, self.channels.half);
-        let offset = self.chunk % 2 * half;
+        let offset = self.turn() * half;
         match &self.channels.mesh {
             None => shifted(staging, offset),
             Some(mesh) => mesh.halves(staging, 2 * half, offset),
@@ -84,7 +89,7 @@ impl<'a> Staging<'a> {
         self.barrier()?;
         let Some(mesh) = &self.channels.mesh else { return Ok(()) };
         let (staging, half) = (&self.channels.staging, self.channels.half);
-        for (from, to) in mesh.copies(staging, 2 * half, self.chunk % 2 * half) {
+        for (from, to) in mesh.copies(staging, 2 * half, self.turn() * half) {
             self.copy(from, to, self.used)?;
         }
         self.barrier()

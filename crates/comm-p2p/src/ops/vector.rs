@@ -141,9 +141,7 @@ impl P2pComm {
         }
         let cells = (algorithm == Algorithm::Cells).then_some(units);
         let link = call.link(if cells.is_some() { &channels.cells } else { &channels.lamport });
-        if cells.is_none() {
-            self.share_a_buffer(&call, &link, stream)?;
-        }
+        self.share_a_buffer(&call, &link, stream)?;
         // SAFETY: the channels are live while the communicator is open, the plan is the same on all ranks, and the
         // caller vouches for the operands.
         call.fatal(unsafe {

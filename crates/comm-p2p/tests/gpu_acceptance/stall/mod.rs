@@ -17,6 +17,8 @@ use crate::setting::two_worlds;
 const CALLS: usize = 40;
 /// 200 us.
 const STALL: &str = "200000";
+/// Bytes of staging memory, in two halves, of which each holds less than a part for every rank.
+const LEAST_STAGING: &str = "8192";
 /// The least that ranks wait who have lost each other: long beside the stalls of all calls.
 const LEAST: Duration = Duration::from_millis(500);
 
@@ -139,16 +141,19 @@ fn a_stalled_rank_gets_and_gives_the_right_results() {
 /// the test above could not have seen a missing buffer. The same calls with all buffers must not.
 ///
 /// (Two-hop all-reduces are not among them: there a rank that is ahead has the late one's sums, so it cannot be a call
-/// ahead. Nor are channels whose calls the option does not reach: see `share_a_buffer`.)
+/// ahead. Nor is what goes by steps, and what is stored straight into results, which has no buffers.)
 fn is_noticed(controls: &[(Op, &'static str)]) {
+    // Staged calls then take several chunks each.
+    let small =
+        SMALL.map(|(name, value)| (name, if name == "p2p.staging_bytes" { LEAST_STAGING } else { value }));
     for size in two_worlds() {
         let by_rank = comm_core::run_threads(size, PATIENT, |host| {
             let mut bench = Bench::new(host);
-            let timeout = bench.rank.short_timeout(LEAST, &SMALL);
+            let timeout = bench.rank.short_timeout(LEAST, &small);
             let mut found = Vec::new();
             for &(op, algorithm) in controls {
                 for control in ["off", "on"] {
-                    let mut options = SMALL.to_vec();
+                    let mut options = small.to_vec();
                     options.extend([
                         ("p2p.stall_ns", STALL),
                         ("p2p.stall_rank", "0"),
@@ -183,14 +188,16 @@ fn without_double_buffering_a_stall_is_noticed_in_sums() {
             (Op::AllReduce, "lamport"),
             (Op::ReduceScatter, "two_shot"),
             (Op::ReduceScatter, "lines"),
+            (Op::ReduceScatter, "cells"),
             (Op::ReduceScatterV, "two_shot"),
+            (Op::ReduceScatter, "staged"),
         ]);
     });
 }
 
 #[test]
-fn without_double_buffering_a_stall_is_noticed_in_averages_and_gathers() {
-    timed("stall, negative control of averages and gathers", || {
+fn without_double_buffering_a_stall_is_noticed_in_averages_and_moves() {
+    timed("stall, negative control of averages and moves", || {
         is_noticed(&[
             (Op::Average, "one_shot"),
             (Op::ScatteredAverage, "two_shot"),
@@ -198,6 +205,10 @@ fn without_double_buffering_a_stall_is_noticed_in_averages_and_gathers() {
             (Op::AllGather, "packets"),
             (Op::AllGather, "lines"),
             (Op::AllGatherV, "packets"),
+            (Op::Broadcast, "packets"),
+            (Op::Broadcast, "relayed"),
+            (Op::Broadcast, "lines"),
+            (Op::AllToAll, "staged"),
         ]);
     });
 }
