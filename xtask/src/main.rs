@@ -24,6 +24,7 @@ mod signal;
 mod tally;
 mod test;
 mod test_gpus;
+mod toolkits;
 mod tune;
 
 use std::process::ExitCode;

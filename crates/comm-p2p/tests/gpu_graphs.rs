@@ -19,23 +19,20 @@ fn captured_operations_give_new_results_at_every_replay() {
             let ring = rank.buffer(1000, 0.0);
             let (f32s, stream) = (DType::F32, rank.stream());
             for count in counts {
-                let mut graph = rank
-                    .memory
-                    .capture(|| {
-                        rank.sum(send, recv, count)?;
-                        let (next, previous) = ((rank.rank + 1) % size, (rank.rank + size - 1) % size);
-                        let ops = [
-                            P2pOp::Send { addr: one, count: 1000, dtype: f32s, peer: next },
-                            P2pOp::Recv { addr: ring, count: 1000, dtype: f32s, peer: previous },
-                        ];
-                        // SAFETY: the buffers are large enough and outlive the graph.
-                        unsafe {
-                            rank.comm.all_gather(one, all, 1000, f32s, stream)?;
-                            rank.comm.all_reduce(recv, recv, count, f32s, ReduceOp::Max, stream)?;
-                            rank.comm.group(&ops, stream)
-                        }
-                    })
-                    .unwrap();
+                let mut graph = rank.capture(|| {
+                    rank.sum(send, recv, count)?;
+                    let (next, previous) = ((rank.rank + 1) % size, (rank.rank + size - 1) % size);
+                    let ops = [
+                        P2pOp::Send { addr: one, count: 1000, dtype: f32s, peer: next },
+                        P2pOp::Recv { addr: ring, count: 1000, dtype: f32s, peer: previous },
+                    ];
+                    // SAFETY: the buffers are large enough and outlive the graph.
+                    unsafe {
+                        rank.comm.all_gather(one, all, 1000, f32s, stream)?;
+                        rank.comm.all_reduce(recv, recv, count, f32s, ReduceOp::Max, stream)?;
+                        rank.comm.group(&ops, stream)
+                    }
+                });
                 for replay in 0..5 {
                     rank.put(send, &vec![(rank.rank + 1 + replay) as f32; count]);
                     rank.put(one, &vec![(rank.rank * 10 + replay) as f32; 1000]);

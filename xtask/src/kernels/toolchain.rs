@@ -3,7 +3,6 @@
 //! What it installs goes into the target folder and nowhere else.
 
 use std::env;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -11,6 +10,7 @@ use anyhow::{Context as _, bail};
 
 use crate::command::output_of;
 use crate::pip::{self, ANSWER};
+use crate::toolkits;
 
 /// What the compiler needs, pinned to versions that are known to work together.
 const WHEELS: [&str; 5] = [
@@ -69,23 +69,10 @@ pub(crate) fn find(given: Option<&Path>, target: &Path) -> anyhow::Result<Option
 }
 
 fn candidates(target: &Path) -> Vec<PathBuf> {
-    let mut paths: Vec<PathBuf> = ["CUDA_HOME", "CUDA_PATH"]
-        .into_iter()
-        .filter_map(env::var_os)
-        .map(|root| Path::new(&root).join("bin/nvcc"))
-        .collect();
-    if let Some(path) = env::var_os("PATH") {
-        paths.extend(env::split_paths(&path).map(|dir| dir.join("nvcc")));
-    }
-    let mut toolkits: Vec<PathBuf> = fs::read_dir("/usr/local")
-        .into_iter()
-        .flatten()
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|p| p.file_name().is_some_and(|name| name.to_string_lossy().starts_with("cuda")))
-        .collect();
-    // `cuda`, the link to the installation in use, sorts before the versioned folders.
-    toolkits.sort();
-    paths.extend(toolkits.into_iter().map(|dir| dir.join("bin/nvcc")));
+    let in_toolkit = |root: PathBuf| root.join("bin/nvcc");
+    let mut paths: Vec<PathBuf> = toolkits::named().into_iter().map(in_toolkit).collect();
+    paths.extend(toolkits::on_path("nvcc"));
+    paths.extend(toolkits::installed().into_iter().map(in_toolkit));
     paths.push(target.join(INSTALLED));
     paths
 }

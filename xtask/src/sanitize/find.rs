@@ -1,12 +1,12 @@
 //! Where compute-sanitizer is, and which one it is.
 
-use std::env;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::command::output_of;
 use crate::pip::{self, ANSWER};
+use crate::toolkits;
 
 const NAME: &str = "compute-sanitizer";
 /// The first release whose `initcheck` survives kernels that store into memory that other processes or GPUs share: by its
@@ -115,13 +115,8 @@ fn install(place: &Path) -> Result<Sanitizer, String> {
 }
 
 fn candidates() -> Vec<PathBuf> {
-    let mut paths: Vec<PathBuf> =
-        env::var_os("PATH").iter().flat_map(env::split_paths).map(|folder| folder.join(NAME)).collect();
-    let roots = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os).map(PathBuf::from);
-    let toolkits = (std::fs::read_dir("/usr/local").into_iter().flatten().flatten())
-        .map(|entry| entry.path())
-        .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("cuda")));
-    for root in roots.chain(toolkits) {
+    let mut paths = toolkits::on_path(NAME);
+    for root in toolkits::named().into_iter().chain(toolkits::installed()) {
         paths.push(root.join("bin").join(NAME));
         paths.push(root.join(NAME).join(NAME));
     }

@@ -71,7 +71,7 @@ impl<'a> Staging<'a> {
     }
 
     /// Which half the chunk uses: the one that the last chunk did not, unless a test wants to see what happens then.
-    const fn turn(&self) -> usize {
+    fn turn(&self) -> usize {
         if self.call.shared.base.options.single_buffer { 0 } else { self.chunk % 2 }
     }
 

@@ -12,7 +12,7 @@ use comm_core::{
     CommError, CreateContext, DType, Deadline, DeviceAddr, DeviceComm, DeviceMemory, HostComm,
     HostCommExt as _, MemoryKind, ReduceOp, Result, StreamHandle, create_with, run_threads,
 };
-use comm_kernels::CudaMemory;
+use comm_kernels::{CapturedGraph, CudaMemory};
 use comm_p2p::P2pFactory;
 
 pub(crate) use self::processes::{as_processes, is_process};
@@ -144,6 +144,19 @@ impl Rank {
     /// Nobody goes on before all are here.
     pub(crate) fn meet(&self) {
         self.host.barrier(Deadline::after(PATIENT)).unwrap();
+    }
+
+    /// Captures calls that all ranks capture. The graph is ready to run on all of them before any goes on: making one, and
+    /// moving it to the device, may wait for the device, and where ranks share that, for a kernel that waits for this rank.
+    pub(crate) fn capture(&self, calls: impl FnOnce() -> comm_core::Result<()>) -> CapturedGraph {
+        let mut graph = self.memory.capture(calls).unwrap();
+        // SAFETY: the stream is the memory's own.
+        unsafe { graph.upload(self.stream()).unwrap() };
+        self.memory.synchronize().unwrap();
+        if std::env::var_os("TEST_NO_MEET").is_none() {
+            self.meet();
+        }
+        graph
     }
 
     /// Another communicator in place of the last one, which has been closed. With the memory stay the device's context and

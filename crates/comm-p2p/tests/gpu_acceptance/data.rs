@@ -169,7 +169,7 @@ impl Judge {
     pub(crate) fn all_right(&self, rank: &Rank, what: &str) {
         let found = self.verdict(rank);
         let (me, size) = (rank.rank, rank.size);
-        assert!(found.wrong == 0, "{what}: rank {me} of {size}: {found:?}");
+        assert!(found.wrong == 0, "{what}: rank {me} of {size}: {found:?}; {:?}", rank.comm.poll());
     }
 }
 

@@ -27,15 +27,12 @@ pub(crate) fn two_calls(setting: &Setting) {
                 let mut seed = 100;
                 for &count in counts {
                     for dtype in FLOATS {
-                        let mut graph = rank
-                            .memory
-                            .capture(|| {
-                                let pairs = sends.into_iter().zip(results);
-                                pairs
-                                    .into_iter()
-                                    .try_for_each(|pair| rank.reduce(&*rank.comm, pair, count, dtype))
-                            })
-                            .unwrap();
+                        let mut graph = rank.capture(|| {
+                            let pairs = sends.into_iter().zip(results);
+                            pairs
+                                .into_iter()
+                                .try_for_each(|pair| rank.reduce(&*rank.comm, pair, count, dtype))
+                        });
                         for replay in 0..3 {
                             seed += 2;
                             for (seed, send) in (seed..).zip(sends) {
@@ -80,7 +77,7 @@ pub(crate) fn overwritten_inputs(setting: &Setting) {
                         rank.reduce(&*rank.comm, (send, recv), count, dtype)?;
                         judge.poison(&rank, send, count * 2)
                     };
-                    let mut graph = rank.memory.capture(call_and_overwrite).unwrap();
+                    let mut graph = rank.capture(call_and_overwrite);
                     for turn in 0..8 {
                         seed += 1;
                         let data = sums(seed, size);
@@ -123,7 +120,7 @@ pub(crate) fn graph_per_token_count(setting: &Setting) {
                     .map(|(turn, tokens)| {
                         let pair = (place(sends, turn), place(results, turn));
                         let call = || rank.reduce(&*rank.comm, pair, tokens * HIDDEN, dtype);
-                        rank.memory.capture(call).unwrap()
+                        rank.capture(call)
                     })
                     .collect();
                 for replay in 0..10 {
@@ -168,15 +165,12 @@ pub(crate) fn six_calls(setting: &Setting) {
                 let most = 262_144 * 2;
                 let sends: Vec<_> = counts.iter().map(|_| rank.space(most)).collect();
                 let results: Vec<_> = counts.iter().map(|_| rank.space(most)).collect();
-                let mut graph = rank
-                    .memory
-                    .capture(|| {
-                        (0..counts.len()).try_for_each(|call| {
-                            let pair = (sends[call], results[call]);
-                            rank.reduce(&*rank.comm, pair, counts[call], dtype)
-                        })
+                let mut graph = rank.capture(|| {
+                    (0..counts.len()).try_for_each(|call| {
+                        let pair = (sends[call], results[call]);
+                        rank.reduce(&*rank.comm, pair, counts[call], dtype)
                     })
-                    .unwrap();
+                });
                 for replay in 0..20 {
                     let data = |call: usize| sums(5000 + replay * 10 + call, size);
                     for (call, &send) in sends.iter().enumerate() {
@@ -230,7 +224,7 @@ pub(crate) fn odd_and_even(setting: &Setting) {
                     let lane = |base, call: usize| at(base, call * count, dtype);
                     let all = |call: usize| at(gathered, call * count * size, dtype);
                     let capture = |calls: usize| {
-                        rank.memory.capture(|| {
+                        rank.capture(|| {
                             (0..calls).try_for_each(|call| {
                                 let pair = (lane(send, call), lane(recv, call));
                                 rank.reduce(&*rank.comm, pair, count, dtype)?;
@@ -239,7 +233,7 @@ pub(crate) fn odd_and_even(setting: &Setting) {
                             })
                         })
                     };
-                    let mut graphs = [(3, capture(3).unwrap()), (4, capture(4).unwrap())];
+                    let mut graphs = [(3, capture(3)), (4, capture(4))];
                     for replay in 0..16_usize {
                         for (calls, graph) in &mut graphs {
                             let data: Pattern = sums(9000 + replay * 10 + *calls, size);

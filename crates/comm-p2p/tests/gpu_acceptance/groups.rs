@@ -32,14 +32,11 @@ pub(crate) fn different_numbers_of_calls(setting: &Setting) {
                     })
                 };
                 let in_world = || rank.reduce(&*rank.comm, (world_send, world_recv), COUNT, dtype);
-                let mut groups_only = rank.memory.capture(|| in_groups(calls)).unwrap();
-                let mut both = rank
-                    .memory
-                    .capture(|| {
-                        in_groups(calls)?;
-                        in_world()
-                    })
-                    .unwrap();
+                let mut groups_only = rank.capture(|| in_groups(calls));
+                let mut both = rank.capture(|| {
+                    in_groups(calls)?;
+                    in_world()
+                });
                 for turn in 0..12_usize {
                     let seed = 100 + turn * 10;
                     let (data, world_data) = (sums(seed + color, group.size()), sums(seed + 5, size));

@@ -52,7 +52,7 @@ fn soak(rank: &Rank) {
     // A graph's data is captured with it.
     let seed_of = |graph: usize| 1 + graph;
     let mut graphs: Vec<_> = (plans.iter().enumerate())
-        .map(|(graph, plan)| rank.memory.capture(|| buffers.run(rank, &judge, plan, seed_of(graph))).unwrap())
+        .map(|(graph, plan)| rank.capture(|| buffers.run(rank, &judge, plan, seed_of(graph))))
         .collect();
     let mut random = Random { seed: 4242, drawn: 0 };
     let (mut done, mut last, mut before) = (0, 0, None);
