@@ -1,14 +1,30 @@
 //! Which GPUs this process may use. Asked of NVML, which unlike CUDA takes no memory on them.
 
+use std::sync::{Mutex, PoisonError};
+
 use nvml_wrapper::error::NvmlError;
 use nvml_wrapper::{Device, Nvml};
+
+/// NVML, kept for as long as the process lives: each time that it is started it opens a descriptor, which its end leaves open
+/// (seen with driver 580), and a run of tests asks it for every job.
+///
+/// # Errors
+/// When there is none.
+pub fn nvml() -> Result<&'static Nvml, NvmlError> {
+    static KEPT: Mutex<Option<&'static Nvml>> = Mutex::new(None);
+    let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+    match *kept {
+        Some(nvml) => Ok(nvml),
+        None => Ok(*kept.insert(Box::leak(Box::new(Nvml::init()?)))),
+    }
+}
 
 /// The GPUs, as `CUDA_VISIBLE_DEVICES` spells them; or why there are none.
 ///
 /// # Errors
 /// In words: no driver, no GPU, or all hidden by `CUDA_VISIBLE_DEVICES`.
 pub fn visible() -> Result<Vec<String>, String> {
-    let nvml = Nvml::init().map_err(|error| format!("no NVIDIA driver is usable here ({error})"))?;
+    let nvml = nvml().map_err(|error| format!("no NVIDIA driver is usable here ({error})"))?;
     let count = nvml
         .device_count()
         .map_err(|error| format!("the NVIDIA driver does not count its GPUs ({error})"))?;
@@ -50,7 +66,7 @@ pub fn of_rank(local_rank: usize, seen: usize, share: bool) -> usize {
 
 /// The UUIDs of all GPUs by number; none where they are not to be had.
 pub fn uuids() -> Vec<String> {
-    let Ok(nvml) = Nvml::init() else { return Vec::new() };
+    let Ok(nvml) = nvml() else { return Vec::new() };
     let uuid = |index| nvml.device_by_index(index).and_then(|device| device.uuid());
     (0..nvml.device_count().unwrap_or(0)).map(|index| uuid(index).unwrap_or_default()).collect()
 }

@@ -30,7 +30,7 @@ struct Used {
 /// The GPUs before the job.
 pub struct Before {
     /// Held until the job is over, so that a GPU which nobody else uses is not started anew between the two looks.
-    nvml: Result<Nvml, String>,
+    nvml: Result<&'static Nvml, String>,
     gpus: Vec<(String, Reading)>,
 }
 
@@ -46,7 +46,7 @@ pub struct Changes {
 impl Before {
     /// Looks at GPUs, as `CUDA_VISIBLE_DEVICES` spells them, that no other job has.
     pub fn look(gpus: &[String]) -> Self {
-        let nvml = Nvml::init().map_err(|error| error.to_string());
+        let nvml = gpus::nvml().map_err(|error| error.to_string());
         let gpus = gpus.iter().map(|gpu| (gpu.clone(), read(&nvml, gpu))).collect();
         Self { nvml, gpus }
     }
@@ -65,7 +65,7 @@ impl Before {
     }
 }
 
-fn read(nvml: &Result<Nvml, String>, gpu: &str) -> Reading {
+fn read(nvml: &Result<&Nvml, String>, gpu: &str) -> Reading {
     let nvml = nvml.as_ref().map_err(String::clone)?;
     let ask = || {
         let device = gpus::device(nvml, gpu)?;

@@ -50,7 +50,8 @@ pub fn run(job: &LifecycleJob, context: &RankContext) -> Result<()> {
         context.events.phase(format!("life {round}"));
         live(job, context, &*device, round).with_context(|| format!("life {round}"))?;
         if round + 1 == SETTLED {
-            settled = Some((together(context, Descriptors::settled)??, used(context, gauge.as_ref())?));
+            let used = used(context, gauge.as_ref())?;
+            settled = Some((together(context, Descriptors::settled)??, used));
         }
     }
     let (descriptors, before) = settled.context("no round was the one to compare with")?;
@@ -138,7 +139,6 @@ fn sum(
 
 /// What tells how much of the rank's GPU's memory is in use.
 struct Gauge {
-    nvml: Result<Nvml, String>,
     gpu: String,
     /// Ranks on the GPU.
     ranks: usize,
@@ -155,13 +155,14 @@ impl Gauge {
         let own = of(context.local_rank);
         let ranks = (0..context.host.size()).filter(|&rank| of(rank) == own).count();
         let gpu = gpus.get(own).copied().unwrap_or_default().to_owned();
-        Self { nvml: Nvml::init().map_err(|error| error.to_string()), gpu, ranks }
+        Self { gpu, ranks }
     }
 
     fn read(&self) -> Reading {
-        let nvml = self.nvml.as_ref().map_err(String::clone)?;
         let ask = || {
-            let device = gpus::device(nvml, &self.gpu)?;
+            // Not kept: what a communicator leaves open by starting it again and again would go unseen.
+            let nvml = Nvml::init()?;
+            let device = gpus::device(&nvml, &self.gpu)?;
             Ok((device.memory_info()?.used, device.running_compute_processes()?.len()))
         };
         match ask().map_err(|error: nvml_wrapper::error::NvmlError| error.to_string())? {
