@@ -19,6 +19,13 @@ pub const SCHEMA: u32 = 1;
 /// The manifest's file name, in the same folder as the modules.
 pub const FILE_NAME: &str = "manifest.json";
 
+/// The numbers of ranks that there are peer-to-peer kernels for.
+pub const WORLDS: [usize; 7] = [2, 3, 4, 5, 6, 7, 8];
+
+fn all_worlds() -> Vec<usize> {
+    WORLDS.to_vec()
+}
+
 /// What was compiled, from what, by what.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Manifest {
@@ -30,6 +37,9 @@ pub struct Manifest {
     pub nvcc: String,
     /// The architectures compiled for, as given to `--arch`: `80`, `90a`, `ptx`.
     pub archs: Vec<String>,
+    /// The numbers of ranks that the peer-to-peer kernels are compiled for: of [`WORLDS`], in order.
+    #[serde(default = "all_worlds")]
+    pub worlds: Vec<usize>,
     /// The modules by name; see [`module_name`].
     pub modules: BTreeMap<String, Module>,
 }

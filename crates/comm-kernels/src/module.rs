@@ -13,6 +13,7 @@ use cudarc::driver::{CudaContext, result, sys};
 use crate::driver;
 use crate::launched::{self, Flag};
 use crate::locate::KernelSet;
+use crate::manifest::WORLDS;
 
 /// A loaded module. Copies name the same module.
 #[derive(Clone, Copy, Debug)]
@@ -115,7 +116,7 @@ impl Module {
             unsafe { result::module::get_function(self.raw, symbol) }.map_err(|failure| match failure.0 {
                 sys::CUresult::CUDA_ERROR_NOT_FOUND => CommError::Library {
                     library: "CUDA kernels".into(),
-                    reason: format!("module {:?} has no kernel {name:?}", self.name),
+                    reason: format!("module {:?} has no kernel {name:?}{}", self.name, worlds_left_out()),
                 },
                 code => driver::error("cuModuleGetFunction", code),
             })?;
@@ -125,6 +126,16 @@ impl Module {
         unsafe { sys::cuFuncLoad(raw) }.result().map_err(driver::failed("cuFuncLoad"))?;
         Ok(Function { raw, name, flag: launched::flag_of(name) })
     }
+}
+
+/// In words, to be added to a kernel's not being there: that kernels for some numbers of ranks were not compiled.
+fn worlds_left_out() -> String {
+    let compiled = KernelSet::locate().map_or_else(|_| WORLDS.to_vec(), |set| set.manifest().worlds.clone());
+    if compiled == WORLDS {
+        return String::new();
+    }
+    let worlds: Vec<String> = compiled.iter().map(ToString::to_string).collect();
+    format!("; of p2p's there are those for {} ranks only (`cargo xtask kernels --world`)", worlds.join(", "))
 }
 
 impl Function {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, bail};
-use comm_kernels::manifest::{self, Module};
+use comm_kernels::manifest::{self, Module, WORLDS};
 
 use super::arch::Arch;
 use super::ptxas;
@@ -21,6 +21,7 @@ pub(crate) struct Compiler<'a> {
     nvcc: &'a Nvcc,
     flags: Vec<String>,
     archs: Vec<Arch>,
+    worlds: Vec<usize>,
     cuda: PathBuf,
     out: PathBuf,
     verbose: bool,
@@ -29,7 +30,7 @@ pub(crate) struct Compiler<'a> {
 impl<'a> Compiler<'a> {
     pub(crate) fn new(
         nvcc: &'a Nvcc,
-        archs: &[Arch],
+        (archs, worlds): (&[Arch], &[usize]),
         cuda: &Path,
         out: &Path,
         verbose: bool,
@@ -43,6 +44,7 @@ impl<'a> Compiler<'a> {
             nvcc,
             flags,
             archs: archs.to_vec(),
+            worlds: worlds.to_vec(),
             cuda: fs::canonicalize(cuda).with_context(|| format!("finding {}", cuda.display()))?,
             out: fs::canonicalize(out).with_context(|| format!("finding {}", out.display()))?,
             verbose,
@@ -54,12 +56,18 @@ impl<'a> Compiler<'a> {
     /// # Errors
     /// When none is left.
     fn targets(&self, source: &Path) -> anyhow::Result<Vec<String>> {
-        let least = if source.starts_with("p2p") { HOPPER } else { 0 };
+        let least = if is_p2p(source) { HOPPER } else { 0 };
         let targets: Vec<String> = self.archs.iter().filter_map(|arch| arch.gencode(least)).collect();
         if targets.is_empty() {
             bail!("{} needs an architecture of {least} at least", source.display());
         }
         Ok(targets)
+    }
+
+    /// What tells a source of p2p the numbers of ranks, where they are not all: the macro that lists them.
+    fn worlds(&self, source: &Path) -> Option<String> {
+        let listed: String = self.worlds.iter().map(|world| format!("X({world})")).collect();
+        (is_p2p(source) && self.worlds != WORLDS).then(|| format!("-DP2P_WORLDS(X)={listed}"))
     }
 
     /// Compiles `source`, a path relative to the sources' folder, unless `old` is still what the compilation would give. Says whether it compiled.
@@ -81,7 +89,12 @@ impl<'a> Compiler<'a> {
         let scratch = tempfile::tempdir_in(&self.out).context("creating a scratch folder")?;
         let (fatbin, depfile) = (scratch.path().join("module.fatbin"), scratch.path().join("module.d"));
         let mut command = Command::new(&self.nvcc.path);
-        command.args(&self.flags).args(self.targets(source)?).arg("-I").arg(&self.cuda);
+        command
+            .args(&self.flags)
+            .args(self.targets(source)?)
+            .args(self.worlds(source))
+            .arg("-I")
+            .arg(&self.cuda);
         command.arg("-MD").arg("-MF").arg(&depfile).arg("-o").arg(&fatbin);
         // The source by its relative path, so that no path of this machine gets into the output.
         command.arg(source).current_dir(&self.cuda);
@@ -131,9 +144,14 @@ impl<'a> Compiler<'a> {
                 files.insert(relative.to_path_buf(), manifest::sha256(&content));
             }
         }
-        let key = (&self.nvcc.version, &self.flags, self.targets(source)?, files);
+        let options: Vec<String> = self.targets(source)?.into_iter().chain(self.worlds(source)).collect();
+        let key = (&self.nvcc.version, &self.flags, options, files);
         Ok(manifest::sha256(&serde_json::to_vec(&key)?))
     }
+}
+
+fn is_p2p(source: &Path) -> bool {
+    source.starts_with("p2p")
 }
 
 /// Where it is kept what a module was made from.

@@ -16,7 +16,7 @@ use std::thread;
 use anyhow::{Context as _, bail};
 use clap::{Args, Parser};
 use comm_kernels::locate::{KernelSet, VARIABLE};
-use comm_kernels::manifest::{self, Manifest, Module};
+use comm_kernels::manifest::{self, Manifest, Module, WORLDS};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use self::arch::Arch;
@@ -32,6 +32,9 @@ pub(crate) struct KernelsArgs {
     /// Architectures to compile for; `ptx` adds PTX for GPUs that have no machine code of their own here.
     #[arg(long, value_delimiter = ',', default_value = "80,90a,ptx")]
     arch: Vec<Arch>,
+    /// Numbers of ranks to compile p2p's kernels for, comma separated [default: 2 to 8]. Fewer take less time.
+    #[arg(long, value_delimiter = ',', value_parser = world)]
+    world: Vec<usize>,
     /// Compile also what is up to date.
     #[arg(long)]
     force: bool,
@@ -66,10 +69,12 @@ fn build(args: &KernelsArgs, cuda: &Path, target: &Path) -> anyhow::Result<()> {
     archs.sort();
     archs.dedup();
     let arch_names: Vec<String> = archs.iter().map(ToString::to_string).collect();
+    let worlds: Vec<usize> =
+        WORLDS.into_iter().filter(|world| args.world.is_empty() || args.world.contains(world)).collect();
     let previous = read_manifest(&out);
 
     if args.check {
-        return check(&out, previous.as_ref(), &fingerprint, &arch_names);
+        return check(&out, previous.as_ref(), &fingerprint, &arch_names, &worlds);
     }
     let nvcc = match toolchain::find(args.nvcc.as_deref(), target)? {
         Some(nvcc) => nvcc,
@@ -77,13 +82,14 @@ fn build(args: &KernelsArgs, cuda: &Path, target: &Path) -> anyhow::Result<()> {
     };
     println!("nvcc {} at {}", nvcc.version, nvcc.path.display());
     fs::create_dir_all(&out).with_context(|| format!("creating {}", out.display()))?;
-    let compiler = Compiler::new(&nvcc, &archs, cuda, &out, args.verbose)?;
+    let compiler = Compiler::new(&nvcc, (&archs, &worlds), cuda, &out, args.verbose)?;
     let modules = build_all(args, &compiler, cuda, previous.as_ref())?;
     let manifest = Manifest {
         schema: manifest::SCHEMA,
         sources_sha256: fingerprint,
         nvcc: nvcc.version.clone(),
         archs: arch_names,
+        worlds,
         modules,
     };
     if previous.as_ref() != Some(&manifest) {
@@ -102,7 +108,19 @@ fn read_manifest(out: &Path) -> Option<Manifest> {
     (manifest.schema == manifest::SCHEMA).then_some(manifest)
 }
 
-fn check(out: &Path, manifest: Option<&Manifest>, fingerprint: &str, archs: &[String]) -> anyhow::Result<()> {
+/// A number of ranks that there are kernels for.
+fn world(text: &str) -> Result<usize, String> {
+    let [least, .., most] = WORLDS;
+    text.parse().ok().filter(|world| WORLDS.contains(world)).ok_or_else(|| format!("{least} to {most}"))
+}
+
+fn check(
+    out: &Path,
+    manifest: Option<&Manifest>,
+    fingerprint: &str,
+    archs: &[String],
+    worlds: &[usize],
+) -> anyhow::Result<()> {
     let Some(manifest) = manifest else {
         bail!("there are no kernels in {}; run `cargo xtask kernels`", out.display());
     };
@@ -111,6 +129,9 @@ fn check(out: &Path, manifest: Option<&Manifest>, fingerprint: &str, archs: &[St
     }
     if let Some(missing) = archs.iter().find(|arch| !manifest.archs.contains(arch)) {
         bail!("the kernels in {} lack architecture {missing}", out.display());
+    }
+    if let Some(missing) = worlds.iter().find(|world| !manifest.worlds.contains(world)) {
+        bail!("the kernels in {} are not for {missing} ranks; run `cargo xtask kernels`", out.display());
     }
     for (name, module) in &manifest.modules {
         if !compile::is_intact(out, module) {

@@ -13,7 +13,7 @@ use super::*;
 const COMPILER: &str = r#"#!/bin/sh
 if [ "$1" = --version ]; then echo "Cuda compilation tools, release 13.0, V13.0.88"; exit 0; fi
 while [ $# -gt 1 ]; do
-    case "$1" in -o) out="$2" ;; -MF) deps="$2" ;; esac
+    case "$1" in -o) out="$2" ;; -MF) deps="$2" ;; -D*X*) echo "$1" > "$(dirname "$0")/worlds" ;; esac
     shift
 done
 echo "$1" >> "$(dirname "$0")/log"
@@ -115,6 +115,26 @@ fn the_manifest_says_what_was_built() {
 }
 
 #[test]
+fn kernels_of_p2p_are_for_the_worlds_asked_for() {
+    let project = Project::new();
+    fs::create_dir(project.path("cuda/p2p")).unwrap();
+    project.write("p2p/c.cu", "// as many entry points as worlds\n");
+    project.run(&["--world", "8,2"]).unwrap();
+    assert_eq!(project.manifest().worlds, [2, 8]);
+    assert_eq!(fs::read_to_string(project.path("worlds")).unwrap(), "-DP2P_WORLDS(X)=X(2)X(8)\n");
+    project.compiled();
+    project.run(&["--check", "--world", "8"]).unwrap();
+    let lacks = project.run(&["--check"]).unwrap_err().to_string();
+    assert!(lacks.contains("not for 3 ranks"), "{lacks}");
+    fs::remove_file(project.path("worlds")).unwrap();
+    project.run(&[]).unwrap();
+    assert_eq!(project.compiled(), ["p2p/c.cu"], "the others have no worlds");
+    assert_eq!(project.manifest().worlds, manifest::WORLDS);
+    assert!(!project.path("worlds").exists(), "the sources' own list is of all");
+    assert!(Line::try_parse_from(["kernels", "--world", "9"]).is_err());
+}
+
+#[test]
 fn check_compiles_nothing_and_notices_everything() {
     let project = Project::new();
     assert!(project.run(&["--check"]).is_err(), "nothing was built");
@@ -146,6 +166,6 @@ fn the_defaults_are_those_of_the_command_without_arguments() {
     let args = Defaults::try_parse_from(["kernels"]).unwrap().args;
     let archs: Vec<String> = args.arch.iter().map(ToString::to_string).collect();
     assert_eq!(archs, ["80", "90a", "ptx"]);
-    assert!(!args.force && !args.check && args.out.is_none() && args.nvcc.is_none());
+    assert!(!args.force && !args.check && args.out.is_none() && args.nvcc.is_none() && args.world.is_empty());
     assert!(workspace().join(SOURCES).join("fill.cu").is_file());
 }

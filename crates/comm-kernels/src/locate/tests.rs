@@ -15,6 +15,7 @@ fn manifest() -> Manifest {
         sources_sha256: SOURCES_SHA256.into(),
         nvcc: "13.0.88".into(),
         archs: vec!["90a".into()],
+        worlds: manifest::WORLDS.to_vec(),
         modules: BTreeMap::from([("fill".to_owned(), module)]),
     }
 }

@@ -1,6 +1,7 @@
-// Random sequences of the exchange kernels, between 2 to 8 ranks of random speed, compared with what they must give.
+// Random sequences of the exchange kernels, between 2 to 8 ranks of random speed, compared with what they must give; then
+// what a rank does that its host has hushed.
 //
-//     exchange FROM TO: a sequence for each world and seed.
+//     exchange FROM TO: a sequence for each world and seed. WORLDS(X) lists the worlds: X(2) X(3), say.
 #include <unistd.h>
 
 #include "gpu.h"
@@ -195,14 +196,19 @@ void place(Operands& own, const Call& call, int world, int rank, const std::vect
     }
 }
 
+std::vector<std::vector<float>> any_data(const Call& call, int world, std::mt19937& random) {
+    std::vector<std::vector<float>> data(world, std::vector<float>(call.sent(world) / 4));
+    for (auto& of_rank : data)
+        for (float& x : of_rank) x = float(int(random() % 2000) - 1000) / 7.0f;
+    return data;
+}
+
 template <int kWorld>
 void make(World& world, const std::vector<Call>& calls, std::mt19937& random, uint32_t seed) {
     std::vector<std::vector<Operands>> operands(calls.size(), std::vector<Operands>(kWorld));
     std::vector<std::vector<gpu::Launch>> launches(kWorld);
     for (size_t c = 0; c < calls.size(); c++) {
-        std::vector<std::vector<float>> data(kWorld, std::vector<float>(calls[c].sent(kWorld) / 4));
-        for (auto& of_rank : data)
-            for (float& x : of_rank) x = float(int(random() % 2000) - 1000) / 7.0f;
+        const auto data = any_data(calls[c], kWorld, random);
         for (int rank = 0; rank < kWorld; rank++) {
             Operands& own = operands[c][rank];
             place(own, calls[c], kWorld, rank, data);
@@ -229,6 +235,66 @@ void make(World& world, const std::vector<Call>& calls, std::mt19937& random, ui
     }
 }
 
+// A rank alone makes a call of the operation: the others have left. `host` runs beside it.
+template <int kWorld>
+void make_alone(World& world, int rank, Op op, std::mt19937& random, std::vector<gpu::Launch> host) {
+    Call call;
+    do call = any_call(random, kWorld);
+    while (call.op != op);
+    Operands own;
+    place(own, call, kWorld, rank, any_data(call, kWorld, random));
+    std::vector<std::vector<gpu::Launch>> launches(kWorld);
+    launches[rank].push_back(
+        {call.blocks, call.threads, [&] { launch<kWorld>(world, rank, call, own.from, own.to); }});
+    launches[(rank + 1) % kWorld] = std::move(host);
+    gpu::run(launches, random);
+    const Rank& alone = world.ranks[rank];
+    if (alone.broken == kBroken && alone.error.cause == 0) return;
+    std::printf("FAILED: world %d, operation %d: a hushed rank is left %u, with cause %u\n", kWorld, op, alone.broken,
+                alone.error.cause);
+    std::exit(1);
+}
+
+// A rank whose host has hushed it sends nothing in kernels that start later. The others' memory may be somebody else's.
+template <int kWorld>
+void hushed_before(World& world, std::mt19937& random) {
+    for (int op = 0; op < kOps; op++) {
+        const int rank = int(random() % kWorld);
+        world.ranks[rank].broken = kHushed;
+        const World before = world;
+        make_alone<kWorld>(world, rank, Op(op), random, {});
+        for (int r = 0; r < kWorld; r++)
+            for (int kind = 0; kind < kKinds && r != rank; kind++)
+                if (world.ranks[r].memory[kind] != before.ranks[r].memory[kind]) {
+                    std::printf("FAILED: world %d, operation %d: a hushed rank has sent\n", kWorld, op);
+                    std::exit(1);
+                }
+        world.ranks[rank].broken = kWhole;
+    }
+}
+
+// Hushed while it waits for what it would add up and pass on, it gives up, and passes nothing on.
+template <int kWorld>
+void hushed_in_a_wait(World& world, std::mt19937& random) {
+    const int rank = int(random() % kWorld);
+    const World before = world;
+    make_alone<kWorld>(world, rank, kReduce2, random, {{1, 1, [&world, rank] {
+                                                            for (int turn = 0; turn < 50; turn++) gpu::yield();
+                                                            world.ranks[rank].broken = kHushed;
+                                                        }}});
+    const size_t rows = size_t(kWorld) * kSlots * kPackBytes;
+    for (int r = 0; r < kWorld; r++)
+        for (uint32_t b = 0; b < kBuffers && r != rank; b++) {
+            const size_t at = world.ranks[r].area(kLamport) - world.ranks[r].memory[kLamport].data() + kFlagBytes +
+                              (b * kStages + kGather) * rows;
+            const auto passed_on = [&](const World& w) { return w.ranks[r].memory[kLamport].data() + at; };
+            if (std::memcmp(passed_on(world), passed_on(before), rows) == 0) continue;
+            std::printf("FAILED: world %d: a rank that was hushed in a wait has passed on what it did not wait for\n",
+                        kWorld);
+            std::exit(1);
+        }
+}
+
 template <int kWorld>
 void sequence(uint32_t seed) {
     constexpr int kCalls = 8;
@@ -246,6 +312,8 @@ void sequence(uint32_t seed) {
     std::vector<Call> calls;
     for (int c = 0; c < kCalls; c++) calls.push_back(any_call(random, kWorld));
     make<kWorld>(world, calls, random, seed);
+    hushed_before<kWorld>(world, random);
+    hushed_in_a_wait<kWorld>(world, random);
 }
 
 }  // namespace
@@ -255,8 +323,8 @@ int main(int count, char** words) {
     // A kernel that polls memory without letting anybody else run would never end.
     alarm(300);
     for (uint32_t seed = uint32_t(std::atoi(words[1])); seed < uint32_t(std::atoi(words[2])); seed++) {
-        sequence<2>(seed), sequence<3>(seed), sequence<4>(seed), sequence<5>(seed);
-        sequence<6>(seed), sequence<7>(seed), sequence<8>(seed);
+#define SEQUENCE(WORLD) sequence<WORLD>(seed);
+        WORLDS(SEQUENCE)
     }
     std::printf("every result was right\n");
 }

@@ -56,6 +56,13 @@ pub(crate) fn hold_context(rank: usize) -> CudaMemory {
     CudaMemory::new(ordinal(rank)).unwrap()
 }
 
+/// Those of all devices, as long as the process lives.
+pub(crate) fn hold_contexts() {
+    let count = comm_kernels::driver::device_count().unwrap_or(0);
+    // One that cannot be had is for the tests to complain of.
+    (0..count).filter_map(|device| CudaMemory::new(device).ok()).for_each(std::mem::forget);
+}
+
 /// The largest world to test, or `None` after printing why the test is skipped. Where `COMM_REQUIRE_GPUS` asks for
 /// GPUs, their absence is a failure. `COMM_TEST_WORLD` bounds the size; it is the size where ranks share devices, or 8.
 /// In a process that is a rank, there is the world of those processes and no other.

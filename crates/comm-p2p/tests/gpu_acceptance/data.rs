@@ -1,6 +1,6 @@
 //! Elements on the host, and generated data that the device itself makes and checks.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, Once, PoisonError};
 use std::time::Instant;
 
 use comm_core::{DType, DeviceAddr, DeviceComm, DeviceMemory as _, ReduceOp};
@@ -8,7 +8,7 @@ use comm_kernels::Kernels;
 use comm_kernels::pattern::{self, Expected, Mismatches, Pattern};
 use half::{bf16, f16};
 
-use crate::common::Rank;
+use crate::common::{Rank, hold_contexts, is_process};
 
 pub(crate) const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
@@ -27,6 +27,11 @@ pub(crate) const SMALL: [(&str, &str); 6] = [
 pub(crate) fn timed(name: &str, test: impl FnOnce()) {
     static ALONE: Mutex<()> = Mutex::new(());
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    // A process that is a rank holds its own device's.
+    static HELD: Once = Once::new();
+    if !is_process() {
+        HELD.call_once(hold_contexts);
+    }
     let start = Instant::now();
     test();
     println!("{name}: {:.1} s", start.elapsed().as_secs_f64());

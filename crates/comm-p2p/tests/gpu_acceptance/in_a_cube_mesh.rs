@@ -3,14 +3,13 @@
 
 use comm_core::{DType, OpKind};
 
-use crate::common::{PATIENT, hold_context, world};
+use crate::common::{PATIENT, world};
 use crate::data::{Judge, SUM, sums as data, timed};
 use crate::setting::Setting;
 use crate::{alternating, graphs, groups, sums};
 
 fn run(body: impl FnOnce(&Setting)) {
     if let Some(setting) = Setting::in_a_cube_mesh() {
-        let _held: Vec<_> = (0..8).map(hold_context).collect();
         body(&setting);
     }
 }
