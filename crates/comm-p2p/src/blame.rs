@@ -8,7 +8,7 @@ use std::time::Duration;
 use comm_core::{CallSite, CommError, CommInfo, OpKind};
 use comm_kernels::p2p::ErrorRecord;
 
-use crate::state::{CALL_KIND_BITS, UNKNOWN_KIND};
+use crate::call::{CALL_KIND_BITS, UNKNOWN_KIND};
 
 /// Values of [`ErrorRecord::cause`].
 const TIMED_OUT: u32 = 1;

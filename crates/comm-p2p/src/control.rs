@@ -7,8 +7,8 @@ use comm_kernels::p2p::Link;
 use comm_kernels::raw;
 use cudarc::driver::sys;
 
+use crate::call::{CALL_KIND_BITS, Call};
 use crate::comm::P2pComm;
-use crate::state::{CALL_KIND_BITS, Call};
 
 /// More rounds than a call of a test takes, and a multiple of the number of buffers. Fewer than a flag may be ahead of what
 /// is waited for (`kAhead`, wire.cuh): a rank that is a call ahead has raised its next call's.

@@ -37,6 +37,7 @@
 #![deny(missing_docs)]
 
 mod blame;
+mod call;
 mod candidates;
 mod captured;
 mod comm;

@@ -1,29 +1,24 @@
-//! A communicator's state: what it owns, how it fails, and how a call begins and ends.
+//! A communicator's state: what it owns, and how it fails.
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 use comm_core::topology::Topology;
-use comm_core::{
-    CallSite, CommError, CommInfo, DType, Deadline, DeviceAddr, HostComm, OpKind, Result, StreamHandle,
-};
+use comm_core::{CallSite, CommError, CommInfo, Deadline, DeviceAddr, HostComm, OpKind, Result};
 use comm_kernels::Kernels;
-use comm_kernels::order::Destination;
 use comm_kernels::p2p::{ErrorRecord, Link, P2pKernels, Peers, Wire};
-use comm_kernels::raw::Current;
 use cudarc::driver::CudaContext;
 
 use crate::blame;
 use crate::captured::Captured;
 use crate::fitness::{Fitness, Sentinel};
-use crate::ledger::{Ledger, Note, mix};
+use crate::ledger::Ledger;
 use crate::mesh::Mesh;
 use crate::options::Options;
 use crate::order::Order;
 use crate::room::Room;
-use crate::symmetric::ipc;
-use crate::symmetric::table::{Found, Table};
+use crate::symmetric::table::Table;
 use crate::symmetric::words::Words;
 use crate::symmetric::{Block, Hold};
 use crate::tables::InUse;
@@ -34,11 +29,6 @@ use crate::usage::{Algorithm, Usage};
 const OPEN: u8 = 0;
 const CLOSING: u8 = 1;
 const FAILED: u8 = 2;
-
-/// Bits of a kernel's number that say which operation it belongs to.
-pub(crate) const CALL_KIND_BITS: u32 = 5;
-const _: () = assert!(OpKind::COLLECTIVES.len() < UNKNOWN_KIND);
-pub(crate) const UNKNOWN_KIND: usize = (1 << CALL_KIND_BITS) - 1;
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What these protect is set by single assignments, so a panic cannot leave it half-changed.
@@ -145,7 +135,7 @@ pub(crate) struct Shared {
     pub(crate) changed: Condvar,
     state: AtomicU8,
     failure: Mutex<Option<CommError>>,
-    seq: AtomicU64,
+    pub(crate) seq: AtomicU64,
 }
 
 /// The host communicators of this one: its own, and the one it was made from, whose failures count too.
@@ -340,7 +330,7 @@ impl Shared {
         Some(self.why(&record))
     }
 
-    fn why(&self, record: &ErrorRecord) -> CommError {
+    pub(crate) fn why(&self, record: &ErrorRecord) -> CommError {
         self.observe().err().unwrap_or_else(|| blame::gave_up(&self.info, record))
     }
 
@@ -350,110 +340,9 @@ impl Shared {
         self.observe().map_err(|error| self.fail(error))
     }
 
-    /// Begins a call: checks that the communicator is fit, makes its device current and takes the lock.
-    pub(crate) fn begin(&self, kind: OpKind) -> Result<Call<'_>> {
-        self.healthy()?;
-        let current = Current::enter(&self.base.context).map_err(|error| self.fail(error))?;
-        let owned = lock(&self.owned);
-        // It may have failed, or been closed, while this thread waited for the lock.
-        self.healthy()?;
-        if let Some(record) = owned.words.as_ref().and_then(|words| words.error()) {
-            drop(owned);
-            return Err(self.fail(self.why(&record)));
-        }
-        let seq = self.seq.fetch_add(1, Ordering::Relaxed);
-        Ok(Call {
-            shared: self,
-            owned,
-            kind,
-            seq,
-            alike: (None, 0, 0),
-            to: Destination::Stream,
-            _current: current,
-        })
-    }
-
-    /// The same for a call that enqueues work on `stream`: behind all calls before, on whatever stream those were.
-    pub(crate) fn begin_on(&self, kind: OpKind, stream: StreamHandle) -> Result<Call<'_>> {
-        let mut call = self.begin(kind)?;
-        call.to = call.owned.order.follow(stream).map_err(|error| self.fail(error))?;
-        Ok(call)
-    }
-
     /// Words and sentinel are given up, so that nobody touches them any more.
     pub(crate) fn let_go(&self) {
         lock(&self.words).take();
         self.fitness.forget();
-    }
-}
-
-/// A call under way, with the lock held and the device current.
-pub(crate) struct Call<'a> {
-    pub(crate) shared: &'a Shared,
-    pub(crate) owned: MutexGuard<'a, Owned>,
-    kind: OpKind,
-    seq: u64,
-    /// What all ranks must pass alike: type, count, and a mixture of the rest.
-    alike: (Option<DType>, usize, u64),
-    to: Destination,
-    _current: Current,
-}
-
-impl Call<'_> {
-    /// A channel, marked with this call for the error record.
-    pub(crate) fn link(&self, channel: &Link) -> Link {
-        let kind =
-            OpKind::COLLECTIVES.iter().position(|&kind| kind == self.kind).unwrap_or(UNKNOWN_KIND) as u32;
-        // The number is for people to read; that it wraps after 2^27 calls does no harm.
-        Link { op: (self.seq as u32) << CALL_KIND_BITS | kind, ..*channel }
-    }
-
-    /// Turns an error of enqueueing into the communicator's failure: other ranks may be waiting for what was not.
-    pub(crate) fn fatal<T>(&self, result: Result<T>) -> Result<T> {
-        result.map_err(|error| self.shared.fail(error))
-    }
-
-    /// For a call that stores into the ranks' operands where this rank's lies. Their place is among what all pass alike.
-    /// Refuses a registered operand whose memory is no longer what was registered: nothing has been enqueued yet, so the
-    /// communicator is unharmed here; the other ranks wait for the call until their timeout.
-    pub(crate) fn reaches(&mut self, found: &Found, addr: DeviceAddr) -> Result<()> {
-        self.alike.2 = mix(mix(self.alike.2, found.id + 1), found.offset);
-        let Some(Hold::Opened(_, Some(registered))) = self.owned.table.hold(found.id) else { return Ok(()) };
-        let now = ipc::allocation_id(addr);
-        if now.as_ref().is_ok_and(|now| now == registered) {
-            return Ok(());
-        }
-        Err(CommError::StaleHandle {
-            handle: format!("registration {} of communicator {:?}", found.id, self.shared.info.name),
-            reason: match now {
-                Ok(_) => format!("the memory at {addr:?} was freed while registered, and allocated anew"),
-                Err(error) => format!("the memory at {addr:?} was freed while registered: {error}"),
-            },
-        })
-    }
-
-    /// What all ranks must pass alike, for the ledger.
-    pub(crate) fn passes(&mut self, dtype: DType, count: usize, rest: &[u64]) {
-        let more = rest.iter().fold(0, |state, &value| mix(state, value));
-        self.alike = (Some(dtype), count, more);
-    }
-
-    /// Ends the call, made on `stream`; it counts as used. Captured calls are not written down: a rank may rightly
-    /// capture anew when others do not, and which replays meet shows nowhere in the calls.
-    pub(crate) fn finish(mut self, algorithm: Algorithm, stream: StreamHandle) {
-        let transfers = matches!(self.kind, OpKind::Send | OpKind::Recv | OpKind::Group);
-        if let Some(ledger) = &self.shared.ledger
-            && !transfers
-            && matches!(self.to, Destination::Stream)
-        {
-            let (dtype, count, more) = self.alike;
-            let note = Note { kind: self.kind, algorithm, dtype, count, more };
-            self.owned.chain = ledger.add(self.owned.chain, &note);
-        }
-        self.shared.usage.count(self.kind, algorithm);
-        if let Err(error) = self.owned.order.passed(self.to, stream) {
-            // The next call returns it, if nothing else is found before.
-            self.shared.fail(error);
-        }
     }
 }

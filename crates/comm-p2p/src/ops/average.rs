@@ -3,9 +3,10 @@
 use comm_core::{DType, DeviceAddr, ReduceOp, Result, StreamHandle};
 use comm_kernels::p2p::{Link, Parts};
 
+use crate::call::Call;
 use crate::comm::P2pComm;
 use crate::select::Plan;
-use crate::state::{Call, Channels};
+use crate::state::Channels;
 use crate::usage::Algorithm;
 
 /// Whether the kernels here take it.

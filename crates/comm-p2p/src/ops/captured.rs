@@ -6,9 +6,10 @@
 use comm_core::{DType, DeviceAddr, Result, StreamHandle};
 use comm_kernels::capture::{CapturingGraph, capturing_graph};
 
+use crate::call::Call;
 use crate::comm::P2pComm;
 use crate::select::Plan;
-use crate::state::{Call, Channels};
+use crate::state::Channels;
 use crate::usage::Algorithm;
 
 #[allow(clippy::missing_safety_doc, reason = "`DeviceComm`'s contract holds for every method")]

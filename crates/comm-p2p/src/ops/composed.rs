@@ -3,9 +3,10 @@
 use comm_core::{DType, DeviceAddr, Result, StreamHandle};
 use comm_kernels::p2p::{Shape, Wire};
 
+use crate::call::Call;
 use crate::comm::P2pComm;
 use crate::select::slice;
-use crate::state::{Call, Channels};
+use crate::state::Channels;
 
 impl P2pComm {
     /// A sum of bf16, f16 or f32. In place is allowed: a rank's slice is summed where it lies, and nobody but this rank

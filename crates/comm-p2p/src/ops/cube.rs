@@ -3,8 +3,9 @@
 use comm_core::{CommError, DType, DeviceAddr, OpKind, Result, StreamHandle};
 use comm_kernels::p2p::{CubeRoles, Shape};
 
+use crate::call::Call;
 use crate::comm::P2pComm;
-use crate::state::{Call, Channels};
+use crate::state::Channels;
 
 /// This rank's part in the mesh. Without one the plan would have been another.
 fn roles(channels: &Channels) -> Result<CubeRoles> {

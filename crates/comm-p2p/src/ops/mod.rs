@@ -18,9 +18,10 @@ use std::sync::Arc;
 
 use comm_core::{CommError, DType, Deadline, OpKind, ReduceOp, Result, StreamHandle};
 
+use crate::call::Call;
 use crate::comm::P2pComm;
 use crate::select::{Gaps, Limits};
-use crate::state::{Call, read};
+use crate::state::read;
 
 impl P2pComm {
     /// In checked mode, compares what the ranks are about to do. A rank that refuses the call takes part as well.

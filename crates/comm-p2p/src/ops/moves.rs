@@ -3,9 +3,10 @@
 use comm_core::{DType, DeviceAddr, OpKind, Result, StreamHandle, check};
 
 use super::staged::Staging;
+use crate::call::Call;
 use crate::comm::P2pComm;
 use crate::select::Plan;
-use crate::state::{Call, Channels};
+use crate::state::Channels;
 use crate::usage::Algorithm;
 
 /// What every function here asks of its caller is `DeviceComm`'s safety contract.

@@ -11,8 +11,9 @@ use comm_core::{CommError, DType, DeviceAddr, OpKind, P2pOp, Result, StreamHandl
 use comm_kernels::p2p::PairStep;
 
 use super::staged::{copy, copy_unless_broken};
+use crate::call::Call;
 use crate::comm::P2pComm;
-use crate::state::{Call, Channels};
+use crate::state::Channels;
 use crate::usage::Algorithm;
 
 /// A transfer of bytes with one peer.

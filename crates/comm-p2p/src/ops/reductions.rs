@@ -5,9 +5,10 @@ use comm_core::{DType, DeviceAddr, OpKind, ReduceOp, Result, StreamHandle, check
 use super::average::is_average;
 use super::is_fast;
 use super::staged::{Staging, barrier, copy};
+use crate::call::Call;
 use crate::comm::P2pComm;
 use crate::select::Plan;
-use crate::state::{Call, Channels};
+use crate::state::Channels;
 use crate::usage::Algorithm;
 
 /// Bytes from which a staged all-reduce is worth a second barrier: each rank then reduces a slice instead of everything.

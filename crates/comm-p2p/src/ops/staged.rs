@@ -17,7 +17,8 @@
 use comm_core::{DType, DeviceAddr, ReduceOp, Result, StreamHandle};
 use comm_kernels::p2p::Peers;
 
-use crate::state::{Call, Channels};
+use crate::call::Call;
+use crate::state::Channels;
 use crate::symmetric::shifted;
 
 /// One exchange under way.

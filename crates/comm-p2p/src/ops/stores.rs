@@ -3,9 +3,10 @@
 use comm_core::{DType, DeviceAddr, Result, StreamHandle};
 use comm_kernels::p2p::Peers;
 
+use crate::call::Call;
 use crate::comm::P2pComm;
 use crate::select::Plan;
-use crate::state::{Call, Channels};
+use crate::state::Channels;
 use crate::usage::Algorithm;
 
 impl P2pComm {

@@ -6,9 +6,10 @@ use comm_kernels::p2p::Parts;
 use super::average::is_average;
 use super::is_fast;
 use super::staged::Staging;
+use crate::call::Call;
 use crate::comm::P2pComm;
 use crate::select::Plan;
-use crate::state::{Call, Channels};
+use crate::state::Channels;
 use crate::usage::Algorithm;
 
 fn widened(counts: &[usize]) -> Vec<u64> {
