@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 #[allow(dead_code, unreachable_pub, reason = "the library uses the rest")]
 mod manifest;
 
-use manifest::{FILE_NAME, Manifest, SCHEMA};
+use manifest::{FILE_NAME, Manifest, SCHEMA, WORLDS};
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=build.rs");
@@ -69,6 +69,9 @@ fn embed(dir: &Path, fingerprint: &str, out: &Path) -> Result<Option<String>, Bo
     let manifest: Manifest = serde_json::from_slice(&text)?;
     if manifest.schema != SCHEMA || manifest.sources_sha256 != fingerprint {
         return Err("they were built from other sources; run `cargo xtask kernels`".into());
+    }
+    if manifest.worlds != WORLDS {
+        println!("cargo::warning=the embedded kernels of p2p are for {:?} ranks only", manifest.worlds);
     }
     let copy = out.join(FILE_NAME);
     fs::write(&copy, text)?;

@@ -116,7 +116,11 @@ impl Module {
             unsafe { result::module::get_function(self.raw, symbol) }.map_err(|failure| match failure.0 {
                 sys::CUresult::CUDA_ERROR_NOT_FOUND => CommError::Library {
                     library: "CUDA kernels".into(),
-                    reason: format!("module {:?} has no kernel {name:?}{}", self.name, worlds_left_out()),
+                    reason: format!(
+                        "module {:?} has no kernel {name:?}{}",
+                        self.name,
+                        left_out(name, &compiled_worlds())
+                    ),
                 },
                 code => driver::error("cuModuleGetFunction", code),
             })?;
@@ -128,14 +132,17 @@ impl Module {
     }
 }
 
-/// In words, to be added to a kernel's not being there: that kernels for some numbers of ranks were not compiled.
-fn worlds_left_out() -> String {
-    let compiled = KernelSet::locate().map_or_else(|_| WORLDS.to_vec(), |set| set.manifest().worlds.clone());
-    if compiled == WORLDS {
-        return String::new();
+fn compiled_worlds() -> Vec<usize> {
+    KernelSet::locate().map_or_else(|_| WORLDS.to_vec(), |set| set.manifest().worlds.clone())
+}
+
+/// In words, to be added to a kernel's not being there: that kernels for its number of ranks are not among the `compiled`.
+fn left_out(kernel: &str, compiled: &[usize]) -> String {
+    let world = kernel.rsplit_once("_w").and_then(|(_, world)| world.parse().ok());
+    match world.filter(|world| WORLDS.contains(world) && !compiled.contains(world)) {
+        Some(world) => format!(": for {world} ranks none were compiled; run `cargo xtask kernels`"),
+        None => String::new(),
     }
-    let worlds: Vec<String> = compiled.iter().map(ToString::to_string).collect();
-    format!("; of p2p's there are those for {} ranks only (`cargo xtask kernels --world`)", worlds.join(", "))
 }
 
 impl Function {
@@ -233,5 +240,23 @@ impl Function {
         }
         .result()
         .map_err(driver::failed("cuLaunchKernelEx"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_kernel_is_put_down_to_its_world_only_if_that_was_left_out() {
+        assert!(left_out("p2p_ar1_bf16_w4", &[2, 8]).contains("for 4 ranks"));
+        for (kernel, compiled) in [
+            ("p2p_ar1_bf16_w2", &[2, 8][..]),
+            ("p2p_ar1_bf16_w4", &WORLDS),
+            ("fill_wide", &[2]),
+            ("x_w9", &[2]),
+        ] {
+            assert_eq!(left_out(kernel, compiled), "");
+        }
     }
 }

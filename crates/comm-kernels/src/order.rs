@@ -20,7 +20,7 @@ pub enum Destination {
     Stream,
     /// Into the graph that the last captured call went into, or into one that cannot be told.
     Graph,
-    /// Into this graph, and the last captured call did not.
+    /// Into this graph, into which the last captured call that ended did not go.
     NewGraph(CapturingGraph),
 }
 
@@ -35,6 +35,8 @@ pub struct CallOrder {
     /// Where that was, and on which stream: by its handle, as the driver does not number streams under capture, nor can one
     /// go meanwhile.
     capture: Option<(Position, StreamHandle)>,
+    /// Where the captured call is that has begun. One that never ends has recorded nothing, and nobody may wait for it.
+    begun: Option<Position>,
     ordered: bool,
 }
 
@@ -46,7 +48,9 @@ impl CallOrder {
     pub fn new() -> Result<Self> {
         let run = Event::new()?;
         match Event::new() {
-            Ok(captured) => Ok(Self { run, captured, stream: None, capture: None, ordered: true }),
+            Ok(captured) => {
+                Ok(Self { run, captured, stream: None, capture: None, begun: None, ordered: true })
+            }
             Err(error) => {
                 run.destroy();
                 Err(error)
@@ -81,7 +85,7 @@ impl CallOrder {
         let Ok(Some(now)) = (unsafe { position(stream) }) else { return Ok(Destination::Graph) };
         let graph = now.graph();
         let same = self.capture.as_ref().filter(|(last, _)| last.same_capture(&now)).map(|(_, last)| *last);
-        self.capture = Some((now, stream));
+        self.begun = Some(now);
         let Some(last) = same else { return Ok(Destination::NewGraph(graph)) };
         self.wait(&self.captured, stream, stream != last)?;
         Ok(Destination::Graph)
@@ -95,10 +99,13 @@ impl CallOrder {
     ///
     /// # Errors
     /// [`Cuda`](comm_core::CommError::Cuda).
-    pub fn end(&self, to: Destination, stream: StreamHandle) -> Result<()> {
+    pub fn end(&mut self, to: Destination, stream: StreamHandle) -> Result<()> {
         match to {
             Destination::Stream => self.run.record(stream),
-            Destination::Graph | Destination::NewGraph(_) => self.captured.record(stream),
+            Destination::Graph | Destination::NewGraph(_) => {
+                self.capture = self.begun.take().map(|at| (at, stream));
+                self.captured.record(stream)
+            }
         }
     }
 

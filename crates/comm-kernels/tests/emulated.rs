@@ -145,7 +145,7 @@ fn without_a_protection_a_result_is_wrong_or_none_comes() {
                 "static constexpr bool kRestores = false;",
             ),
         ),
-        // Flags that nobody has raised since before round 0 stand ahead of the last rounds before the wrap.
+        // What a hushed rank must not do: send, stay hushed, pass on what it did not wait for.
         (
             "hush",
             (

@@ -3,7 +3,7 @@
 //! Nothing here does anything unless an option that is documented as being for tests asks for it.
 
 use comm_core::{Result, StreamHandle};
-use comm_kernels::p2p::Link;
+use comm_kernels::p2p::{AHEAD, BUFFERS, Link};
 use comm_kernels::raw;
 use cudarc::driver::sys;
 
@@ -11,8 +11,9 @@ use crate::call::{CALL_KIND_BITS, Call};
 use crate::comm::P2pComm;
 
 /// More rounds than a call of a test takes, and a multiple of the number of buffers. Fewer than a flag may be ahead of what
-/// is waited for (`kAhead`, wire.cuh): a rank that is a call ahead has raised its next call's.
+/// is waited for: a rank that is a call ahead has raised its next call's.
 const ROUNDS_OF_A_CALL: u32 = 1 << 9;
+const _: () = assert!(ROUNDS_OF_A_CALL < AHEAD && ROUNDS_OF_A_CALL.is_multiple_of(BUFFERS as u32));
 
 /// The round that call number `seq` begins with when all calls share a buffer: rounds still differ from call to call,
 /// as the packets' marks must, but all first ones have the same remainder by the number of buffers.
@@ -46,7 +47,7 @@ mod tests {
     fn first_rounds_differ_and_share_their_buffer() {
         let rounds: Vec<u32> = (0..4).map(|seq| first_round(u32::MAX - 1, seq)).collect();
         assert!(rounds.windows(2).all(|pair| pair[0] != pair[1]));
-        let buffers = comm_kernels::p2p::BUFFERS as u32;
+        let buffers = BUFFERS as u32;
         assert!(rounds.iter().all(|round| round % buffers == rounds[0] % buffers));
     }
 }

@@ -64,8 +64,8 @@ impl Order {
     ///
     /// # Errors
     /// [`Cuda`](comm_core::CommError::Cuda).
-    pub(crate) fn passed(&self, to: Destination, stream: StreamHandle) -> Result<()> {
-        self.calls.as_ref().map_or(Ok(()), |calls| calls.end(to, stream))
+    pub(crate) fn passed(&mut self, to: Destination, stream: StreamHandle) -> Result<()> {
+        self.calls.as_mut().map_or(Ok(()), |calls| calls.end(to, stream))
     }
 
     /// Counts the graph of a capture until it is gone.

@@ -54,15 +54,12 @@ impl Captured {
         // Results at another place of another allocation on every rank.
         let shift = |value| rank.buffer(COUNT + 64, value).offset(rank.rank as u64 * 16);
         let (once, twice, gathered) = (shift(-1.0), shift(-2.0), shift(-3.0));
-        let graph = rank
-            .memory
-            .capture(|| {
-                rank.sum(send, once, COUNT)?;
-                rank.sum(once, twice, COUNT)?;
-                // SAFETY: the buffers are large enough and outlive the graph.
-                unsafe { rank.comm.all_gather(send, gathered, part, DType::F32, rank.stream()) }
-            })
-            .unwrap();
+        let graph = rank.capture(|| {
+            rank.sum(send, once, COUNT)?;
+            rank.sum(once, twice, COUNT)?;
+            // SAFETY: the buffers are large enough and outlive the graph.
+            unsafe { rank.comm.all_gather(send, gathered, part, DType::F32, rank.stream()) }
+        });
         Self { graph, send, once, twice, gathered, part }
     }
 
@@ -203,16 +200,13 @@ fn what_needs_no_registration_is_captured_without_an_entry() {
     connected(size, PATIENT, &ON, |comm, rank| {
         let allocated = comm.allocate(COUNT * 4).unwrap();
         let (send, small) = (rank.buffer(COUNT, 1.0), rank.buffer(1000, 0.0));
-        let mut graph = rank
-            .memory
-            .capture(|| {
-                rank.sum(send, allocated, COUNT)?;
-                rank.sum(send, small, 1000)?;
-                let (f32s, max) = (DType::F32, ReduceOp::Max);
-                // SAFETY: the buffers are large enough and outlive the graph.
-                unsafe { rank.comm.all_reduce(send, small, 1000, f32s, max, rank.stream()) }
-            })
-            .unwrap();
+        let mut graph = rank.capture(|| {
+            rank.sum(send, allocated, COUNT)?;
+            rank.sum(send, small, 1000)?;
+            let (f32s, max) = (DType::F32, ReduceOp::Max);
+            // SAFETY: the buffers are large enough and outlive the graph.
+            unsafe { rank.comm.all_reduce(send, small, 1000, f32s, max, rank.stream()) }
+        });
         // An eager call on a large result neither.
         let eager = rank.buffer(COUNT, 0.0);
         rank.sum(send, eager, COUNT).unwrap();

@@ -47,7 +47,12 @@ pub fn look(findings: &mut Findings) {
     }
     compiler(findings);
     match KernelSet::locate() {
-        Ok(set) => findings.fact("compiled kernels", set.origin()),
+        Ok(set) => {
+            let (archs, worlds) = (set.manifest().archs.join(", "), &set.manifest().worlds);
+            let worlds: Vec<String> = worlds.iter().map(ToString::to_string).collect();
+            let what = format!("for {archs}; p2p's for {} ranks; {}", worlds.join(", "), set.origin());
+            findings.fact("compiled kernels", what);
+        }
         Err(error) => {
             findings.missing("compiled kernels", error, "kernels: `cargo xtask kernels` compiles them")
         }

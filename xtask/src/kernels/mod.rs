@@ -32,7 +32,8 @@ pub(crate) struct KernelsArgs {
     /// Architectures to compile for; `ptx` adds PTX for GPUs that have no machine code of their own here.
     #[arg(long, value_delimiter = ',', default_value = "80,90a,ptx")]
     arch: Vec<Arch>,
-    /// Numbers of ranks to compile p2p's kernels for, comma separated [default: 2 to 8]. Fewer take less time.
+    /// Numbers of ranks to compile p2p's kernels for, comma separated [default: 2 to 8]. Fewer take less time; others have no
+    /// p2p then.
     #[arg(long, value_delimiter = ',', value_parser = world)]
     world: Vec<usize>,
     /// Compile also what is up to date.

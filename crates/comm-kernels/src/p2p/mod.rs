@@ -25,7 +25,7 @@ pub use self::captured::{CAPTURED_ENTRY_BYTES, CapturedEntry, CapturedKernels};
 use self::functions::{Functions, float_index};
 pub use self::lines::{BURST_BYTES, BURST_PACKS, MAX_LINE_BLOCK};
 pub use self::link::{
-    BUFFERS, Channel, ErrorRecord, FLAG_BYTES, FLAG_CTAS, HUSHED, Link, MAX_RANKS, PACK_BYTES,
+    AHEAD, BUFFERS, Channel, ErrorRecord, FLAG_BYTES, FLAG_CTAS, HUSHED, Link, MAX_RANKS, PACK_BYTES,
     PAIR_COUNTERS_BYTES, Peers, TILE_BYTES, buffer_bytes, cells_bytes, lines_bytes, scratch_bytes, tiles,
 };
 pub use self::mesh::{CUBE_ROW_PAIRS, CubeRoles, MeshRoutes};

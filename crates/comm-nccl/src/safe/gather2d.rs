@@ -192,7 +192,7 @@ impl NcclComm {
             }
             first += rows;
         }
-        let ended = call.native.staged.as_ref().map_or(Ok(()), |order| order.end(to, stream));
+        let ended = call.native.staged.as_mut().map_or(Ok(()), |order| order.end(to, stream));
         call.fatal(ended)
     }
 }

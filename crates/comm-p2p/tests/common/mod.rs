@@ -153,14 +153,16 @@ impl Rank {
         self.host.barrier(Deadline::after(PATIENT)).unwrap();
     }
 
-    /// Captures calls that all ranks capture. The graph is ready to run on all of them before any goes on: making one, and
-    /// moving it to the device, may wait for the device, and where ranks share that, for a kernel that waits for this rank.
+    /// Captures calls that all ranks capture. Where ranks share devices, the graph is ready to run on all of them before any
+    /// goes on: making one, and moving it to the device, may wait for the device, and so for a kernel that waits for this rank.
     pub(crate) fn capture(&self, calls: impl FnOnce() -> comm_core::Result<()>) -> CapturedGraph {
         let mut graph = self.memory.capture(calls).unwrap();
         // SAFETY: the stream is the memory's own.
         unsafe { graph.upload(self.stream()).unwrap() };
         self.memory.synchronize().unwrap();
-        self.meet();
+        if shared() {
+            self.host.barrier(Deadline::after(3 * PATIENT)).unwrap();
+        }
         graph
     }
 
