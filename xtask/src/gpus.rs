@@ -1,23 +1,8 @@
 //! Which GPUs this process may use. Asked of NVML, which unlike CUDA takes no memory on them.
 
-use std::sync::{Mutex, PoisonError};
-
+use comm_kernels::nvml::nvml;
 use nvml_wrapper::error::NvmlError;
 use nvml_wrapper::{Device, Nvml};
-
-/// NVML, kept for as long as the process lives: each time that it is started it opens a descriptor, which its end leaves open
-/// (seen with driver 580), and a run of tests asks it for every job.
-///
-/// # Errors
-/// When there is none.
-pub fn nvml() -> Result<&'static Nvml, NvmlError> {
-    static KEPT: Mutex<Option<&'static Nvml>> = Mutex::new(None);
-    let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
-    match *kept {
-        Some(nvml) => Ok(nvml),
-        None => Ok(*kept.insert(Box::leak(Box::new(Nvml::init()?)))),
-    }
-}
 
 /// The GPUs, as `CUDA_VISIBLE_DEVICES` spells them; or why there are none.
 ///

@@ -11,6 +11,7 @@
 //! - [`driver`]: whether there is a driver; call [`driver::probe`] before anything else that touches CUDA.
 //! - [`capture`]: what a library needs to know of the graph that it is being captured into.
 //! - [`order`]: how calls that share something on the device keep their order on several streams.
+//! - `nvml` (feature `nvml`): the management library, started once a process.
 //! - [`raw`] and [`exit`]: driver calls that backends share, and what the end of the process waits for.
 //! - [`launched`]: which kernels were launched, for programs that are to try all.
 //! - [`locate`] and [`manifest`]: where compiled kernels come from. They are built by `cargo xtask kernels`; without
@@ -31,6 +32,8 @@ pub mod locate;
 pub mod manifest;
 mod memory;
 pub mod module;
+#[cfg(feature = "nvml")]
+pub mod nvml;
 pub mod order;
 pub mod p2p;
 pub mod pattern;

@@ -1,5 +1,6 @@
 //! GPUs, driver and links, as NVML tells them, and peer access, as CUDA does.
 
+use comm_kernels::nvml::nvml;
 use nvml_wrapper::enum_wrappers::nv_link::Capability;
 use nvml_wrapper::enums::device::DeviceArchitecture;
 use nvml_wrapper::{Device, Nvml};
@@ -13,7 +14,7 @@ const MOST_LINKS: u32 = 18;
 /// Looks at the GPUs.
 pub fn look(findings: &mut Findings) {
     findings.section("GPUs");
-    let nvml = match Nvml::init() {
+    let nvml = match nvml() {
         Ok(nvml) => nvml,
         Err(error) => {
             findings.missing(
@@ -45,7 +46,7 @@ pub fn look(findings: &mut Findings) {
         findings.line(describe(index, device));
     }
     links(findings, &devices);
-    peers(findings, &nvml, &devices);
+    peers(findings, nvml, &devices);
     match comm_kernels::driver::device_count() {
         Ok(count) => peer_access(findings, count, comm_kernels::raw::can_access_peer),
         Err(error) => findings.fact("peer access", error),

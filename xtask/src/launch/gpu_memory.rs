@@ -5,7 +5,7 @@
 
 use std::time::{Duration, Instant};
 
-use nvml_wrapper::Nvml;
+use comm_kernels::nvml::nvml;
 
 use crate::bench::human;
 use crate::gpus;
@@ -29,8 +29,6 @@ struct Used {
 
 /// The GPUs before the job.
 pub struct Before {
-    /// Held until the job is over, so that a GPU which nobody else uses is not started anew between the two looks.
-    nvml: Result<&'static Nvml, String>,
     gpus: Vec<(String, Reading)>,
 }
 
@@ -46,16 +44,14 @@ pub struct Changes {
 impl Before {
     /// Looks at GPUs, as `CUDA_VISIBLE_DEVICES` spells them, that no other job has.
     pub fn look(gpus: &[String]) -> Self {
-        let nvml = gpus::nvml().map_err(|error| error.to_string());
-        let gpus = gpus.iter().map(|gpu| (gpu.clone(), read(&nvml, gpu))).collect();
-        Self { nvml, gpus }
+        Self { gpus: gpus.iter().map(|gpu| (gpu.clone(), read(gpu))).collect() }
     }
 
     /// Looks again, now that the job's processes are gone, and once more where memory has yet to come back.
     pub fn changes(&self) -> Changes {
         let start = Instant::now();
         loop {
-            let after: Vec<Reading> = self.gpus.iter().map(|(gpu, _)| read(&self.nvml, gpu)).collect();
+            let after: Vec<Reading> = self.gpus.iter().map(|(gpu, _)| read(gpu)).collect();
             let waiting = self.gpus.iter().zip(&after).any(|((_, before), after)| may_settle(before, after));
             if !waiting || start.elapsed() > PATIENCE {
                 return compare(&self.gpus, &after);
@@ -65,10 +61,10 @@ impl Before {
     }
 }
 
-fn read(nvml: &Result<&Nvml, String>, gpu: &str) -> Reading {
-    let nvml = nvml.as_ref().map_err(String::clone)?;
+/// NVML is kept, so that a GPU which nobody else uses is not started anew between two looks.
+fn read(gpu: &str) -> Reading {
     let ask = || {
-        let device = gpus::device(nvml, gpu)?;
+        let device = gpus::device(nvml()?, gpu)?;
         let programs = device.running_compute_processes()?.len();
         Ok(Used { bytes: device.memory_info()?.used, programs })
     };

@@ -14,7 +14,7 @@ pub const FLAG_BYTES: usize = 512 * 4 * MAX_RANKS * 4;
 pub const PACK_BYTES: usize = 16;
 /// Buffers that rounds rotate through.
 pub const BUFFERS: usize = 4;
-/// Rounds that a flag may be ahead of a wait for it, and fewer.
+/// A flag is fewer rounds than this ahead of a wait for it, unless a kernel says otherwise.
 pub const AHEAD: u32 = 1024;
 const STAGES: usize = 2;
 const CELL_BYTES: usize = 512 * 4 * PACK_BYTES;

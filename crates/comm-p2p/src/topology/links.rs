@@ -1,16 +1,12 @@
 //! The NVLinks of this rank's device, as NVML tells them.
 
-use std::sync::Mutex;
-
 use comm_core::Result;
+use comm_kernels::nvml::nvml;
 use comm_kernels::raw::check;
 use cudarc::driver::sys;
-use nvml_wrapper::Nvml;
 use nvml_wrapper::error::NvmlError;
 use nvml_wrapper::struct_wrappers::device::PciInfo;
 use serde::{Deserialize, Serialize};
-
-use crate::state::lock;
 
 /// Links that NVML numbers, at most.
 pub(crate) const MOST_LINKS: u32 = 18;
@@ -25,17 +21,6 @@ pub(crate) struct Links {
     pub(crate) direct: Vec<String>,
     /// Why nothing is known, if nothing is.
     pub(crate) unknown: Option<String>,
-}
-
-/// NVML, kept for as long as the process lives: each time that it is started it opens a descriptor, which its end leaves open
-/// (seen with driver 580).
-fn nvml() -> std::result::Result<&'static Nvml, NvmlError> {
-    static KEPT: Mutex<Option<&'static Nvml>> = Mutex::new(None);
-    let mut kept = lock(&KEPT);
-    match *kept {
-        Some(nvml) => Ok(nvml),
-        None => Ok(*kept.insert(Box::leak(Box::new(Nvml::init()?)))),
-    }
 }
 
 impl Links {

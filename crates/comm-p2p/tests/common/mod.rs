@@ -157,10 +157,11 @@ impl Rank {
     /// goes on: making one, and moving it to the device, may wait for the device, and so for a kernel that waits for this rank.
     pub(crate) fn capture(&self, calls: impl FnOnce() -> comm_core::Result<()>) -> CapturedGraph {
         let mut graph = self.memory.capture(calls).unwrap();
-        // SAFETY: the stream is the memory's own.
-        unsafe { graph.upload(self.stream()).unwrap() };
-        self.memory.synchronize().unwrap();
         if shared() {
+            // SAFETY: the stream is the memory's own.
+            unsafe { graph.upload(self.stream()).unwrap() };
+            self.memory.synchronize().unwrap();
+            // Groups may come here at their own pace.
             self.host.barrier(Deadline::after(3 * PATIENT)).unwrap();
         }
         graph
